@@ -1,0 +1,61 @@
+"""The contract between data and models: what a batch holds, and what a model is told of the data.
+
+Shape letters: B samples, T hours, N events, F variables, S static features.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Grid(NamedTuple):
+    """Samples as an hourly grid; the last hour ends at the prediction time.
+
+    ``value`` is carried forward from the last hour in which the variable was seen and is 0 (the mean) before that.
+    """
+
+    static: Tensor  # (B, S) standardised; units of care one-hot
+    value: Tensor  # (B, T, F) standardised, clipped to +-5
+    mask: Tensor  # (B, T, F) 1 where charted in that hour
+    since: Tensor  # (B, T, F) hours since last charted, divided by T and clipped to 1 (never charted: 1)
+    target: Tensor  # (B,) 1, 0 or NaN (unknown)
+    row: Tensor  # (B,) index of the sample in the datamodule's table of samples
+
+
+class Triplets(NamedTuple):
+    """Samples as events in order of time, then variable; padded on the right."""
+
+    static: Tensor  # (B, S)
+    time: Tensor  # (B, N) from -1 (start of the window) to 1 (prediction time)
+    variable: Tensor  # (B, N) 1 .. F; 0 is padding
+    value: Tensor  # (B, N) standardised, clipped to +-5
+    length: Tensor  # (B,) events of each sample
+    target: Tensor  # (B,)
+    row: Tensor  # (B,)
+
+
+Batch = Grid | Triplets
+
+
+class Spec(NamedTuple):
+    """What a checkpoint must carry to read another hospital's data as the model expects them. Plain types only."""
+
+    variables: list[str]  # F names in the order of the last axis
+    units: list[str]  # their units
+    statics: list[str]  # S names
+    center: list[float]  # (F,) subtracted from a value in ``units``, fitted on the training split of the source only
+    scale: list[float]  # (F,) divided by
+    static_center: list[float]  # (S,)
+    static_scale: list[float]  # (S,)
+    task: dict[str, Any]  # arguments of ``tasks.Task``
+
+    @property
+    def hours(self) -> int:
+        """T, the length of the grid."""
+        return int(self.task["window"])
+
+
+def unlabelled(target: Tensor) -> Tensor:
+    """(B,) True where the outcome is unknown."""
+    return torch.isnan(target)

@@ -1,0 +1,309 @@
+"""Stays and events of one hospital system -> a columnar store on disk that every batch is cut from.
+
+A store is a folder, written once and then only memory-mapped::
+
+    stays.parquet   one row a stay, schema ``STAYS``
+    offsets.i8      events of stay i are rows offsets[i] .. offsets[i + 1] of the three columns below
+    minute.i4       minutes from ICU admission, ascending within a stay
+    concept.u1      index into ``concepts.NAMES``
+    value.f4        in the concept's unit
+    coverage.csv    what was read, kept and dropped, per concept
+    units.csv       every (concept, charted unit) pair and how it was converted
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from filelock import FileLock
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from datamodules.concepts import BY_NAME, CONCEPT, CONCEPTS, CONVERSIONS, NAMES, SPELLINGS
+from datamodules.tables import reading
+
+VERSION = 1  # raised whenever the extraction or the layout changes, so that old caches are not read
+CHUNK_ROWS = 6_000_000  # events sorted at a time: bounds memory to well under 2 GB
+
+# One row per ICU stay. All minutes count from ICU admission (negative = before it).
+STAYS: dict[str, pl.DataType] = {
+    "stay_id": pl.Int64(),
+    "patient_id": pl.String(),
+    "hospital_id": pl.String(),
+    "stay_number": pl.Int32(),  # 1 = the patient's first ICU stay
+    "age": pl.Float32(),  # years; "> 89" is 90
+    "sex": pl.Float32(),  # 1 male, 0 female, null unknown
+    "height": pl.Float32(),  # cm on admission, null where it is only charted later (then it is an event)
+    "weight": pl.Float32(),  # kg on admission, likewise
+    "unit": pl.String(),  # medical, surgical, cardiac, cardiac_surgery, neuro, mixed, other
+    "admit_minute": pl.Int32(),  # hospital admission, negative when it came before the ICU
+    "icu_minutes": pl.Int32(),  # length of the ICU stay
+    "discharge_minute": pl.Int32(),  # hospital discharge (or death)
+    "death_minute": pl.Int32(),  # death in hospital, null if the patient left alive
+    "hospital_death": pl.Boolean(),  # null = unknown
+    "icu_death": pl.Boolean(),  # null = unknown
+    "sepsis_minute": pl.Int32(),  # onset of sepsis where the publisher labels it, null = none or unlabelled
+}
+
+# What a source module yields, one lazy frame per raw table; ``unit`` is the charted unit (null = the concept's own).
+RAW_EVENTS: dict[str, pl.DataType] = {
+    "stay_id": pl.Int64(),
+    "minute": pl.Int32(),
+    "concept": CONCEPT,
+    "value": pl.Float64(),
+    "unit": pl.String(),
+}
+
+# One row per infusion interval; ``estimated`` = the charted unit or the weight had to be assumed.
+VASOPRESSORS: dict[str, pl.DataType] = {
+    "stay_id": pl.Int64(),
+    "start_minute": pl.Int32(),
+    "end_minute": pl.Int32(),
+    "drug": pl.String(),
+    "rate": pl.Float64(),  # in ``unit``
+    "unit": pl.String(),  # mcg/kg/min; vasopressin in units/h
+    "estimated": pl.Boolean(),
+}
+
+
+def conform(frame: pl.DataFrame, schema: dict[str, pl.DataType], what: str) -> pl.DataFrame:
+    """``frame`` with exactly the columns of ``schema``; a column that is absent becomes null, an unknown one is refused."""
+    extra = set(frame.columns) - set(schema)
+    if extra:
+        raise ValueError(f"{what}: unexpected column {', '.join(sorted(extra))}; expected {', '.join(schema)}")
+    absent = [pl.lit(None, dtype).alias(c) for c, dtype in schema.items() if c not in frame.columns]
+    return frame.with_columns(absent).select(pl.col(c).cast(dtype) for c, dtype in schema.items())
+
+
+def check_stays(stays: pl.DataFrame) -> pl.DataFrame:
+    """Refuse a stays table with a repeated or missing id."""
+    stays = conform(stays, STAYS, "stays")
+    if stays.is_empty():
+        raise ValueError("no ICU stay found: the stays table of the publisher has no row")
+    for column in ("stay_id", "patient_id"):
+        if stays[column].null_count():
+            raise ValueError(f"stays: {stays[column].null_count()} rows have no {column}; every stay needs one")
+    twice = stays.filter(pl.col("stay_id").is_duplicated())["stay_id"].unique().sort()
+    if len(twice):
+        raise ValueError(f"stays: stay_id must be unique, found {len(twice)} ids more than once, such as {twice[0]}; remove the duplicate rows")
+    return stays
+
+
+class Store:
+    """A prepared cohort, memory-mapped: opening it reads only ``stays.parquet``."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.stays = pl.read_parquet(folder / "stays.parquet")
+        self.offsets = np.fromfile(folder / "offsets.i8", np.int64)
+        self.minute = np.memmap(folder / "minute.i4", np.int32, "r")
+        self.concept = np.memmap(folder / "concept.u1", np.uint8, "r")
+        self.value = np.memmap(folder / "value.f4", np.float32, "r")
+
+    def __reduce__(self) -> tuple:
+        return Store, (self.folder,)  # a worker process maps the files again instead of receiving their content
+
+    def coverage(self) -> pl.DataFrame:
+        return pl.read_csv(self.folder / "coverage.csv")
+
+    def units(self) -> pl.DataFrame:
+        return pl.read_csv(self.folder / "units.csv", infer_schema_length=None)
+
+    def first_after(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
+        """For pairs of stay index and minute, both ``(S,)``: the row of that stay's first event at or after the minute.
+
+        One binary search for all pairs at once; it touches some 20 pages of the memory map per pair.
+        """
+        low, high = self.offsets[stay], self.offsets[stay + 1]
+        last = max(len(self.minute) - 1, 0)
+        while np.any(low < high):
+            middle = (low + high) // 2
+            before = (low < high) & (self.minute[np.minimum(middle, last)] < minute)
+            high = np.where((low < high) & ~before, middle, high)
+            low = np.where(before, middle + 1, low)
+        return low
+
+    def export(self, folder: Path) -> None:
+        """Write ``events.parquet`` (``stay_id, minute, concept, value``) into ``folder``, a piece at a time."""
+        ids = self.stays["stay_id"].to_numpy()
+        names = pl.Series(NAMES, dtype=CONCEPT)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".events-") as pieces:
+            cuts = _chunks(np.diff(self.offsets))
+            for number, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+                rows = slice(self.offsets[start], self.offsets[stop])
+                counts = np.diff(self.offsets[start : stop + 1])
+                frame = pl.DataFrame({"stay_id": np.repeat(ids[start:stop], counts), "minute": self.minute[rows]})
+                frame = frame.with_columns(names.gather(self.concept[rows].astype(np.uint32)).alias("concept"), pl.Series("value", self.value[rows]))
+                frame.write_parquet(Path(pieces) / f"{number:06d}.parquet")
+            pl.scan_parquet(f"{pieces}/*.parquet").sink_parquet(Path(pieces) / "events.tmp")
+            os.replace(Path(pieces) / "events.tmp", folder / "events.parquet")
+
+
+def fingerprint(files: list[Path], root: Path, config: dict) -> str:
+    """A key that changes with the raw files' names, sizes and times, the configuration and the layout of the store."""
+    facts = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
+    said = json.dumps([VERSION, NAMES, config, facts], sort_keys=True)
+    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+
+
+def build(
+    folder: Path,
+    stays: Callable[[], pl.DataFrame],
+    events: Callable[[pl.DataFrame], dict[str, pl.LazyFrame]],
+    root: Path,
+) -> Store:
+    """Open the store at ``folder``; write it first where it is not there yet.
+
+    Each raw table is streamed into its own parquet part, then stays are sorted a few million events at a time. Parts are
+    written to a temporary name and renamed, and so is the store, so a run that is killed leaves finished parts that the
+    next run takes up, and never a store that is incomplete. A lock lets one process build while others wait.
+
+    Args:
+        folder: where the store is to be.
+        stays: gives the table of schema ``STAYS``.
+        events: gives, from the stays, one lazy frame of schema ``RAW_EVENTS`` per raw table.
+        root: folder with the publisher's files, for messages.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = folder.with_name(folder.name + ".partial")
+            partial.mkdir(exist_ok=True)
+            table = check_stays(stays())
+            _extract(partial, table, events(table), root)
+            _assemble(partial, table)
+            shutil.rmtree(partial / "parts")
+            os.replace(partial, folder)
+    return Store(folder)
+
+
+def _extract(partial: Path, stays: pl.DataFrame, events: dict[str, pl.LazyFrame], root: Path) -> None:
+    (partial / "parts").mkdir(exist_ok=True)
+    index = stays.select("stay_id").with_row_index("stay").cast({"stay": pl.Int32}).lazy()
+    admission = [stays.select("stay_id", pl.lit(0, pl.Int32).alias("minute"), pl.lit(c, CONCEPT).alias("concept"), pl.col(c).cast(pl.Float64).alias("value"), pl.lit(None, pl.String).alias("unit")) for c in ("height", "weight")]
+    frames = {**events, "stays": pl.concat(admission).drop_nulls("value").lazy()}
+    with progress() as bar:
+        for number, (name, frame) in enumerate(frames.items(), 1):
+            done = partial / "parts" / f"{name.replace('/', '.')}.parquet"
+            task = bar.add_task(f"[{number}/{len(frames)}] {name}", total=1)
+            if not done.exists():
+                kept = frame.join(index, on="stay_id").select("stay", "minute", "concept", pl.col("value").cast(pl.Float32), pl.col("unit").replace("", None).cast(pl.Categorical))
+                unfinished = done.with_suffix(".tmp")
+                with reading(root, name):
+                    kept.sink_parquet(unfinished, compression="lz4", row_group_size=500_000, engine="streaming")
+                os.replace(unfinished, done)
+            bar.update(task, completed=1)
+
+
+def _assemble(partial: Path, stays: pl.DataFrame) -> None:
+    files = sorted((partial / "parts").glob("*.parquet"))
+    parts = pl.concat([pl.scan_parquet(f).with_columns(pl.col("unit").cast(pl.String)) for f in files])
+    pairs = parts.group_by("concept", "unit").len("rows").collect(engine="streaming").sort("concept", "unit")
+    units = _conversions(pairs)
+    per_stay = np.zeros(len(stays), np.int64)
+    counted = parts.group_by("stay").len().collect(engine="streaming")
+    per_stay[counted["stay"].to_numpy()] = counted["len"].to_numpy()
+    bounds = _chunks(per_stay)
+    low = pl.Series([c.low for c in CONCEPTS], dtype=pl.Float32)
+    high = pl.Series([c.high for c in CONCEPTS], dtype=pl.Float32)
+    limits = pl.DataFrame({"concept": pl.Series(NAMES, dtype=CONCEPT), "low": low, "high": high})
+    factors = units.select("concept", "unit", "factor", "offset").cast({"factor": pl.Float32, "offset": pl.Float32})
+    kept_per_stay = np.zeros(len(stays), np.int64)
+    tallies = []
+    out = {name: (partial / name).open("wb") for name in ("minute.i4", "concept.u1", "value.f4")}
+    try:
+        with progress() as bar:
+            task = bar.add_task("sorting events by stay", total=len(bounds) - 1)
+            for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+                chunk = parts.filter(pl.col("stay").is_between(start, stop, closed="left")).collect(engine="streaming")
+                chunk = (
+                    chunk.join(factors, on=["concept", "unit"], how="left", nulls_equal=True)
+                    .join(limits, on="concept")
+                    .with_columns(value=pl.col("value") * pl.col("factor") + pl.col("offset"))
+                    # FiO2 is charted as a percentage or as a fraction, often without a unit (mimic-code bg.sql)
+                    .with_columns(value=pl.when((pl.col("concept") == "fio2") & pl.col("value").is_between(0.2, 1)).then(pl.col("value") * 100).otherwise("value"))
+                    .with_columns(
+                        state=pl.when(pl.col("factor").is_null())
+                        .then(pl.lit("unmapped unit"))
+                        .when(pl.col("value").is_null() | ~pl.col("value").is_finite())
+                        .then(pl.lit("not a number"))
+                        .when(~pl.col("value").is_between("low", "high"))
+                        .then(pl.lit("out of range"))
+                        .otherwise(pl.lit("kept"))
+                    )
+                )
+                good = chunk.filter(pl.col("state") == "kept").select("stay", "minute", "concept", "value")
+                once = good.unique().sort("stay", "minute", "concept", "value")
+                tallies.append(chunk.group_by("concept", "state").len("rows"))
+                tallies.append(_tally(once.group_by("concept").agg(rows=pl.len()), "events"))
+                tallies.append(_tally(once.group_by("concept").agg(rows=pl.col("stay").n_unique()), "stays"))
+                once["minute"].to_numpy().astype(np.int32, copy=False).tofile(out["minute.i4"])
+                once["concept"].to_physical().to_numpy().astype(np.uint8).tofile(out["concept.u1"])
+                once["value"].to_numpy().astype(np.float32, copy=False).tofile(out["value.f4"])
+                kept_per_stay[: len(stays)] += np.bincount(once["stay"].to_numpy(), minlength=len(stays))
+                bar.advance(task)
+    finally:
+        for file in out.values():
+            file.close()
+    if not kept_per_stay.sum():
+        raise ValueError("no event found in any stay: expected rows of known items with a time inside a stay")
+    np.concatenate([[0], np.cumsum(kept_per_stay)]).astype(np.int64).tofile(partial / "offsets.i8")
+    coverage(pl.concat(tallies), len(stays)).write_csv(partial / "coverage.csv")
+    units.write_csv(partial / "units.csv")
+    stays.write_parquet(partial / "stays.parquet")
+
+
+def _tally(frame: pl.DataFrame, state: str) -> pl.DataFrame:
+    return frame.select("concept", pl.lit(state).alias("state"), pl.col("rows").cast(pl.get_index_type()))
+
+
+def coverage(tallies: pl.DataFrame, stays: int) -> pl.DataFrame:
+    """Per concept: rows read and kept, share of stays with a value, rows dropped and why."""
+    counted = tallies.group_by("concept", "state").agg(pl.col("rows").sum())
+    states = ["kept", "unmapped unit", "not a number", "out of range", "events", "stays"]
+    wide = counted.pivot("state", on_columns=states, index="concept", values="rows").fill_null(0)
+    return wide.sort("concept").select(
+        pl.col("concept").cast(pl.String),
+        pl.col("concept").cast(pl.String).replace_strict({c.name: c.unit for c in CONCEPTS}).alias("unit"),
+        rows=pl.sum_horizontal("kept", "unmapped unit", "not a number", "out of range"),
+        events="events",
+        stays="stays",
+        stays_percent=(100 * pl.col("stays") / stays).round(1),
+        duplicate=pl.col("kept") - pl.col("events"),
+        unmapped_unit="unmapped unit",
+        not_a_number="not a number",
+        out_of_range="out of range",
+    )
+
+
+def _conversions(pairs: pl.DataFrame) -> pl.DataFrame:
+    """Add ``factor`` and ``offset`` to the distinct (concept, unit) pairs; null where the unit is not known."""
+
+    def factor(concept: str, unit: str | None) -> tuple[float | None, float | None]:
+        said = "" if unit is None else "".join(unit.lower().split())
+        own = BY_NAME[concept].unit
+        if not said or said == own.lower().replace(" ", "") or said in SPELLINGS.get(own, ()):
+            return 1.0, 0.0
+        return CONVERSIONS.get((concept, said), (None, None))
+
+    found = [factor(c, u) for c, u in pairs.select("concept", "unit").iter_rows()]
+    schema = {"factor": pl.Float64, "offset": pl.Float64}
+    return pairs.hstack(pl.DataFrame(found, schema=schema, orient="row"))
+
+
+def _chunks(per_stay: np.ndarray) -> list[int]:
+    """Stay indices at which to cut so that each piece has about ``CHUNK_ROWS`` events."""
+    piece = np.cumsum(per_stay) // CHUNK_ROWS
+    return [0, *(np.flatnonzero(np.diff(piece)) + 1).tolist(), len(per_stay)]
+
+
+def progress() -> Progress:
+    """The one kind of progress bar: a line per step with the time it took."""
+    from rich.console import Console
+
+    return Progress(SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True))

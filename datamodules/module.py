@@ -1,0 +1,393 @@
+"""The LightningDataModules: one class a hospital system, one base that does everything else."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import numpy as np
+import polars as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datamodules import tables
+from datamodules.batch import Batch, Grid, Spec, Triplets
+from datamodules.cohort import Store, build, fingerprint
+from datamodules.concepts import BY_NAME, CONCEPTS, NAMES
+from datamodules.tasks import OUTCOMES, STATICS, Task, TaskName, check_statics
+
+Split = Literal["train", "val", "test", "all"]
+View = Literal["grid", "triplets"]
+CARE_UNITS = ("medical", "surgical", "cardiac", "cardiac_surgery", "neuro", "mixed", "other")
+CLIP = 5.0  # standardised values are clipped to +-CLIP: raw records keep errors such as pH 100
+CARRY = 24  # hours before the window from which values are carried into it
+FIT_SAMPLES = 8192  # training samples from which the scaler is fitted
+
+
+class ICUDataModule(lightning.LightningDataModule):
+    """Batches of one hospital system for one task.
+
+    The raw files are extracted once into a store in ``cache`` and memory-mapped afterwards; splits are by patient and
+    depend on nothing but ``seed`` and the patient's id.
+
+    Args:
+        root: Folder with the publisher's files.
+        task: What is predicted: death before hospital discharge, death within the next 24 hours, or onset of sepsis.
+        hours: Hours from ICU admission to the (first) prediction.
+        window: Hours of history that a model sees; default: the same as ``hours`` (24 for predictions every hour).
+        rolling: With mortality_24h, predict every hour from ``hours`` on instead of once.
+        min_age: Youngest age in years.
+        first_stay: Keep only each patient's first ICU stay.
+        treatment: Let models see treatment and its response (infusion rates, ventilation, FiO2, urine); false removes
+            these variables, to measure what they are worth.
+        statics: Features known at admission: any of age, sex, unit, admit_minute.
+        split_by: Keep the patients ("patient") or whole hospitals ("hospital") of train, val and test apart.
+        seed: Seed of the split and of the order of training batches.
+        batch_size: Samples per batch.
+        num_workers: Processes that build batches; 0 builds them in the training process.
+        cache: Folder for extracted stores; default: $EHR_CACHE or .cache in the current folder.
+    """
+
+    name = ""
+    raw_tables: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        root: str,
+        task: TaskName = "mortality_hospital",
+        hours: int = 24,
+        window: int | None = None,
+        rolling: bool = False,
+        min_age: float = 18,
+        first_stay: bool = True,
+        treatment: bool = True,
+        statics: list[str] | None = None,
+        split_by: Literal["patient", "hospital"] = "patient",
+        seed: int = 0,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        cache: str | None = None,
+    ):
+        super().__init__()
+        self.root = Path(root)
+        hourly = rolling or task == "sepsis_onset"
+        self.task = Task(task, hours, (24 if hourly else hours) if window is None else window, rolling)
+        self.min_age, self.first_stay, self.treatment = min_age, first_stay, treatment
+        self.statics = list(STATICS if statics is None else statics)
+        check_statics(self.statics)
+        self.split_by, self.seed = split_by, seed
+        if batch_size < 1:
+            raise ValueError(f"--data.batch_size must be at least 1, found {batch_size}")
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.cache = Path(cache or os.environ.get("EHR_CACHE", ".cache"))
+        self.view: View = "grid"
+        self.labelled = True  # False: prediction on new patients, whose outcome is unknown
+        self.evaluation_split: Split = "test"
+        self.spec: Spec | None = None
+        self.store: Store | None = None
+
+    # ---- what a hospital system defines -------------------------------------------------------------------------------
+
+    def raw_files(self) -> list[Path]:
+        """The files that the store is extracted from; raises FileNotFoundError where one that is needed is absent."""
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"no folder {self.root}: expected the files of {self.name}; set --data.root")
+        found = [path for table in self.raw_tables if (path := tables.find(self.root, table))]
+        if not found:
+            raise FileNotFoundError(f"no {self.name} tables in {self.root}: expected {self.raw_tables[0]}.csv.gz (or .csv, .parquet); set --data.root")
+        return found
+
+    def stays(self) -> pl.DataFrame:
+        """The table of schema ``cohort.STAYS``."""
+        raise NotImplementedError
+
+    def events(self, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
+        """Raw table -> lazy frame of schema ``cohort.RAW_EVENTS``."""
+        raise NotImplementedError
+
+    def extraction(self) -> dict[str, Any]:
+        """Arguments that change what is extracted; they are part of the store's key."""
+        return {}
+
+    def splits(self, stays: pl.DataFrame) -> pl.Series:
+        """"train", "val" or "test" per row of ``stays``: 70, 15 and 15 of 100, by a hash of seed and patient (or hospital)."""
+        group = "patient_id" if self.split_by == "patient" else "hospital_id"
+        if self.split_by == "hospital" and stays["hospital_id"].n_unique() < 10:
+            raise ValueError(f"--data.split_by hospital needs at least 10 hospitals, found {stays['hospital_id'].n_unique()} in {self.root}; use patient")
+        ids = stays[group].unique()
+        split = [_split_of(f"{self.seed}:{i}") for i in ids]
+        return stays.select(pl.col(group).replace_strict(ids, pl.Series(split, dtype=pl.String)))[group]
+
+    # ---- Lightning's hooks --------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        self.open()
+
+    def open(self) -> Store:
+        """The store, extracted first where the cache does not hold it."""
+        if self.store is None:
+            key = fingerprint(self.raw_files(), self.root, {"name": self.name, **self.extraction()})
+            self.store = build(self.cache / f"{self.name}-{key}", self.stays, self.events, self.root)
+        return self.store
+
+    def setup(self, stage: str | None = None) -> None:
+        if getattr(self, "samples", None) is not None:
+            return
+        store = self.open()
+        if self.labelled:
+            self.task.check_labels(store.stays)
+        kept, self.attrition = self.cohort()
+        included = store.stays.with_row_index("stay").cast({"stay": pl.Int64}).filter(kept)
+        if included.is_empty():
+            last = self.attrition.row(-1, named=True)
+            raise ValueError(f"no stay of {self.root} is left after the rule {last['rule']!r}; `ehr prepare` shows each rule, --data.hours, --data.min_age and --data.first_stay change them")
+        samples = self.task.samples(included)
+        samples = samples.join(included.select("stay", "stay_id", "patient_id", split=self.splits(included)), on="stay", maintain_order="left")
+        self.samples = samples.filter(pl.col("target").is_not_null()) if self.labelled else samples
+        self._stay, self._minute = self.samples["stay"].to_numpy(), self.samples["minute"].to_numpy().astype(np.int64)
+        self._target = self.samples["target"].cast(pl.Float32).fill_null(float("nan")).to_numpy()
+        if self.spec is None:
+            self._use(self._fit())
+        assert self.spec is not None
+        self._static = self._statics(store.stays, self.spec)
+
+    def cohort(self) -> tuple[pl.Series, pl.DataFrame]:
+        """Which stays are included, and the attrition table: stays, patients and deaths after each rule."""
+        store = self.open()
+        stays = store.stays
+        kept = pl.Series(np.ones(len(stays), bool))
+        rows = [("all ICU stays", kept)]
+        for sentence, rule in self.task.rules(self.min_age, self.first_stay, self.labelled):
+            kept = kept & stays.select(rule.fill_null(False)).to_series()
+            rows.append((sentence, kept))
+        every = np.arange(len(stays))
+        start = np.full(len(stays), (self.task.hours - self.task.window) * 60)
+        first, last = store.first_after(every, start), store.first_after(every, np.full(len(stays), self.task.hours * 60))
+        kept = kept & pl.Series(last > first)
+        rows.append(("any value in the window before the (first) prediction", kept))
+        table = [
+            (sentence, int(k.sum()), stays.filter(k)["patient_id"].n_unique(), int(stays.filter(k)["hospital_death"].sum() or 0), int(stays.filter(k)["sepsis_minute"].is_not_null().sum()))
+            for sentence, k in rows
+        ]
+        return kept, pl.DataFrame(table, schema=["rule", "stays", "patients", "hospital_deaths", "labelled_sepsis"], orient="row")
+
+    def adopt(self, spec: Spec) -> None:
+        """Use a trained model's task, variables and scaler, so that nothing of these data is fitted."""
+        self.task = Task(**spec.task)
+        self._use(spec)
+        self.samples = None  # type: ignore[assignment]
+
+    def _use(self, spec: Spec) -> None:
+        self.spec = spec
+        position = {name: i for i, name in enumerate(spec.variables)}
+        self._variable = np.array([position.get(name, -1) for name in NAMES])  # concept code -> last axis, or -1
+        self._is_rate = np.array([BY_NAME[n].hourly == "rate" for n in spec.variables])
+        self._is_sum = np.array([BY_NAME[n].hourly == "sum" for n in spec.variables])
+
+    def split_hash(self) -> str:
+        """Changes when any patient changes split."""
+        pairs = self.samples.select("patient_id", "split").unique().sort("patient_id")
+        said = "\n".join(f"{p} {s}" for p, s in pairs.iter_rows())
+        return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+
+    def rows(self, split: Split) -> np.ndarray:
+        """Row numbers of ``samples`` in a split."""
+        if split not in ("train", "val", "test", "all"):
+            raise ValueError(f"--data.split {split} is not known; choose train, val, test or all")
+        return np.arange(len(self.samples)) if split == "all" else np.flatnonzero((self.samples["split"] == split).to_numpy())
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._loader(self.evaluation_split)
+
+    def _loader(self, split: Split, shuffle: bool = False) -> DataLoader:
+        rows = self.rows(split)
+        if not len(rows):
+            raise ValueError(f"no sample in split {split!r} of {self.root}; choose another --data.split (all takes every stay)")
+        batches = Batches(rows, self.batch_size, self.seed if shuffle else None)
+        return DataLoader(
+            Samples(self), sampler=batches, batch_size=None, num_workers=self.num_workers, persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available()
+        )
+
+    # ---- batches ------------------------------------------------------------------------------------------------------
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The samples ``rows`` as one batch of the view that the model asks for."""
+        assert self.spec is not None
+        stay, minute = self._stay[rows], self._minute[rows]
+        static = torch.from_numpy(self._static[stay])
+        target, index = torch.from_numpy(self._target[rows]), torch.from_numpy(rows)
+        center, scale = np.float32(self.spec.center), np.float32(self.spec.scale)
+        if self.view == "grid":
+            value, mask, since = self._grid(stay, minute)
+            standard = np.clip((value - center) / scale, -CLIP, CLIP)
+            seen_yet = (since < self.spec.hours + CARRY) | self._is_rate
+            standard *= seen_yet
+            since = np.minimum(since / self.spec.hours, 1)
+            return Grid(static, *(torch.from_numpy(a.astype(np.float32)) for a in (standard, mask, since)), target, index)
+        owner, time, variable, value = self._events(stay, minute, carry=0)
+        length = np.bincount(owner, minlength=len(stay))
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)
+        shape = (len(stay), max(int(length.max(initial=0)), 1))
+        padded = [np.zeros(shape, dtype) for dtype in (np.float32, np.int64, np.float32)]
+        padded[0][owner, place] = 2 * time / (60 * self.spec.hours) - 1
+        padded[1][owner, place] = variable + 1
+        padded[2][owner, place] = np.clip((value - center[variable]) / scale[variable], -CLIP, CLIP)
+        return Triplets(static, *(torch.from_numpy(a) for a in padded), torch.from_numpy(length), target, index)
+
+    def _events(self, stay: np.ndarray, minute: np.ndarray, carry: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Events of each sample from ``carry`` hours before its window up to, not including, its prediction time.
+
+        Returns:
+            owner (position of the sample in ``stay``), minutes since the start (window and carry), variable, value.
+        """
+        store = self.store
+        assert store is not None and self.spec is not None
+        start = minute - 60 * (self.spec.hours + carry)
+        low, high = store.first_after(stay, start), store.first_after(stay, minute)
+        count = high - low
+        owner = np.repeat(np.arange(len(stay)), count)
+        row = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + low[owner]
+        variable = self._variable[store.concept[row]]
+        known = variable >= 0
+        owner, row, variable = owner[known], row[known], variable[known]
+        return owner, store.minute[row] - start[owner], variable, store.value[row]
+
+    def _grid(self, stay: np.ndarray, minute: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Hourly values in their units, mask, and hours since last charted; each (B, T, F).
+
+        Values of one hour are averaged, volumes summed. A rate is a step function: each of its events changes it by some
+        amount, which counts for the rest of that hour and fully for every later one, so that two scattered sums and one
+        running sum give the time-weighted mean of every hour.
+        """
+        assert self.spec is not None
+        hours, width = self.spec.hours + CARRY, len(self.spec.variables)
+        owner, time, variable, value = self._events(stay, minute, CARRY)
+        shape = (len(stay), hours, width)
+        hour = time // 60
+        cell = (owner * hours + hour) * width + variable
+        count = np.bincount(cell, minlength=np.prod(shape)).reshape(shape)
+        total = np.bincount(cell, value, minlength=np.prod(shape)).reshape(shape)
+        mean = total / np.maximum(np.where(self._is_sum, count > 0, count), 1)
+        rate = self._is_rate[variable]
+        if rate.any():
+            mean = np.where(self._is_rate, self._rates(owner[rate], time[rate], variable[rate], value[rate], shape), mean)
+        last = np.maximum.accumulate(np.where(count > 0, np.arange(hours)[:, None], -1), axis=1)
+        carried = np.take_along_axis(mean, np.maximum(last, 0), axis=1)
+        carried = np.where(self._is_rate, mean, carried)
+        since = np.where(last < 0, hours, np.arange(hours)[:, None] - last)
+        return carried[:, CARRY:], (count > 0)[:, CARRY:], since[:, CARRY:]
+
+    @staticmethod
+    def _rates(owner: np.ndarray, time: np.ndarray, variable: np.ndarray, value: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+        batch, hours, width = shape
+        order = np.lexsort((time, variable, owner))
+        owner, time, variable, value = owner[order], time[order], variable[order], value[order]
+        same = np.zeros(len(owner), bool)
+        same[1:] = (owner[1:] == owner[:-1]) & (variable[1:] == variable[:-1])
+        change = value - np.where(same, np.roll(value, 1), 0)
+        hour, rest = time // 60, 1 - (time % 60) / 60
+        steps = np.zeros((batch, hours + 1, width))
+        np.add.at(steps, (owner, hour, variable), change * rest)
+        np.add.at(steps, (owner, hour + 1, variable), change * (1 - rest))
+        return np.maximum(np.cumsum(steps[:, :-1], axis=1), 0)
+
+    # ---- scaler and statics -------------------------------------------------------------------------------------------
+
+    def _fit(self) -> Spec:
+        """Choose the variables and fit the scaler, both on samples of the training split only."""
+        assert self.store is not None
+        rows = self.rows("train")
+        if not len(rows):
+            raise ValueError(f"no stay in the training split of {self.root}: {len(self.samples)} samples in all; give more stays")
+        rng = np.random.default_rng(self.seed)
+        rows = np.sort(rng.choice(rows, FIT_SAMPLES, replace=False)) if len(rows) > FIT_SAMPLES else rows
+        allowed = [c for c in CONCEPTS if self.treatment or not c.treatment]
+        self._use(Spec([c.name for c in allowed], [], [], [], [], [], [], asdict(self.task)))
+        moments = np.zeros((3, len(allowed)))
+        for piece in np.array_split(rows, max(len(rows) // 256, 1)):
+            value, mask, _ = self._grid(self._stay[piece], self._minute[piece])
+            moments += [mask.sum((0, 1)), (value * mask).sum((0, 1)), (value**2 * mask).sum((0, 1))]
+        count, first, second = moments
+        seen = count > 0
+        if not seen.any():
+            raise ValueError(f"no value of any known variable in the training windows of {self.root}")
+        names = [c.name for c, s in zip(allowed, seen, strict=True) if s]
+        center = first[seen] / count[seen]
+        scale = np.sqrt(np.maximum(second[seen] / count[seen] - center**2, 0))
+        rate = np.array([BY_NAME[n].hourly == "rate" for n in names])
+        scale = np.where(rate, np.sqrt(second[seen] / count[seen]), scale)  # a rate keeps 0 at 0: off
+        center, scale = np.where(rate, 0, center), np.where(scale > 1e-6, scale, 1)
+        static_names, raw = self._static_columns(self.store.stays, self.statics)
+        mine = raw[np.unique(self._stay[self.rows("train")])]
+        static_center = np.nan_to_num(np.nanmean(np.where(np.isnan(mine).all(0), 0, mine), 0))
+        static_scale = np.nanstd(np.where(np.isnan(mine).all(0), 0, mine), 0)
+        onehot = np.array(["=" in n for n in static_names], bool)
+        static_center = np.where(onehot, 0, static_center)
+        static_scale = np.where(onehot | ~(static_scale > 1e-6), 1, static_scale)
+        units = [BY_NAME[n].unit for n in names]
+        return Spec(names, units, static_names, center.tolist(), scale.tolist(), static_center.tolist(), static_scale.tolist(), asdict(self.task))
+
+    @staticmethod
+    def _static_columns(stays: pl.DataFrame, statics: list[str]) -> tuple[list[str], np.ndarray]:
+        """Names and raw values (stays, S); ``unit`` becomes one column per kind of unit."""
+        assert not set(statics) & set(OUTCOMES)
+        names = [n for s in statics for n in ([f"unit={u}" for u in CARE_UNITS] if s == "unit" else [s])]
+        columns = [(pl.col("unit") == n[5:]).cast(pl.Float32) if n.startswith("unit=") else pl.col(n).cast(pl.Float32) for n in names]
+        values = stays.select(c.alias(n) for c, n in zip(columns, names, strict=True)).fill_null(float("nan")).to_numpy()
+        return names, values.reshape(len(stays), len(names))
+
+    def _statics(self, stays: pl.DataFrame, spec: Spec) -> np.ndarray:
+        wanted = [s for s in STATICS if s in spec.statics or any(n.startswith(f"{s}=") for n in spec.statics)]
+        names, raw = self._static_columns(stays, wanted)
+        raw = raw[:, [names.index(n) for n in spec.statics]]
+        standard = (raw - np.float32(spec.static_center)) / np.float32(spec.static_scale)
+        return np.nan_to_num(np.clip(standard, -CLIP, CLIP)).astype(np.float32)  # unknown = the mean
+
+
+class Samples(Dataset):
+    """Indexed by an array of rows, it gives the whole batch at once: nothing is done per row in Python."""
+
+    def __init__(self, module: ICUDataModule):
+        self.module = module
+
+    def __getitem__(self, rows: np.ndarray) -> Batch:
+        return self.module.batch(rows)
+
+    def __len__(self) -> int:
+        return len(self.module.samples)
+
+
+class Batches(Sampler):
+    """Rows in batches: in order, or shuffled by (seed, epoch) so that an epoch can be repeated after a restart."""
+
+    def __init__(self, rows: np.ndarray, size: int, seed: int | None):
+        self.data, self.size, self.seed, self.epoch = rows, size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:  # called by Lightning before every epoch
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.size)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        rows = self.data
+        if self.seed is not None:
+            rows = np.random.default_rng((self.seed, self.epoch)).permutation(rows)
+        return (rows[i : i + self.size] for i in range(0, len(rows), self.size))
+
+
+def _split_of(key: str) -> str:
+    part = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+    return "train" if part < 0.70 else "val" if part < 0.85 else "test"

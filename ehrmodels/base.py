@@ -1,0 +1,103 @@
+"""The LightningModule that every model inherits: loss, validation metrics, optimiser, schedule, what a checkpoint carries."""
+
+import math
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
+
+from datamodules.batch import Batch, Spec, unlabelled
+
+
+class ICUModule(lightning.LightningModule):
+    """Base of all models. A subclass sets ``view``, creates its layers in ``build`` and returns logits from ``forward``.
+
+    The loss is cross-entropy with positives weighted by N_neg / N_pos of the training split. That weight multiplies the
+    odds which the network learns, so its logarithm is taken off every logit again: probabilities stay calibrated.
+
+    Args:
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Weight decay of AdamW; biases and normalisation are exempt.
+        warmup: Share of all steps over which the learning rate rises; it falls along a cosine afterwards.
+        pos_weight: Weight of a positive sample; default: N_neg / N_pos of the training split.
+    """
+
+    view: Literal["grid", "triplets"]
+
+    def __init__(self, learning_rate: float, weight_decay: float, warmup: float, pos_weight: float | None):
+        super().__init__()
+        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay), ("warmup", warmup)):
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"--model.{name} must be a finite number of at least 0, found {value}")
+        self.learning_rate, self.weight_decay, self.warmup, self.pos_weight = learning_rate, weight_decay, warmup, pos_weight
+        self.facts: dict[str, Any] = {}  # what ``experiments`` wants every checkpoint to carry: data, split, threshold
+        self.auroc, self.auprc = BinaryAUROC(), BinaryAveragePrecision()
+
+    def build(self, spec: Spec) -> None:
+        """Create the layers for the variables, static features and hours of ``spec``."""
+        raise NotImplementedError
+
+    def start(self, spec: Spec, pos_weight: float) -> None:
+        """Build for ``spec``; ``pos_weight`` is used unless the user named one."""
+        self.spec = spec
+        if self.pos_weight is None:
+            self.pos_weight = pos_weight
+        self.build(spec)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        loss = self._loss(batch)[0]
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.target))
+        return loss
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        loss, logit, target = self._loss(batch)
+        self.log("val_loss", loss, on_step=False, on_epoch=True, batch_size=len(target))
+        self.auroc.update(logit, target.long())
+        self.auprc.update(logit, target.long())
+
+    def on_validation_epoch_end(self) -> None:
+        target = torch.cat(list(self.auroc.target)) if self.auroc.target else torch.zeros(0)
+        both = bool(target.any()) and not bool(target.all())
+        auroc = self.auroc.compute() if both else torch.tensor(0.5)  # one class only: no ranking to judge
+        auprc = self.auprc.compute() if both else target.float().mean().nan_to_num()
+        self.log_dict({"val_auroc": auroc, "val_auprc": auprc, "val_auroc_auprc": auroc + auprc})
+        self.auroc.reset()
+        self.auprc.reset()
+
+    def predict_step(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
+        """Row numbers of the samples and their calibrated probabilities, each (B,)."""
+        return batch.row, torch.sigmoid(self(batch).double() - math.log(self.pos_weight or 1.0))
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        logit = self(batch)
+        known = ~unlabelled(batch.target)
+        logit, target = logit[known].float(), batch.target[known]
+        weight = torch.tensor(self.pos_weight or 1.0, device=logit.device)
+        return nn.functional.binary_cross_entropy_with_logits(logit, target, pos_weight=weight), logit.detach(), target
+
+    def configure_optimizers(self) -> Any:
+        exempt = [p for p in self.parameters() if p.requires_grad and (p.ndim < 2 or getattr(p, "_no_weight_decay", False))]
+        ids = {id(p) for p in exempt}
+        decayed = [p for p in self.parameters() if p.requires_grad and id(p) not in ids]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        rise = max(int(self.warmup * total), 1)
+
+        def factor(step: int) -> float:
+            if step < rise:
+                return (step + 1) / rise
+            return 0.5 * (1 + math.cos(math.pi * min((step - rise) / max(total - rise, 1), 1)))
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["ehr"] = {
+            "model": type(self).__name__,
+            "arguments": dict(self.hparams),
+            "spec": self.spec._asdict(),
+            "pos_weight": float(self.pos_weight or 1.0),
+            **self.facts,
+        }

@@ -1,0 +1,395 @@
+"""SOFA: every rule on a table small enough to check by hand, with its source, and the counts of the open demos.
+
+[1] is Vincent 1996 (doi:10.1007/BF01709751), [2] mimic-code (the SQL file is named), [3] Bennett 2023 (doi:10.1093/gigascience/giad041).
+"""
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from datamodules import eicu, eicu_sepsis, eicu_sofa, mimiciv, mimiciv_sepsis, mimiciv_sofa
+from datamodules import sofa as s
+
+DEMO = Path(__file__).parents[2] / "shared/data"
+SPAN = pl.LazyFrame({"stay_id": [1], "first_minute": [5], "first_end": [60], "last_hour": [30]})
+
+
+def records(*rows: tuple[int, float]) -> pl.LazyFrame:
+    return pl.LazyFrame(
+        [(1, minute, value) for minute, value in rows], schema={"stay_id": int, "minute": int, "value": float}, orient="row"
+    )
+
+
+def pressors(*rows: tuple[int, int, str, float | None]) -> pl.LazyFrame:
+    schema = {"stay_id": pl.Int64, "start_minute": pl.Int64, "end_minute": pl.Int64, "drug": pl.String, "rate": pl.Float64}
+    return pl.LazyFrame([(1, *row) for row in rows], schema=schema, orient="row")
+
+
+def inputs(spans: pl.LazyFrame = SPAN, **frames: pl.LazyFrame) -> s.Inputs:
+    gases = pl.LazyFrame(schema={"stay_id": pl.Int64, "minute": pl.Int64, "pao2": pl.Float64, "fio2": pl.Float64})
+    ventilation = pl.LazyFrame(schema={"stay_id": pl.Int64, "start_minute": pl.Int64, "end_minute": pl.Int64})
+    single = ("fio2", "platelets", "bilirubin", "mean_bp", "gcs", "creatinine", "urine")
+    empty = {name: records() for name in single} | {"gases": gases, "ventilation": ventilation, "pressors": pressors(), "spans": spans}
+    return empty | frames  # type: ignore[return-value]
+
+
+def test_grid_has_the_day_before() -> None:
+    """[2] icustay_hourly.sql: hours -24 to the last; hour 0 ends at the first whole hour."""
+    grid = s.hour_grid(SPAN).collect()
+    assert grid["hour"].to_list() == list(range(-24, 31))
+    assert grid.filter(pl.col("hour").is_in([-24, 0, 30]))["end_minute"].to_list() == [60 - 24 * 60, 60, 60 + 30 * 60]
+
+
+def test_record_on_the_stroke_belongs_to_the_hour_that_ends() -> None:
+    """[2] sofa.sql: an hour is (end - 1 h, end]."""
+    found = s.worst(records((0, 1.0), (1, 2.0), (60, 3.0), (61, 4.0)), SPAN, low=pl.col("value").min(), n=pl.len())
+    assert found.sort("hour").collect().rows() == [(1, -1, 1.0, 1), (1, 0, 2.0, 2), (1, 1, 4.0, 1)]
+
+
+THRESHOLDS = {  # [1], with the inequalities of [2] sofa.sql
+    "platelets": ("coagulation", [(150, 0), (149.9, 1), (100, 1), (99, 2), (50, 2), (49, 3), (20, 3), (19, 4)]),
+    "bilirubin": ("liver", [(1.1, 0), (1.2, 1), (1.9, 1), (2.0, 2), (5.9, 2), (6.0, 3), (11.9, 3), (12.0, 4)]),
+    "creatinine": ("renal", [(1.1, 0), (1.2, 1), (1.9, 1), (2.0, 2), (3.4, 2), (3.5, 3), (4.9, 3), (5.0, 4)]),
+    "urine": ("renal", [(500, 0), (499, 3), (200, 3), (199, 4)]),
+    "gcs": ("cns", [(15, 0), (14, 1), (13, 1), (12, 2), (10, 2), (9, 3), (6, 3), (5, 4), (3, 4)]),
+    "ratio_ventilated": ("respiration", [(400, 0), (399, 1), (300, 1), (299, 2), (200, 2), (199, 3), (100, 3), (99, 4)]),
+    "ratio_spontaneous": ("respiration", [(400, 0), (399, 1), (300, 1), (299, 2), (99, 2)]),
+    "mean_bp": ("cardiovascular", [(70, 0), (69.9, 1), (30, 1)]),
+    "dobutamine": ("cardiovascular", [(0, 0), (0.1, 2), (40, 2)]),
+    "dopamine": ("cardiovascular", [(0, 0), (0.1, 2), (5, 2), (5.1, 3), (15, 3), (15.1, 4)]),
+    "epinephrine": ("cardiovascular", [(0, 0), (0.01, 3), (0.1, 3), (0.11, 4)]),
+    "norepinephrine": ("cardiovascular", [(0, 0), (0.01, 3), (0.1, 3), (0.11, 4)]),
+}
+
+
+@pytest.mark.parametrize("measure", THRESHOLDS)
+def test_thresholds(measure: str) -> None:
+    """Each side of every limit; all other organs score 0 where nothing was measured."""
+    component, cases = THRESHOLDS[measure]
+    hours = pl.LazyFrame({name: [None] * len(cases) for name in THRESHOLDS}, schema=dict.fromkeys(THRESHOLDS, pl.Float64))
+    found = s.score(hours.with_columns(pl.Series(measure, [float(value) for value, _ in cases]))).collect()
+    assert found[component].to_list() == [points for _, points in cases]
+    assert found.drop(component).sum_horizontal().to_list() == [0] * len(cases)
+
+
+def test_the_worst_source_counts() -> None:
+    """[2] sofa.sql: pressure and drugs, creatinine and urine, ventilated and spontaneous gases."""
+    values = {
+        "mean_bp": 60,
+        "dobutamine": 3,
+        "norepinephrine": 0.05,
+        "creatinine": 2.5,
+        "urine": 150,
+        "ratio_ventilated": 350,
+        "ratio_spontaneous": 250,
+    }
+    hours = pl.LazyFrame({name: pl.Series([values.get(name)], dtype=pl.Float64) for name in THRESHOLDS})
+    assert s.score(hours).select("respiration", "cardiovascular", "renal").collect().row(0) == (2, 3, 4)
+
+
+def gas(minute: int, pao2: float = 80, fio2: float | None = None) -> pl.LazyFrame:
+    return pl.LazyFrame({"stay_id": [1], "minute": [minute], "pao2": [pao2], "fio2": pl.Series([fio2], dtype=pl.Float64)})
+
+
+def test_fio2_is_the_specimens_or_charted_within_4_hours() -> None:
+    """[2] bg.sql: the specimen's own FiO2, else the last charted one, at most 4 hours old and not from the future."""
+    charted = records((0, 50.0), (100, 40.0), (400, 80.0))
+    nothing = inputs()["ventilation"]
+
+    def ratio(minute: int, fio2: float | None = None, missing: float | None = None) -> list[float]:
+        return s.oxygenation(gas(minute, 80, fio2), charted, nothing, missing).collect()["ratio"].to_list()
+
+    assert ratio(100, 20) == [400]
+    assert ratio(99) == [160]
+    assert ratio(340) == [200]  # 4 hours after the record at 100
+    assert ratio(341) == []
+    assert ratio(341, missing=21) == [pytest.approx(100 * 80 / 21)]  # [3]: room air where none is charted
+
+
+def test_ventilated_at_both_ends_of_an_episode() -> None:
+    """[2] sofa.sql: gas time between start and end of an episode, both included."""
+    episode = pl.LazyFrame({"stay_id": [1, 1], "start_minute": [100, 300], "end_minute": [200, 300]})
+    times = (99, 100, 200, 201, 300, 301)
+    gases = pl.concat([gas(minute, 80, 40) for minute in times])
+    found = s.oxygenation(gases, records(), episode).sort("minute").collect()
+    assert found["ventilated"].to_list() == [False, True, True, False, True, False]
+
+
+def test_unventilated_gas_scores_2_at_most() -> None:
+    """[2] sofa.sql: 60 mmHg on 80 % is 75: 4 points on a ventilator, 2 without."""
+    episode = pl.LazyFrame({"stay_id": [1], "start_minute": [0], "end_minute": [120]})
+    assert s.sofa(inputs(gases=gas(30, 60, 80)))["respiration"][0] == 2
+    assert s.sofa(inputs(gases=gas(30, 60, 80), ventilation=episode))["respiration"][0] == 4
+
+
+GCS_CASES = [  # eyes, verbal, motor now; the same of the record before; minutes between; score
+    ((4, 5, 6), None, 0, 15),
+    ((1, 1, 1), None, 0, 3),
+    ((None, 2, None), None, 0, 12),  # missing without a record before: normal
+    ((None, 2, None), (1, 1, 3), 359, 6),  # missing: from the record before ...
+    ((None, 2, None), (1, 1, 3), 360, 12),  # ... if less than 6 hours old
+    ((1, 0, 1), None, 0, 15),  # tube: the whole score counts as normal
+    ((1, None, 1), (1, 0, 1), 60, 15),  # verbal not charted after a tube
+    ((None, 3, 5), (1, 0, 1), 60, 12),  # a record with a tube hands nothing on: eyes are normal
+    ((1, None, 1), (1, 0, 1), 400, 7),  # the tube is too long ago
+]
+
+
+@pytest.mark.parametrize(("now", "before", "minutes", "score"), GCS_CASES)
+def test_gcs_total(now: tuple, before: tuple | None, minutes: int, score: int) -> None:
+    """[2] gcs.sql."""
+    rows = [(1, 1000 - minutes, *before)] if before else []
+    schema = {"stay_id": pl.Int64, "minute": pl.Int64, "eyes": pl.Float64, "verbal": pl.Float64, "motor": pl.Float64}
+    frame = pl.LazyFrame([*rows, (1, 1000, *now)], schema=schema, orient="row")
+    assert s.gcs_total(frame).collect()["value"][-1] == score
+
+
+def test_gcs_carried_through_a_tube() -> None:
+    """cohorts.md 9.4: the last score from before the tube instead of 15; 15 where there is none."""
+    rows = [(1, 0, 2, 2, 4), (1, 60, 1, 0, 1), (1, 120, 1, None, 1), (1, 180, 4, 4, 6), (2, 0, 1, 0, 1)]
+    schema = {"stay_id": pl.Int64, "minute": pl.Int64, "eyes": pl.Float64, "verbal": pl.Float64, "motor": pl.Float64}
+    frame = pl.LazyFrame(rows, schema=schema, orient="row")
+    assert s.gcs_total(frame, "normal").collect()["value"].to_list() == [8, 15, 15, 14, 15]
+    assert s.gcs_total(frame, "carried").collect()["value"].to_list() == [8, 8, 8, 14, 15]
+    with pytest.raises(ValueError, match="'normal' or 'carried'"):
+        s.gcs_total(frame, "guessed")  # type: ignore[arg-type]
+
+
+def test_urine_is_scaled_to_a_day_when_enough_is_charted() -> None:
+    """[2] urine_output_rate.sql: volumes of the last 23 hours, the time they cover, 22 to 30 hours, scaled to 24.
+
+    With the first heart rate at minute 5: 100 mL at minute 605 cover 10 h, 200 mL at 1205 another 10 h (20 h: too few),
+    100 mL at 1385 another 3 h (23 h, 400 mL -> 417.4), 50 mL at 2200 another 13.58 h; the volume of minute 605 is then more
+    than 23 h old: 350 mL over 26.58 h -> 316.0.
+    """
+    urine = records((605, 60.0), (605, 40.0), (1205, 200.0), (1385, 100.0), (2200, 50.0))
+    found = s.urine_24h(urine, SPAN).collect()
+    assert found["minute"].to_list() == [1385, 2200]
+    assert found["value"].to_list() == pytest.approx([400 / 23 * 24, 350 / 26.58 * 24])
+    assert s.urine_24h(urine, SPAN, 12).collect()["minute"].to_list() == [1205, 1385, 2200]  # [3]: 12 hours are enough
+    late = records((605, 100.0), (2500, 100.0))
+    assert s.urine_24h(late, SPAN).collect().height == 0  # 31.6 hours in one volume say nothing about a day
+
+
+def test_a_drug_counts_in_the_hours_whose_end_it_reaches() -> None:
+    """[2] sofa.sql: start < end of the hour <= stop; 60 to 180 reaches the ends 120 and 180, not 60."""
+    found = s.running(pressors((60, 180, "dopamine", 4.0), (130, 170, "dopamine", 9.0)), SPAN).sort("hour").collect()
+    assert found.select("hour", "dopamine").rows() == [(1, 4.0), (2, 4.0)]
+
+
+def test_overlapping_infusions_take_the_highest_rate() -> None:
+    """[2] sofa.sql: the maximum over the rows of a drug, not their sum."""
+    rows = pressors((0, 120, "norepinephrine", 0.06), (30, 90, "norepinephrine", 0.07), (0, 60, "epinephrine", 0.02))
+    found = s.running(rows, SPAN).sort("hour").collect()
+    assert found.select("norepinephrine", "epinephrine").rows() == [(0.07, 0.02), (0.06, None)]
+    assert s.sofa(inputs(pressors=rows))["cardiovascular"][:2].to_list() == [3, 3]
+
+
+def test_unscored_drugs_and_unknown_rates() -> None:
+    """[2] sofa.sql scores four drugs only; a rate whose unit or weight is unknown comes as null and scores nothing."""
+    rows = pressors((0, 600, "vasopressin", 2.4), (0, 600, "phenylephrine", 3.0), (0, 600, "norepinephrine", None))
+    assert s.sofa(inputs(pressors=rows))["cardiovascular"].to_list() == [0] * 31
+
+
+def test_short_episodes_can_be_left_out() -> None:
+    """[3]: an episode is 60 minutes or more; rows up to 5 hours apart make one."""
+    rows = pressors(
+        (0, 30, "dopamine", 4.0), (400, 420, "epinephrine", 0.1), (700, 725, "epinephrine", 0.1), (1200, 1250, "epinephrine", 0.1)
+    )
+    kept = s.long_episodes(rows, 60).collect()
+    assert kept.sort("start_minute").select("start_minute", "drug").rows() == [(400, "epinephrine"), (700, "epinephrine")]
+    assert s.long_episodes(rows, 0).collect().height == 4
+    overlapping = pressors((0, 50, "dopamine", 4.0), (10, 20, "dopamine", 4.0), (40, 70, "dopamine", 4.0))
+    assert s.long_episodes(overlapping, 60).collect().height == 3
+
+
+def test_24_hour_window_looks_before_admission() -> None:
+    """[2] sofa.sql: maximum of an hour and the 23 before; hours before 0 are looked at and not put out."""
+    found = s.sofa(inputs(platelets=records((-600, 10.0), (30, 90.0))))
+    # -600 lies in hour -11, the 24-hour window of hour 12 is the last that holds it; minute 30 in hour 0 lasts to hour 23
+    assert found["coagulation"].to_list() == [4] * 13 + [2] * 11 + [0] * 7
+    assert found["sofa_24h"].to_list() == found["coagulation"].to_list()
+
+
+def test_hours_and_stays_without_any_value() -> None:
+    """Missing is normal; a stay without a span (no heart rate in MIMIC-IV) has no row."""
+    spans = pl.LazyFrame({"stay_id": [1, 2], "first_minute": [0, 0], "first_end": [60, 17], "last_hour": [1, 0]})
+    found = s.sofa(inputs(spans, mean_bp=records((90, 50.0))))
+    assert found.schema == pl.Schema(s.SOFA)
+    assert found.select("stay_id", "end_minute", "sofa_24h").rows() == [(1, 60, 0), (1, 120, 1), (2, 17, 0)]
+
+
+# --- MIMIC-IV: raw tables -> inputs -------------------------------------------------------------------------------------------
+
+INTIME = "2150-01-01 10:00:30"
+MIMIC = {
+    "icu/icustays": "subject_id,hadm_id,stay_id,intime,outtime",
+    "icu/chartevents": "subject_id,stay_id,charttime,storetime,itemid,value,valuenum",
+    "hosp/labevents": "subject_id,hadm_id,specimen_id,itemid,charttime,value,valuenum",
+    "icu/inputevents": "stay_id,itemid,starttime,endtime,rate,rateuom,patientweight",
+    "icu/outputevents": "stay_id,itemid,charttime,value",
+}
+
+
+def mimic(root: Path, **rows: list[str]) -> s.Inputs:
+    """Write the tables (keyword: last part of the name) and read them back; stay 1 is of patient 10, admission 100."""
+    rows = {"icustays": [f"10,100,1,{INTIME},2150-01-03 10:00:00"], **rows}
+    for table, header in MIMIC.items():
+        path = root / f"{table}.csv"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join([header, *rows.get(path.stem, [])]) + "\n")
+    return mimiciv_sofa.sofa_inputs(root, pl.DataFrame({"stay_id": [1]}))
+
+
+def chart(time: str, item: int, value: str = "", number: float | str = "", stored: str = "") -> str:
+    return f"10,1,2150-01-{time}:00,{stored},{item},{value},{number}"
+
+
+def test_mimic_span(tmp_path: Path) -> None:
+    """[2] icustay_hourly.sql: up to the whole clock hour, hours counted by the clock; minutes are rounded down.
+
+    From 10:00:30, 10:17 is minute 16, 11:00 minute 59; from 10 to 13 o'clock are 3 hours.
+    """
+    spans = mimic(tmp_path, chartevents=[chart("01 10:17", 220045, "80", 80), chart("01 13:01", 220045, "80", 80)])["spans"].collect()
+    assert spans.rows() == [(1, 16, 59, 3)]
+    spans = mimic(tmp_path, chartevents=[chart("01 11:00", 220045, "80", 80)])["spans"].collect()
+    assert spans.rows() == [(1, 59, 59, 0)]
+
+
+def test_mimic_no_heart_rate_no_score(tmp_path: Path) -> None:
+    """[2] icustay_times.sql: the grid hangs on item 220045."""
+    assert s.sofa(mimic(tmp_path, chartevents=[chart("01 11:00", 220052, "50", 50)])).is_empty()
+
+
+def test_mimic_pressor_units(tmp_path: Path) -> None:
+    """[2] norepinephrine.sql: mg/kg/min x 1000 unless the weight is 1 kg. A rate per kg needs no weight; an unknown unit is no rate."""
+    cells = [
+        ("221906", "0.2", "mcg/kg/min", ""),
+        ("221906", "0.0002", "mg/kg/min", ""),
+        ("221906", "0.2", "mg/kg/min", "1"),
+        ("221662", "20", "mcg/min", "80"),
+        ("221289", "5", "", "80"),
+        ("222315", "2.4", "units/hour", "80"),
+    ]
+    rows = [f"1,{item},2150-01-01 11:00:00,2150-01-01 12:00:00,{rate},{unit},{weight}" for item, rate, unit, weight in cells]
+    found = mimic(tmp_path, inputevents=rows)["pressors"].collect()
+    assert found["drug"].to_list() == ["norepinephrine"] * 3 + ["dopamine", "epinephrine"]
+    assert found["rate"].to_list() == pytest.approx([0.2, 0.2, 0.2, None, None])
+    assert found.select("start_minute", "end_minute").row(0) == (59, 119)
+
+
+def test_mimic_gcs_text(tmp_path: Path) -> None:
+    """[2] gcs.sql: "No Response-ETT" has the number 1 beside it and means a tube."""
+    rows = [
+        chart("01 11:00", 223900, "No Response-ETT", 1),
+        chart("01 11:00", 220739, "None", 1),
+        chart("01 12:00", 223900, "No Response", 1),
+    ]
+    assert mimic(tmp_path, chartevents=rows)["gcs"].collect()["value"].to_list() == [15, 11]
+
+
+def test_mimic_mean_pressure(tmp_path: Path) -> None:
+    """[2] vitalsign.sql: catheter and cuff of one time are averaged; 0 and 300 are no pressures."""
+    rows = [
+        chart("01 11:00", 220052, "60", 60),
+        chart("01 11:00", 220181, "80", 80),
+        chart("01 11:00", 225312, "300", 300),
+        chart("01 12:00", 220052, "0", 0),
+    ]
+    assert mimic(tmp_path, chartevents=rows)["mean_bp"].collect()["value"].to_list() == [70]
+
+
+def test_mimic_blood_gas(tmp_path: Path) -> None:
+    """[2] bg.sql: arterial specimens; a fraction is percent, 1 to 20 is neither; 20 exactly is kept as charted, not as lab."""
+
+    def specimen(number: int, kind: str, fio2: float) -> list[str]:
+        cells = [(52033, kind, ""), (50821, "80", 80), (50816, str(fio2), fio2)]
+        return [f"10,100,{number},{item},2150-01-01 11:00:00,{text},{value}" for item, text, value in cells]
+
+    labs = specimen(1, "ART.", 0.4) + specimen(2, "VEN.", 0.4) + specimen(3, "ART.", 5) + specimen(4, "ART.", 20) + specimen(5, "ART.", 55)
+    beats = [chart("01 10:30", 220045, "80", 80), chart("01 20:00", 220045, "80", 80)]
+    charted = [chart("01 10:40", 223835, "20", 20), chart("01 10:50", 223835, "0.5", 0.5), chart("01 10:55", 223835, "15", 15)]
+    found = mimic(tmp_path, labevents=labs, chartevents=beats + charted)
+    assert sorted(found["gases"].collect()["fio2"].to_list(), key=str) == [40, 55, None, None]
+    assert found["fio2"].collect().sort("minute")["value"].to_list() == [20, 50]
+
+
+def test_mimic_labs_belong_to_the_admission(tmp_path: Path) -> None:
+    """[2] sofa.sql joins laboratory values on the admission: none before it has begun, nor of another; 0 is no value."""
+    cells = [
+        ("100", "2149-12-31 12:00:00", 3.0),
+        ("", "2150-01-01 11:00:00", 9.0),
+        ("101", "2150-01-01 11:00:00", 9.0),
+        ("100", "2150-01-01 12:00:00", 0),
+    ]
+    labs = [f"10,{hadm},{number},50912,{time},,{value}" for number, (hadm, time, value) in enumerate(cells)]
+    beats = [chart("01 10:30", 220045, "80", 80), chart("01 20:00", 220045, "80", 80)]
+    assert mimic(tmp_path, labevents=labs, chartevents=beats)["creatinine"].collect()["value"].to_list() == [3.0]
+
+
+def ventilation(root: Path, *rows: str) -> list[tuple[int, int]]:
+    return mimic(root, chartevents=list(rows))["ventilation"].sort("start_minute").select("start_minute", "end_minute").collect().rows()
+
+
+def test_mimic_ventilation_episode(tmp_path: Path) -> None:
+    """[2] ventilation.sql: an episode runs to the first record of another status; a single record without a next one is none.
+
+    Tube from 11:00 (with an oxygen flow), mode CMV/ASSIST at 12:00, nasal cannula from 14:00: minutes 59 to 239.
+    """
+    rows = [
+        chart("01 11:00", 226732, "Endotracheal tube"),
+        chart("01 11:00", 223834, "2", 2),
+        chart("01 12:00", 223849, "CMV/ASSIST"),
+        chart("01 14:00", 226732, "Nasal cannula"),
+        chart("01 14:00", 223834, "2", 2),
+    ]
+    assert ventilation(tmp_path, *rows) == [(59, 239)]
+    assert ventilation(tmp_path, rows[0], *rows[2:]) == []  # [2] oxygen_delivery.sql: no flow charted, no device; one mode record is left
+    assert ventilation(tmp_path, *rows[:3], chart("01 14:00", 226732, "Tracheostomy tube"), chart("01 14:00", 223834, "2", 2)) == [
+        (59, 239)
+    ]
+    later = [chart("01 13:00", 223849, "Standby"), chart("02 02:00", 223849, "PSV/SBT"), chart("02 03:00", 223849, "PSV/SBT")]
+    assert ventilation(tmp_path, *rows[:3], *later) == [(59, 119), (959, 1019)]  # 14 clock hours without a known status
+
+
+def test_mimic_urine(tmp_path: Path) -> None:
+    """[2] urine_output.sql: irrigant that went in (227488) is taken off; 227510 is stomach content."""
+    rows = [f"1,{item},2150-01-01 11:00:00,{value}" for item, value in ((226559, 100), (227488, 30), (227489, 50), (227510, 400))]
+    assert mimic(tmp_path, outputevents=rows)["urine"].collect()["value"].sum() == 120
+
+
+@pytest.mark.skipif(not (DEMO / "mimic-iv-demo").exists(), reason="the MIMIC-IV demo is not at ../shared/data/mimic-iv-demo")
+def test_mimic_demo() -> None:
+    """The counts of mimic-code's own SQL (DuckDB) on the demo; hour by hour all components were found equal."""
+    root = DEMO / "mimic-iv-demo"
+    stays = mimiciv.stays(root)
+    found = s.sofa(mimiciv_sofa.sofa_inputs(root, stays))
+    assert (found.height, found["stay_id"].n_unique(), (found["sofa_24h"] >= 2).sum()) == (12_254, 140, 10_215)
+    assert found["sofa_24h"].mean() == pytest.approx(5.863636, abs=1e-6)
+    changed = mimiciv_sepsis.derive(root, stays, gcs_intubated="carried", fio2_missing=21, pressor_min_minutes=60, urine_min_hours=12)[
+        "sofa"
+    ]
+    worse = [name for name in s.COMPONENTS if (changed[name] > found[name]).any()]
+    better = [name for name in s.COMPONENTS if (changed[name] < found[name]).any()]
+    assert worse == ["respiration", "cns", "renal"]
+    assert set(better) <= {"cardiovascular", "respiration", "renal", "cns"}
+
+
+# --- eICU ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (DEMO / "eicu-demo").exists(), reason="the eICU demo is not at ../shared/data/eicu-demo")
+def test_eicu_demo() -> None:
+    """One row per hour up to discharge from the unit; APACHE's score of the first day counts at its end only."""
+    root = DEMO / "eicu-demo"
+    stays = eicu.stays(root)
+    found = eicu_sepsis.derive(root, stays)["sofa"]
+    assert found.schema == pl.Schema(eicu_sepsis.SOFA_EICU)
+    hours = stays.select("stay_id", hours=((pl.col("icu_minutes") - 1) // 60).clip(0) + 1)
+    assert found.group_by("stay_id").len("hours").join(hours, on="stay_id").filter(pl.col("hours") != pl.col("hours_right")).is_empty()
+    assert found.filter(pl.col("end_minute") < 1440)["cns"].max() == 0
+    assert found.filter(pl.col("end_minute") == 1440)["cns"].max() == 4
+    told = eicu_sofa.hospitals(root, stays)
+    assert [(~told[name]).sum() for name in ("infusion", "medication")] == [63, 42]  # cohorts.md 6
+    assert [told.filter(~pl.col(name))["stays"].sum() for name in ("infusion", "medication")] == [828, 521]
