@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from datamodules.concepts import BY_NAME, CONCEPT, CONCEPTS, CONVERSIONS, NAMES, SPELLINGS
 from datamodules.tables import reading
 
-VERSION = 1  # raised whenever the extraction or the layout changes, so that old caches are not read
-CHUNK_ROWS = 6_000_000  # events sorted at a time: bounds memory to well under 2 GB
+VERSION = 2  # raised whenever the extraction or the layout changes, so that old caches are not read
+CHUNK_ROWS = 3_000_000  # events sorted at a time: bounds memory to well under 2 GB
 
 # One row per ICU stay. All minutes count from ICU admission (negative = before it).
 STAYS: dict[str, pl.DataType] = {
@@ -43,6 +44,7 @@ STAYS: dict[str, pl.DataType] = {
     "unit": pl.String(),  # medical, surgical, cardiac, cardiac_surgery, neuro, mixed, other
     "admit_minute": pl.Int32(),  # hospital admission, negative when it came before the ICU
     "icu_minutes": pl.Int32(),  # length of the ICU stay
+    "first_minute": pl.Int32(),  # where the record begins, null = on ICU admission
     "discharge_minute": pl.Int32(),  # hospital discharge (or death)
     "death_minute": pl.Int32(),  # death in hospital, null if the patient left alive
     "hospital_death": pl.Boolean(),  # null = unknown
@@ -90,7 +92,9 @@ def check_stays(stays: pl.DataFrame) -> pl.DataFrame:
             raise ValueError(f"stays: {stays[column].null_count()} rows have no {column}; every stay needs one")
     twice = stays.filter(pl.col("stay_id").is_duplicated())["stay_id"].unique().sort()
     if len(twice):
-        raise ValueError(f"stays: stay_id must be unique, found {len(twice)} ids more than once, such as {twice[0]}; remove the duplicate rows")
+        raise ValueError(
+            f"stays: stay_id must be unique, found {len(twice)} ids more than once, such as {twice[0]}; remove the duplicate rows"
+        )
     return stays
 
 
@@ -101,9 +105,9 @@ class Store:
         self.folder = folder
         self.stays = pl.read_parquet(folder / "stays.parquet")
         self.offsets = np.fromfile(folder / "offsets.i8", np.int64)
-        self.minute = np.memmap(folder / "minute.i4", np.int32, "r")
-        self.concept = np.memmap(folder / "concept.u1", np.uint8, "r")
-        self.value = np.memmap(folder / "value.f4", np.float32, "r")
+        self.minute = _mapped(folder / "minute.i4", np.int32)
+        self.concept = _mapped(folder / "concept.u1", np.uint8)
+        self.value = _mapped(folder / "value.f4", np.float32)
 
     def __reduce__(self) -> tuple:
         return Store, (self.folder,)  # a worker process maps the files again instead of receiving their content
@@ -138,10 +142,16 @@ class Store:
                 rows = slice(self.offsets[start], self.offsets[stop])
                 counts = np.diff(self.offsets[start : stop + 1])
                 frame = pl.DataFrame({"stay_id": np.repeat(ids[start:stop], counts), "minute": self.minute[rows]})
-                frame = frame.with_columns(names.gather(self.concept[rows].astype(np.uint32)).alias("concept"), pl.Series("value", self.value[rows]))
+                frame = frame.with_columns(
+                    names.gather(self.concept[rows].astype(np.uint32)).alias("concept"), pl.Series("value", self.value[rows])
+                )
                 frame.write_parquet(Path(pieces) / f"{number:06d}.parquet")
             pl.scan_parquet(f"{pieces}/*.parquet").sink_parquet(Path(pieces) / "events.tmp")
             os.replace(Path(pieces) / "events.tmp", folder / "events.parquet")
+
+
+def _mapped(path: Path, dtype: type) -> np.ndarray:
+    return np.asarray(np.memmap(path, dtype, "r"))  # np.memmap itself is slow to index
 
 
 def fingerprint(files: list[Path], root: Path, config: dict) -> str:
@@ -169,30 +179,59 @@ def build(
         events: gives, from the stays, one lazy frame of schema ``RAW_EVENTS`` per raw table.
         root: folder with the publisher's files, for messages.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with _writing(folder):
         if not folder.exists():
-            partial = folder.with_name(folder.name + ".partial")
-            partial.mkdir(exist_ok=True)
-            table = check_stays(stays())
-            _extract(partial, table, events(table), root)
-            _assemble(partial, table)
-            shutil.rmtree(partial / "parts")
-            os.replace(partial, folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    partial = folder.with_name(folder.name + ".partial")
+                    partial.mkdir(exist_ok=True)
+                    table = check_stays(stays())
+                    _extract(partial, table, events(table), root)
+                    _assemble(partial, table)
+                    shutil.rmtree(partial / "parts")
+                    os.replace(partial, folder)
     return Store(folder)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn a full disk and the like, of which Python, numpy and polars each speak differently, into one error."""
+    try:
+        yield
+    except (OSError, pl.exceptions.ComputeError) as error:
+        said = str(error)
+        system = getattr(error, "errno", None) is not None or "os error" in said or "requested and" in said  # Python, polars, numpy
+        if not system or isinstance(error, FileNotFoundError):  # a raw table's fault: its message says what to do
+            raise
+        raise OSError(
+            f"the store {folder} could not be written ({error}): is the disk full, or the folder not yours? "
+            f"Free some space or set --data.cache to another folder, then run again: finished tables are kept"
+        ) from error
 
 
 def _extract(partial: Path, stays: pl.DataFrame, events: dict[str, pl.LazyFrame], root: Path) -> None:
     (partial / "parts").mkdir(exist_ok=True)
     index = stays.select("stay_id").with_row_index("stay").cast({"stay": pl.Int32}).lazy()
-    admission = [stays.select("stay_id", pl.lit(0, pl.Int32).alias("minute"), pl.lit(c, CONCEPT).alias("concept"), pl.col(c).cast(pl.Float64).alias("value"), pl.lit(None, pl.String).alias("unit")) for c in ("height", "weight")]
+    admission = [
+        stays.select(
+            "stay_id",
+            pl.lit(0, pl.Int32).alias("minute"),
+            pl.lit(c, CONCEPT).alias("concept"),
+            pl.col(c).cast(pl.Float64).alias("value"),
+            pl.lit(None, pl.String).alias("unit"),
+        )
+        for c in ("height", "weight")
+    ]
     frames = {**events, "stays": pl.concat(admission).drop_nulls("value").lazy()}
     with progress() as bar:
         for number, (name, frame) in enumerate(frames.items(), 1):
             done = partial / "parts" / f"{name.replace('/', '.')}.parquet"
             task = bar.add_task(f"[{number}/{len(frames)}] {name}", total=1)
             if not done.exists():
-                kept = frame.join(index, on="stay_id").select("stay", "minute", "concept", pl.col("value").cast(pl.Float32), pl.col("unit").replace("", None).cast(pl.Categorical))
+                kept = frame.join(index, on="stay_id").select(
+                    "stay", "minute", "concept", pl.col("value").cast(pl.Float32), pl.col("unit").replace("", None).cast(pl.Categorical)
+                )
                 unfinished = done.with_suffix(".tmp")
                 with reading(root, name):
                     kept.sink_parquet(unfinished, compression="lz4", row_group_size=500_000, engine="streaming")
@@ -226,7 +265,11 @@ def _assemble(partial: Path, stays: pl.DataFrame) -> None:
                     .join(limits, on="concept")
                     .with_columns(value=pl.col("value") * pl.col("factor") + pl.col("offset"))
                     # FiO2 is charted as a percentage or as a fraction, often without a unit (mimic-code bg.sql)
-                    .with_columns(value=pl.when((pl.col("concept") == "fio2") & pl.col("value").is_between(0.2, 1)).then(pl.col("value") * 100).otherwise("value"))
+                    .with_columns(
+                        value=pl.when((pl.col("concept") == "fio2") & pl.col("value").is_between(0.2, 1))
+                        .then(pl.col("value") * 100)
+                        .otherwise("value")
+                    )
                     .with_columns(
                         state=pl.when(pl.col("factor").is_null())
                         .then(pl.lit("unmapped unit"))
@@ -306,4 +349,6 @@ def progress() -> Progress:
     """The one kind of progress bar: a line per step with the time it took."""
     from rich.console import Console
 
-    return Progress(SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True))
+    return Progress(
+        SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True)
+    )

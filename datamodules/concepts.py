@@ -110,7 +110,7 @@ CONCEPTS: tuple[Concept, ...] = (
     # support and treatment
     Concept("fio2", "%", 20, 100, source="E", treatment=True),
     Concept("peep", "cmH2O", 0, 50, treatment=True),
-    Concept("ventilation", "0 none, 1 non-invasive, 2 invasive", 0, 2, treatment=True),
+    Concept("ventilation", "level", 0, 2, treatment=True),  # 0 none, 1 non-invasive (mask, high flow), 2 invasive
     Concept("norepinephrine", "mcg/kg/min", 0, 3, hourly="rate", source="R", treatment=True),
     Concept("epinephrine", "mcg/kg/min", 0, 1.5, hourly="rate", source="R", treatment=True),
     Concept("dopamine", "mcg/kg/min", 0, 50, hourly="rate", source="R", treatment=True),

@@ -430,6 +430,7 @@ class EICU(ICUDataModule):
 
     name = "EICU"
     raw_tables = TABLES
+    default_definition = "eicu"
 
     def __init__(self, root: str = "data/eicu", **kwargs: Any):
         super().__init__(root, **kwargs)
@@ -439,3 +440,16 @@ class EICU(ICUDataModule):
 
     def events(self, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
         return events(self.root, stays)
+
+    def infusions(self) -> pl.DataFrame:
+        return vasopressors(self.root, self.open().stays)
+
+    def derive_sepsis(self) -> dict[str, pl.DataFrame]:
+        from datamodules import eicu_sepsis  # reads this file in turn
+
+        return eicu_sepsis.derive(self.root, self.open().stays, self.definition, **self.sofa)
+
+    def compare_definitions(self) -> pl.DataFrame:
+        from datamodules import eicu_sepsis
+
+        return eicu_sepsis.compare_definitions(self.root, self.open().stays)

@@ -12,7 +12,7 @@ import polars as pl
 from datamodules.cohort import STAYS, VASOPRESSORS, conform
 from datamodules.concepts import CONCEPT
 from datamodules.module import ICUDataModule
-from datamodules.tables import columns, scan
+from datamodules.tables import columns, read, reading, scan
 from datamodules.treatment import rate_events
 
 LOOKBACK = 24 * 60  # minutes before ICU admission from which hospital-wide records (laboratory) are still taken
@@ -127,13 +127,19 @@ def stays(root: Path) -> pl.DataFrame:
     91). Height and weight are charted, so they come as events. Without the outcome columns of ``hosp/admissions``
     (prediction on new patients) the outcomes are null.
     """
-    icu = scan(root, "icu/icustays", {"subject_id": "int", "hadm_id": "int", "stay_id": "int", "first_careunit": "str", "intime": "time", "outtime": "time"})
-    patients = scan(root, "hosp/patients", {"subject_id": "int", "gender": "str", "anchor_age": "float", "anchor_year": "int"})
+    icu = read(
+        root,
+        "icu/icustays",
+        {"subject_id": "int", "hadm_id": "int", "stay_id": "int", "first_careunit": "str", "intime": "time", "outtime": "time"},
+    )
+    patients = read(root, "hosp/patients", {"subject_id": "int", "gender": "str", "anchor_age": "float", "anchor_year": "int"})
     wanted = {"hadm_id": "int", "admittime": "time", "dischtime": "time", "deathtime": "time", "hospital_expire_flag": "int"}
     present = set(columns(root, "hosp/admissions"))
-    admissions = scan(root, "hosp/admissions", {c: kind for c, kind in wanted.items() if c in present or c in ("hadm_id", "admittime")})
+    admissions = read(root, "hosp/admissions", {c: kind for c, kind in wanted.items() if c in present or c in ("hadm_id", "admittime")})
     absent = [c for c in wanted if c not in present and c not in ("hadm_id", "admittime")]
-    admissions = admissions.with_columns(pl.lit(None, pl.Int64 if c == "hospital_expire_flag" else pl.Datetime("us")).alias(c) for c in absent)
+    admissions = admissions.with_columns(
+        pl.lit(None, pl.Int64 if c == "hospital_expire_flag" else pl.Datetime("us")).alias(c) for c in absent
+    )
     unit = pl.lit("other")
     for fragment, name in reversed(CARE_UNITS):
         unit = pl.when(pl.col("first_careunit").str.contains(fragment, literal=True)).then(pl.lit(name)).otherwise(unit)
@@ -142,7 +148,7 @@ def stays(root: Path) -> pl.DataFrame:
     frame = (
         icu.join(patients, on="subject_id", how="left")
         .join(admissions, on="hadm_id", how="left")
-        .sort("subject_id", "intime")
+        .sort("subject_id", "intime", "stay_id")
         .select(
             stay_id="stay_id",
             patient_id=pl.col("subject_id").cast(pl.String),
@@ -158,7 +164,6 @@ def stays(root: Path) -> pl.DataFrame:
             hospital_death=death,
             icu_death=pl.when(pl.col("hospital_expire_flag").is_not_null()).then((death & (died <= pl.col("outtime"))).fill_null(False)),
         )
-        .collect()
     )
     return conform(frame, STAYS, "MIMIC-IV stays")
 
@@ -185,14 +190,31 @@ def vasopressors(root: Path, stays: pl.DataFrame) -> pl.DataFrame:
     """
     known = _infusions(root, stays).filter(pl.col("rate").is_not_null())
     frame = known.drop("charted", "rateuom").filter(pl.col("rate") > 0, pl.col("end_minute") > pl.col("start_minute"))
-    return conform(frame.sort("stay_id", "drug", "start_minute").collect(engine="streaming"), VASOPRESSORS, "MIMIC-IV vasopressors")
+    with reading(root, "icu/inputevents"):
+        collected = frame.sort("stay_id", "drug", "start_minute").collect(engine="streaming")
+    return conform(collected, VASOPRESSORS, "MIMIC-IV vasopressors")
 
 
 def _infusions(root: Path, stays: pl.DataFrame) -> pl.LazyFrame:
     """Vasopressor rows with a charted rate; ``rate`` is null where its unit is not one of the rules'."""
     items = pl.LazyFrame({"itemid": list(INFUSIONS), "drug": list(INFUSIONS.values())}, schema={"itemid": pl.Int64, "drug": pl.String})
-    wanted = {"stay_id": "int", "itemid": "int", "starttime": "time", "endtime": "time", "rate": "float", "rateuom": "str", "patientweight": "float"}
-    unit = pl.col("rateuom").str.to_lowercase().str.replace_all(" ", "").str.replace("minute", "min").str.replace("hour", "h").str.replace("hr", "h")
+    wanted = {
+        "stay_id": "int",
+        "itemid": "int",
+        "starttime": "time",
+        "endtime": "time",
+        "rate": "float",
+        "rateuom": "str",
+        "patientweight": "float",
+    }
+    unit = (
+        pl.col("rateuom")
+        .str.to_lowercase()
+        .str.replace_all(" ", "")
+        .str.replace("minute", "min")
+        .str.replace("hour", "h")
+        .str.replace("hr", "h")
+    )
     rate, weight = pl.col("rate"), pl.when(pl.col("patientweight").is_between(20, 300)).then("patientweight")
     per_kg = (
         pl.when(unit == "mcg/kg/min").then(rate)
@@ -240,11 +262,22 @@ def _items(table: dict[str, tuple[int, ...]]) -> pl.LazyFrame:
 
 
 def _chartevents(root: Path, times: pl.LazyFrame) -> pl.LazyFrame:
-    text = pl.read_csv(Path(__file__).parent / "terms" / "mimiciv_ventilation_status.csv", schema={"itemid": pl.Int64, "charted_text": pl.String, "status": pl.String})
-    text = text.select("itemid", pl.col("charted_text").str.strip_chars().alias("text"), level=pl.col("status").replace_strict(VENTILATION_VALUE, return_dtype=pl.Float64))
+    text = pl.read_csv(
+        Path(__file__).parent / "terms" / "mimiciv_ventilation_status.csv",
+        schema={"itemid": pl.Int64, "charted_text": pl.String, "status": pl.String},
+    )
+    text = text.select(
+        "itemid",
+        pl.col("charted_text").str.strip_chars().alias("text"),
+        level=pl.col("status").replace_strict(VENTILATION_VALUE, return_dtype=pl.Float64),
+    )
     items = _items({**CHART, "ventilation": VENTILATION_ITEMS})
     units = pl.LazyFrame({"itemid": list(CHART_UNITS), "own": list(CHART_UNITS.values())}, schema={"itemid": pl.Int64, "own": pl.String})
-    charted = scan(root, "icu/chartevents", {"stay_id": "int", "itemid": "int", "charttime": "time", "value": "str", "valuenum": "float", "valueuom": "str"})
+    charted = scan(
+        root,
+        "icu/chartevents",
+        {"stay_id": "int", "itemid": "int", "charttime": "time", "value": "str", "valuenum": "float", "valueuom": "str"},
+    )
     return (
         charted.join(items.join(units, on="itemid", how="left"), on="itemid")
         .join(times.select("stay_id", "intime"), on="stay_id")
@@ -266,8 +299,24 @@ def _labevents(root: Path, times: pl.LazyFrame, stays: pl.DataFrame) -> pl.LazyF
 
     Venous and mixed gases are left out where the specimen is named (mimic-code ``bg.sql`` scores arterial ones only).
     """
-    labs = scan(root, "hosp/labevents", {"subject_id": "int", "specimen_id": "int", "itemid": "int", "charttime": "time", "value": "str", "valuenum": "float", "valueuom": "str"})
-    other = labs.filter(pl.col("itemid") == SPECIMEN_ITEM, ~pl.col("value").str.to_uppercase().str.starts_with("ART")).select("specimen_id").unique()
+    labs = scan(
+        root,
+        "hosp/labevents",
+        {
+            "subject_id": "int",
+            "specimen_id": "int",
+            "itemid": "int",
+            "charttime": "time",
+            "value": "str",
+            "valuenum": "float",
+            "valueuom": "str",
+        },
+    )
+    other = (
+        labs.filter(pl.col("itemid") == SPECIMEN_ITEM, ~pl.col("value").str.to_uppercase().str.starts_with("ART"))
+        .select("specimen_id")
+        .unique()
+    )
     return (
         labs.join(_items(LABS), on="itemid")
         .join(times.join(stays.lazy().select("stay_id"), on="stay_id", how="semi"), on="subject_id")
@@ -281,10 +330,12 @@ def _labevents(root: Path, times: pl.LazyFrame, stays: pl.DataFrame) -> pl.LazyF
 def _outputevents(root: Path, times: pl.LazyFrame) -> pl.LazyFrame:
     output = scan(root, "icu/outputevents", {"stay_id": "int", "itemid": "int", "charttime": "time", "value": "float", "valueuom": "str"})
     return (
-        output.filter(pl.col("itemid").is_in(URINE))
+        output.filter(pl.col("itemid").is_in(URINE), pl.col("value").is_not_null())
         .join(times.select("stay_id", "intime"), on="stay_id")
         .with_columns(value=pl.when(pl.col("itemid") == IRRIGANT_IN).then(-pl.col("value")).otherwise("value"))
-        .group_by("stay_id", _minutes(pl.col("charttime")).alias("minute"), "valueuom")  # irrigant in is taken off what comes out at the same time
+        .group_by(
+            "stay_id", _minutes(pl.col("charttime")).alias("minute"), "valueuom"
+        )  # irrigant in is taken off what comes out at the same time
         .agg(pl.col("value").sum())
         .select("stay_id", "minute", pl.lit("urine", CONCEPT).alias("concept"), "value", unit="valueuom")
     )
@@ -295,6 +346,7 @@ class MIMICIV(ICUDataModule):
 
     name = "MIMICIV"
     raw_tables = TABLES
+    default_definition = "mimic_code"
 
     def __init__(self, root: str = "data/mimiciv", **kwargs: Any):
         super().__init__(root, **kwargs)
@@ -304,3 +356,16 @@ class MIMICIV(ICUDataModule):
 
     def events(self, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
         return events(self.root, stays)
+
+    def infusions(self) -> pl.DataFrame:
+        return vasopressors(self.root, self.open().stays)
+
+    def derive_sepsis(self) -> dict[str, pl.DataFrame]:
+        from datamodules import mimiciv_sepsis  # reads this file in turn
+
+        return mimiciv_sepsis.derive(self.root, self.open().stays, self.definition, **self.sofa)
+
+    def compare_definitions(self) -> pl.DataFrame:
+        from datamodules import mimiciv_sepsis
+
+        return mimiciv_sepsis.compare_definitions(self.root, self.open().stays)

@@ -125,7 +125,7 @@ def _spans(charted: pl.LazyFrame, icu: pl.LazyFrame) -> pl.LazyFrame:
         .group_by("stay_id")
         .agg(first=pl.col("charttime").min(), last=pl.col("charttime").max())
     )
-    up = pl.col("first").dt.offset_by("59m").dt.truncate("1h")
+    up = (pl.col("first") - pl.duration(microseconds=1)).dt.truncate("1h") + pl.duration(hours=1)
     clock_hours = (pl.col("last").dt.truncate("1h") - pl.col("first").dt.truncate("1h")).dt.total_hours()
     known = icu.join(times, on="stay_id").with_columns(up=up)
     return known.select("stay_id", first_minute=minutes("first"), first_end=minutes("up"), last_hour=clock_hours.cast(pl.Int32))

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +12,14 @@ import lightning
 import numpy as np
 import polars as pl
 import torch
+from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules import tables
 from datamodules.batch import Batch, Grid, Spec, Triplets
-from datamodules.cohort import Store, build, fingerprint
+from datamodules.cohort import VASOPRESSORS, Store, build, fingerprint
 from datamodules.concepts import BY_NAME, CONCEPTS, NAMES
+from datamodules.sofa import Switches
 from datamodules.tasks import OUTCOMES, STATICS, Task, TaskName, check_statics
 
 Split = Literal["train", "val", "test", "all"]
@@ -39,13 +42,17 @@ class ICUDataModule(lightning.LightningDataModule):
         hours: Hours from ICU admission to the (first) prediction.
         window: Hours of history that a model sees; default: the same as ``hours`` (24 for predictions every hour).
         rolling: With mortality_24h, predict every hour from ``hours`` on instead of once.
+        sepsis: Keep only stays whose Sepsis-3 is known by the (first) prediction.
+        definition: Definition of Sepsis-3; default: mimic_code on MIMIC-IV, eicu on eICU. `ehr prepare --compare_definitions true` lists them.
+        sofa: Switches of the SOFA score: gcs_intubated, fio2_missing, pressor_min_minutes, urine_min_hours.
         min_age: Youngest age in years.
         first_stay: Keep only each patient's first ICU stay.
         treatment: Let models see treatment and its response (infusion rates, ventilation, FiO2, urine); false removes
             these variables, to measure what they are worth.
         statics: Features known at admission: any of age, sex, unit, admit_minute.
+        split: The split that is scored after training: train, val, test or all.
         split_by: Keep the patients ("patient") or whole hospitals ("hospital") of train, val and test apart.
-        seed: Seed of the split and of the order of training batches.
+        seed: Seed of the split.
         batch_size: Samples per batch.
         num_workers: Processes that build batches; 0 builds them in the training process.
         cache: Folder for extracted stores; default: $EHR_CACHE or .cache in the current folder.
@@ -53,6 +60,7 @@ class ICUDataModule(lightning.LightningDataModule):
 
     name = ""
     raw_tables: tuple[str, ...] = ()
+    default_definition = ""  # of Sepsis-3; empty where the data cannot tell
 
     def __init__(
         self,
@@ -61,10 +69,14 @@ class ICUDataModule(lightning.LightningDataModule):
         hours: int = 24,
         window: int | None = None,
         rolling: bool = False,
+        sepsis: bool = False,
+        definition: str | None = None,
+        sofa: Switches | None = None,
         min_age: float = 18,
         first_stay: bool = True,
         treatment: bool = True,
         statics: list[str] | None = None,
+        split: Split = "test",
         split_by: Literal["patient", "hospital"] = "patient",
         seed: int = 0,
         batch_size: int = 64,
@@ -72,20 +84,22 @@ class ICUDataModule(lightning.LightningDataModule):
         cache: str | None = None,
     ):
         super().__init__()
+        self.save_hyperparameters()
         self.root = Path(root)
         hourly = rolling or task == "sepsis_onset"
-        self.task = Task(task, hours, (24 if hourly else hours) if window is None else window, rolling)
+        self.task = Task(task, hours, (24 if hourly else hours) if window is None else window, rolling, sepsis)
+        self.definition, self.sofa = definition or self.default_definition, dict(sofa or {})
         self.min_age, self.first_stay, self.treatment = min_age, first_stay, treatment
         self.statics = list(STATICS if statics is None else statics)
         check_statics(self.statics)
-        self.split_by, self.seed = split_by, seed
+        self.split, self.split_by, self.seed = split, split_by, seed
+        self.order_seed = seed  # of training batches; the seed of a training run replaces it
         if batch_size < 1:
             raise ValueError(f"--data.batch_size must be at least 1, found {batch_size}")
         self.batch_size, self.num_workers = batch_size, num_workers
         self.cache = Path(cache or os.environ.get("EHR_CACHE", ".cache"))
         self.view: View = "grid"
         self.labelled = True  # False: prediction on new patients, whose outcome is unknown
-        self.evaluation_split: Split = "test"
         self.spec: Spec | None = None
         self.store: Store | None = None
 
@@ -97,7 +111,9 @@ class ICUDataModule(lightning.LightningDataModule):
             raise FileNotFoundError(f"no folder {self.root}: expected the files of {self.name}; set --data.root")
         found = [path for table in self.raw_tables if (path := tables.find(self.root, table))]
         if not found:
-            raise FileNotFoundError(f"no {self.name} tables in {self.root}: expected {self.raw_tables[0]}.csv.gz (or .csv, .parquet); set --data.root")
+            raise FileNotFoundError(
+                f"no {self.name} tables in {self.root}: expected {self.raw_tables[0]}.csv.gz (or .csv, .parquet); set --data.root"
+            )
         return found
 
     def stays(self) -> pl.DataFrame:
@@ -108,15 +124,29 @@ class ICUDataModule(lightning.LightningDataModule):
         """Raw table -> lazy frame of schema ``cohort.RAW_EVENTS``."""
         raise NotImplementedError
 
+    def derive_sepsis(self) -> dict[str, pl.DataFrame]:
+        """Tables "sofa", "suspicion" and "sepsis3" under ``definition``."""
+        raise ValueError(f"{self.name} carries no antibiotics and cultures: Sepsis-3 needs MIMICIV or EICU; leave out --data.sepsis")
+
+    def compare_definitions(self) -> pl.DataFrame:
+        """Stays, hospitals, prevalence and mortality under every definition of Sepsis-3."""
+        return self.derive_sepsis()["sepsis3"]
+
+    def infusions(self) -> pl.DataFrame:
+        """The table of schema ``cohort.VASOPRESSORS``."""
+        return pl.DataFrame(schema=VASOPRESSORS)
+
     def extraction(self) -> dict[str, Any]:
         """Arguments that change what is extracted; they are part of the store's key."""
         return {}
 
     def splits(self, stays: pl.DataFrame) -> pl.Series:
-        """"train", "val" or "test" per row of ``stays``: 70, 15 and 15 of 100, by a hash of seed and patient (or hospital)."""
+        """ "train", "val" or "test" per row of ``stays``: 70, 15 and 15 of 100, by a hash of seed and patient (or hospital)."""
         group = "patient_id" if self.split_by == "patient" else "hospital_id"
         if self.split_by == "hospital" and stays["hospital_id"].n_unique() < 10:
-            raise ValueError(f"--data.split_by hospital needs at least 10 hospitals, found {stays['hospital_id'].n_unique()} in {self.root}; use patient")
+            raise ValueError(
+                f"--data.split_by hospital needs at least 10 hospitals, found {stays['hospital_id'].n_unique()} in {self.root}; use patient"
+            )
         ids = stays[group].unique()
         split = [_split_of(f"{self.seed}:{i}") for i in ids]
         return stays.select(pl.col(group).replace_strict(ids, pl.Series(split, dtype=pl.String)))[group]
@@ -125,6 +155,8 @@ class ICUDataModule(lightning.LightningDataModule):
 
     def prepare_data(self) -> None:
         self.open()
+        if self.task.sepsis:
+            self.sepsis_tables()
 
     def open(self) -> Store:
         """The store, extracted first where the cache does not hold it."""
@@ -133,19 +165,38 @@ class ICUDataModule(lightning.LightningDataModule):
             self.store = build(self.cache / f"{self.name}-{key}", self.stays, self.events, self.root)
         return self.store
 
+    def sepsis_tables(self) -> dict[str, pl.DataFrame]:
+        """``derive_sepsis`` kept beside the store: computed once per definition and switches."""
+        said = "-".join(f"{k}={v}" for k, v in sorted(self.sofa.items()))
+        folder = self.open().folder / f"sepsis3-{self.definition}{said and '-'}{said}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                partial = folder.with_name(folder.name + ".partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                for name, table in self.derive_sepsis().items():
+                    table.write_parquet(partial / f"{name}.parquet")
+                os.replace(partial, folder)
+        return {path.stem: pl.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}
+
     def setup(self, stage: str | None = None) -> None:
         if getattr(self, "samples", None) is not None:
             return
         store = self.open()
         if self.labelled:
             self.task.check_labels(store.stays)
-        kept, self.attrition = self.cohort()
-        included = store.stays.with_row_index("stay").cast({"stay": pl.Int64}).filter(kept)
+        excluded_by, self.attrition = self.cohort()
+        included = store.stays.with_row_index("stay").cast({"stay": pl.Int64}).filter(excluded_by.is_null())
         if included.is_empty():
-            last = self.attrition.row(-1, named=True)
-            raise ValueError(f"no stay of {self.root} is left after the rule {last['rule']!r}; `ehr prepare` shows each rule, --data.hours, --data.min_age and --data.first_stay change them")
-        samples = self.task.samples(included)
-        samples = samples.join(included.select("stay", "stay_id", "patient_id", split=self.splits(included)), on="stay", maintain_order="left")
+            last = self.attrition.filter(self.attrition["stays"] == 0).row(0, named=True)
+            raise ValueError(
+                f"no stay of {self.root} is left after the rule {last['rule']!r}; "
+                f"`ehr prepare` shows each rule, --data.hours, --data.min_age and --data.first_stay change them"
+            )
+        samples = self.task.samples(included, self.labelled)
+        samples = samples.join(
+            included.select("stay", "stay_id", "patient_id", split=self.splits(included)), on="stay", maintain_order="left"
+        )
         self.samples = samples.filter(pl.col("target").is_not_null()) if self.labelled else samples
         self._stay, self._minute = self.samples["stay"].to_numpy(), self.samples["minute"].to_numpy().astype(np.int64)
         self._target = self.samples["target"].cast(pl.Float32).fill_null(float("nan")).to_numpy()
@@ -155,27 +206,53 @@ class ICUDataModule(lightning.LightningDataModule):
         self._static = self._statics(store.stays, self.spec)
 
     def cohort(self) -> tuple[pl.Series, pl.DataFrame]:
-        """Which stays are included, and the attrition table: stays, patients and deaths after each rule."""
+        """The rules of inclusion applied in order.
+
+        Returns:
+            Per stay the first rule that leaves it out (null: it is in the cohort), and the attrition table: stays,
+            patients and deaths that are left after each rule.
+        """
         store = self.open()
         stays = store.stays
-        kept = pl.Series(np.ones(len(stays), bool))
-        rows = [("all ICU stays", kept)]
-        for sentence, rule in self.task.rules(self.min_age, self.first_stay, self.labelled):
-            kept = kept & stays.select(rule.fill_null(False)).to_series()
-            rows.append((sentence, kept))
-        every = np.arange(len(stays))
-        start = np.full(len(stays), (self.task.hours - self.task.window) * 60)
-        first, last = store.first_after(every, start), store.first_after(every, np.full(len(stays), self.task.hours * 60))
-        kept = kept & pl.Series(last > first)
-        rows.append(("any value in the window before the (first) prediction", kept))
-        table = [
-            (sentence, int(k.sum()), stays.filter(k)["patient_id"].n_unique(), int(stays.filter(k)["hospital_death"].sum() or 0), int(stays.filter(k)["sepsis_minute"].is_not_null().sum()))
-            for sentence, k in rows
+        every, window = np.arange(len(stays)), self.task.window * 60
+        until = 60 * stays.select(self.task.last_hour()).to_series().to_numpy()
+        first = store.first_after(every, np.full(len(stays), self.task.hours * 60 - window))
+        last = store.first_after(every, until)
+        rules = [
+            (sentence, stays.select(rule.fill_null(False)).to_series())
+            for sentence, rule in self.task.rules(self.min_age, self.first_stay, self.labelled)
         ]
-        return kept, pl.DataFrame(table, schema=["rule", "stays", "patients", "hospital_deaths", "labelled_sepsis"], orient="row")
+        if self.task.sepsis:
+            found = self.sepsis_tables()["sepsis3"]
+            known = found.select("stay_id", known=pl.max_horizontal("onset_minute", "suspected_minute", "antibiotic_minute", "culture_minute"))
+            known = stays.select("stay_id").join(known, on="stay_id", how="left", maintain_order="left")
+            holds = (known["known"] <= self.task.hours * 60).fill_null(False)
+            rules.append((f"Sepsis-3 ({self.definition}) known {self.task.hours} h after admission", holds))
+        rules.append((f"any value before the {'last ' if self.task.hourly else ''}prediction", pl.Series(last > first)))
+        excluded_by = np.full(len(stays), None, object)
+        attrition = [_count("all ICU stays", stays)]
+        for sentence, holds in rules:
+            left = np.equal(excluded_by, None)
+            excluded_by[left & ~holds.to_numpy()] = sentence
+            attrition.append(_count(sentence, stays.filter(np.equal(excluded_by, None))))
+        return pl.Series("excluded_by", excluded_by.tolist(), dtype=pl.String), pl.DataFrame(attrition)
+
+    def targets(self, split: Split) -> np.ndarray:
+        """(N,) targets of a split's samples; NaN where unknown."""
+        return self._target[self.rows(split)]
+
+    def has(self, variable: str) -> bool:
+        """Whether a variable is charted at all in these data."""
+        assert self.store is not None
+        return variable in self.store.coverage().filter(pl.col("events") > 0)["concept"]
 
     def adopt(self, spec: Spec) -> None:
         """Use a trained model's task, variables and scaler, so that nothing of these data is fitted."""
+        for name, unit in zip(spec.variables, spec.units, strict=True):
+            if name not in BY_NAME or BY_NAME[name].unit != unit:
+                raise ValueError(
+                    f"the model reads {name} in {unit!r} and these data do not have it so; use the version that it was trained with"
+                )
         self.task = Task(**spec.task)
         self._use(spec)
         self.samples = None  # type: ignore[assignment]
@@ -209,15 +286,20 @@ class ICUDataModule(lightning.LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader(self.evaluation_split)
+        return self._loader(self.split)
 
     def _loader(self, split: Split, shuffle: bool = False) -> DataLoader:
         rows = self.rows(split)
         if not len(rows):
             raise ValueError(f"no sample in split {split!r} of {self.root}; choose another --data.split (all takes every stay)")
-        batches = Batches(rows, self.batch_size, self.seed if shuffle else None)
+        batches = Batches(rows, self.batch_size, self.order_seed if shuffle else None)
         return DataLoader(
-            Samples(self), sampler=batches, batch_size=None, num_workers=self.num_workers, persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available()
+            Samples(self),
+            sampler=batches,
+            batch_size=None,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
         )
 
     # ---- batches ------------------------------------------------------------------------------------------------------
@@ -228,23 +310,23 @@ class ICUDataModule(lightning.LightningDataModule):
         stay, minute = self._stay[rows], self._minute[rows]
         static = torch.from_numpy(self._static[stay])
         target, index = torch.from_numpy(self._target[rows]), torch.from_numpy(rows)
-        center, scale = np.float32(self.spec.center), np.float32(self.spec.scale)
+        center, scale = np.array(self.spec.center, np.float32), np.array(self.spec.scale, np.float32)
         if self.view == "grid":
             value, mask, since = self._grid(stay, minute)
-            standard = np.clip((value - center) / scale, -CLIP, CLIP)
-            seen_yet = (since < self.spec.hours + CARRY) | self._is_rate
-            standard *= seen_yet
-            since = np.minimum(since / self.spec.hours, 1)
-            return Grid(static, *(torch.from_numpy(a.astype(np.float32)) for a in (standard, mask, since)), target, index)
+            never = (since == self.spec.hours + CARRY) & ~self._is_rate
+            standard = np.where(never, 0, np.clip((value - center) / scale, -CLIP, CLIP))
+            since = np.minimum(since / np.float32(self.spec.hours), 1)
+            dense = [torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (standard, mask, since)]
+            return Grid(static, dense[0], dense[1], dense[2], target, index)
         owner, time, variable, value = self._events(stay, minute, carry=0)
         length = np.bincount(owner, minlength=len(stay))
         place = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)
         shape = (len(stay), max(int(length.max(initial=0)), 1))
-        padded = [np.zeros(shape, dtype) for dtype in (np.float32, np.int64, np.float32)]
-        padded[0][owner, place] = 2 * time / (60 * self.spec.hours) - 1
-        padded[1][owner, place] = variable + 1
-        padded[2][owner, place] = np.clip((value - center[variable]) / scale[variable], -CLIP, CLIP)
-        return Triplets(static, *(torch.from_numpy(a) for a in padded), torch.from_numpy(length), target, index)
+        when, which, what = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+        when.numpy()[owner, place] = 2 * time / (60 * self.spec.hours) - 1
+        which.numpy()[owner, place] = variable + 1
+        what.numpy()[owner, place] = np.clip((value - center[variable]) / scale[variable], -CLIP, CLIP)
+        return Triplets(static, when, which, what, torch.from_numpy(length), target, index)
 
     def _events(self, stay: np.ndarray, minute: np.ndarray, carry: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Events of each sample from ``carry`` hours before its window up to, not including, its prediction time.
@@ -255,7 +337,7 @@ class ICUDataModule(lightning.LightningDataModule):
         store = self.store
         assert store is not None and self.spec is not None
         start = minute - 60 * (self.spec.hours + carry)
-        low, high = store.first_after(stay, start), store.first_after(stay, minute)
+        low, high = store.first_after(np.tile(stay, 2), np.concatenate([start, minute])).reshape(2, -1)
         count = high - low
         owner = np.repeat(np.arange(len(stay)), count)
         row = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + low[owner]
@@ -272,36 +354,47 @@ class ICUDataModule(lightning.LightningDataModule):
         running sum give the time-weighted mean of every hour.
         """
         assert self.spec is not None
-        hours, width = self.spec.hours + CARRY, len(self.spec.variables)
+        batch, hours, width = len(stay), self.spec.hours + CARRY, len(self.spec.variables)
         owner, time, variable, value = self._events(stay, minute, CARRY)
-        shape = (len(stay), hours, width)
-        hour = time // 60
-        cell = (owner * hours + hour) * width + variable
-        count = np.bincount(cell, minlength=np.prod(shape)).reshape(shape)
-        total = np.bincount(cell, value, minlength=np.prod(shape)).reshape(shape)
-        mean = total / np.maximum(np.where(self._is_sum, count > 0, count), 1)
-        rate = self._is_rate[variable]
-        if rate.any():
-            mean = np.where(self._is_rate, self._rates(owner[rate], time[rate], variable[rate], value[rate], shape), mean)
-        last = np.maximum.accumulate(np.where(count > 0, np.arange(hours)[:, None], -1), axis=1)
-        carried = np.take_along_axis(mean, np.maximum(last, 0), axis=1)
-        carried = np.where(self._is_rate, mean, carried)
-        since = np.where(last < 0, hours, np.arange(hours)[:, None] - last)
-        return carried[:, CARRY:], (count > 0)[:, CARRY:], since[:, CARRY:]
+        shape = (hours, batch, width)  # time comes first, so that running along it is a pass over contiguous memory
+        cell = (time // 60 * batch + owner) * width + variable
+        count = np.bincount(cell, minlength=hours * batch * width)
+        total = np.bincount(cell, value, minlength=len(count))
+        mask = count > 0
+        seen = np.flatnonzero(mask)
+        mean = total[seen] / np.where(self._is_sum[seen % width], 1, count[seen])
+        mean = np.append(0, mean).astype(np.float32)  # entry 0: not seen yet
+        hour = np.append(-1, seen // (batch * width)).astype(np.float32)
+        last = np.zeros(shape, np.intp)  # entry of ``mean`` that holds in each cell
+        last.reshape(-1)[seen] = np.arange(1, len(mean))
+        for now, before in zip(last[1:], last[:-1], strict=True):  # five times as fast as np.maximum.accumulate
+            np.maximum(now, before, out=now)
+        last = last[CARRY:]
+        carried = mean.take(last)
+        since = np.arange(CARRY, hours, dtype=np.float32)[:, None, None] - hour.take(last)
+        since[last == 0] = hours
+        if self._is_rate.any():
+            rate = self._is_rate[variable]
+            which = np.cumsum(self._is_rate) - 1  # position among the rates
+            steps = self._rates(time[rate], owner[rate], which[variable[rate]], value[rate], (hours, batch, int(self._is_rate.sum())))
+            carried[..., self._is_rate] = steps[CARRY:]
+        return carried.swapaxes(0, 1), mask.reshape(shape)[CARRY:].swapaxes(0, 1), since.swapaxes(0, 1)
 
     @staticmethod
-    def _rates(owner: np.ndarray, time: np.ndarray, variable: np.ndarray, value: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-        batch, hours, width = shape
-        order = np.lexsort((time, variable, owner))
-        owner, time, variable, value = owner[order], time[order], variable[order], value[order]
-        same = np.zeros(len(owner), bool)
-        same[1:] = (owner[1:] == owner[:-1]) & (variable[1:] == variable[:-1])
-        change = value - np.where(same, np.roll(value, 1), 0)
-        hour, rest = time // 60, 1 - (time % 60) / 60
-        steps = np.zeros((batch, hours + 1, width))
-        np.add.at(steps, (owner, hour, variable), change * rest)
-        np.add.at(steps, (owner, hour + 1, variable), change * (1 - rest))
-        return np.maximum(np.cumsum(steps[:, :-1], axis=1), 0)
+    def _rates(time: np.ndarray, owner: np.ndarray, variable: np.ndarray, value: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+        """Time-weighted mean of each hour, (T, B, F), of step functions that are 0 before their first event."""
+        hours, batch, width = shape
+        series = owner * width + variable
+        order = np.lexsort((time, series))  # stable: of several values at one minute, the last holds
+        series, time, value = series[order], time[order], value[order].astype(np.float64)
+        before = np.where(np.diff(series, prepend=-1) == 0, np.roll(value, 1), 0)
+        hour, rest = time // 60, 1 - time % 60 / 60  # ``rest``: share of its hour for which the new value holds
+        cell = hour * batch * width + series
+        now = np.bincount(cell, (value - before) * rest, minlength=hours * batch * width)
+        later = np.bincount(cell, (value - before) * (1 - rest), minlength=hours * batch * width)
+        now, later = now.reshape(shape), later.reshape(shape)
+        now[1:] += later[:-1]
+        return np.maximum(np.cumsum(now, axis=0), 0)
 
     # ---- scaler and statics -------------------------------------------------------------------------------------------
 
@@ -318,7 +411,8 @@ class ICUDataModule(lightning.LightningDataModule):
         moments = np.zeros((3, len(allowed)))
         for piece in np.array_split(rows, max(len(rows) // 256, 1)):
             value, mask, _ = self._grid(self._stay[piece], self._minute[piece])
-            moments += [mask.sum((0, 1)), (value * mask).sum((0, 1)), (value**2 * mask).sum((0, 1))]
+            value = np.where(mask, value, 0).astype(np.float64)  # sums of squares need the digits
+            moments += [mask.sum((0, 1)), value.sum((0, 1)), (value**2).sum((0, 1))]
         count, first, second = moments
         seen = count > 0
         if not seen.any():
@@ -337,7 +431,9 @@ class ICUDataModule(lightning.LightningDataModule):
         static_center = np.where(onehot, 0, static_center)
         static_scale = np.where(onehot | ~(static_scale > 1e-6), 1, static_scale)
         units = [BY_NAME[n].unit for n in names]
-        return Spec(names, units, static_names, center.tolist(), scale.tolist(), static_center.tolist(), static_scale.tolist(), asdict(self.task))
+        return Spec(
+            names, units, static_names, center.tolist(), scale.tolist(), static_center.tolist(), static_scale.tolist(), asdict(self.task)
+        )
 
     @staticmethod
     def _static_columns(stays: pl.DataFrame, statics: list[str]) -> tuple[list[str], np.ndarray]:
@@ -352,7 +448,7 @@ class ICUDataModule(lightning.LightningDataModule):
         wanted = [s for s in STATICS if s in spec.statics or any(n.startswith(f"{s}=") for n in spec.statics)]
         names, raw = self._static_columns(stays, wanted)
         raw = raw[:, [names.index(n) for n in spec.statics]]
-        standard = (raw - np.float32(spec.static_center)) / np.float32(spec.static_scale)
+        standard = (raw - np.array(spec.static_center, np.float32)) / np.array(spec.static_scale, np.float32)
         return np.nan_to_num(np.clip(standard, -CLIP, CLIP)).astype(np.float32)  # unknown = the mean
 
 
@@ -386,6 +482,17 @@ class Batches(Sampler):
         if self.seed is not None:
             rows = np.random.default_rng((self.seed, self.epoch)).permutation(rows)
         return (rows[i : i + self.size] for i in range(0, len(rows), self.size))
+
+
+def _count(rule: str, left: pl.DataFrame) -> dict[str, Any]:
+    deaths, septic = left["hospital_death"].sum(), left["sepsis_minute"].is_not_null().sum()
+    return {
+        "rule": rule,
+        "stays": len(left),
+        "patients": left["patient_id"].n_unique(),
+        "hospital deaths": deaths,
+        "labelled sepsis": septic,
+    }
 
 
 def _split_of(key: str) -> str:

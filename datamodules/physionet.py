@@ -4,9 +4,11 @@
 2019 (https://physionet.org/content/challenge-2019/): hospital systems A and B, hourly rows, sepsis label.
 """
 
+import gzip
 import io
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from datamodules.tasks import TaskName
 VARIABLES_2012 = {
     "Albumin": "albumin", "ALP": "alkaline_phosphatase", "ALT": "alt", "AST": "ast", "Bilirubin": "bilirubin_total", "BUN": "bun",
     "Cholesterol": "cholesterol", "Creatinine": "creatinine", "DiasABP": "diastolic_bp", "FiO2": "fio2", "GCS": "gcs", "Glucose": "glucose",
-    "HCO3": "bicarbonate", "HCT": "hematocrit", "HR": "heart_rate", "K": "potassium", "Lactate": "lactate", "Mg": "magnesium", "MAP": "mean_bp",
+    "HCO3": "bicarbonate", "HCT": "hematocrit", "HR": "heart_rate", "K": "potassium", "Lactate": "lactate", "Mg": "magnesium",
+    "MAP": "mean_bp",
     "MechVent": "ventilation", "Na": "sodium", "NIDiasABP": "diastolic_bp_cuff", "NIMAP": "mean_bp_cuff", "NISysABP": "systolic_bp_cuff",
-    "PaCO2": "paco2", "PaO2": "pao2", "pH": "ph", "Platelets": "platelets", "RespRate": "respiratory_rate", "SaO2": "sao2", "SysABP": "systolic_bp",
+    "PaCO2": "paco2", "PaO2": "pao2", "pH": "ph", "Platelets": "platelets", "RespRate": "respiratory_rate", "SaO2": "sao2",
+    "SysABP": "systolic_bp",
     "Temp": "temperature", "TroponinI": "troponin_i", "TroponinT": "troponin_t", "Urine": "urine", "WBC": "wbc", "Weight": "weight",
 }  # fmt: skip
 UNITS_2012 = {1: "cardiac", 2: "cardiac_surgery", 3: "medical", 4: "surgical"}  # ICUType
@@ -46,13 +50,29 @@ LABEL_LEAD = 6 * 60  # 2019: the label turns 1 six hours before the onset of sep
 
 def files_2012(root: Path, sets: list[str] | None) -> dict[str, list[Path]]:
     """Set -> its files under ``root``; ``sets`` None takes every set that is there."""
-    return _pick(root, sets, "abc", lambda s: [p for p in (root / f"set-{s}.tar.gz", root / f"set-{s}", root / f"Outcomes-{s}.txt") if p.exists()], "set-{}.tar.gz (or a folder set-{})", "sets", 1)
+    return _pick(
+        root,
+        sets,
+        "abc",
+        lambda s: [p for p in (root / f"set-{s}.tar.gz", root / f"set-{s}", root / f"Outcomes-{s}.txt") if p.exists()],
+        "set-{}.tar.gz (or a folder set-{})",
+        "sets",
+        1,
+    )
 
 
 def files_2019(root: Path, systems: list[str] | None) -> dict[str, list[Path]]:
     """System -> its archive or folder under ``root``; ``systems`` None takes every system that is there."""
     names = ("training_set{}.zip", "training_set{}", "training_{}", "training_{}.zip")
-    return _pick(root, systems, "AB", lambda s: [p for n in names if (p := root / n.format(s)).exists()][:1], "training_set{}.zip (or a folder training_set{})", "systems", 1)
+    return _pick(
+        root,
+        systems,
+        "AB",
+        lambda s: [p for n in names if (p := root / n.format(s)).exists()][:1],
+        "training_set{}.zip (or a folder training_set{})",
+        "systems",
+        1,
+    )
 
 
 def _pick(root, chosen, known, look, expected, option, least):  # type: ignore[no-untyped-def]
@@ -60,11 +80,17 @@ def _pick(root, chosen, known, look, expected, option, least):  # type: ignore[n
     if wrong:
         raise ValueError(f"--data.{option} {','.join(wrong)}: expected letters among {','.join(known)}, such as {known[0]},{known[1]}")
     found = {c: look(c) for c in (chosen or known)}
-    found = {c: files for c, files in found.items() if len(files) >= least and any("utcomes" not in p.name for p in files)} if chosen is None else found
+    found = (
+        {c: files for c, files in found.items() if len(files) >= least and any("utcomes" not in p.name for p in files)}
+        if chosen is None
+        else found
+    )
     lacking = [c for c, files in found.items() if not any("utcomes" not in p.name for p in files)]
     if lacking or not found:
         letter = (lacking or list(known))[0]
-        raise FileNotFoundError(f"no data of {letter} in {root}: expected {expected.format(letter, letter)}; set --data.root to the folder that holds it")
+        raise FileNotFoundError(
+            f"no data of {letter} in {root}: expected {expected.format(letter, letter)}; set --data.root to the folder that holds it"
+        )
     return found
 
 
@@ -97,7 +123,7 @@ def stays_2012(root: Path, sets: list[str] | None) -> tuple[pl.DataFrame, pl.Dat
             patient_id=pl.col("stay_id").cast(pl.String),
             hospital_id=pl.lit("2012"),
             stay_number=1,
-            age="Age",
+            age=pl.when(pl.col("Age") >= 0).then("Age"),
             sex=pl.when(pl.col("Gender") >= 0).then("Gender"),
             height=pl.when(pl.col("Height") > 0).then("Height"),
             unit=pl.col("ICUType").replace_strict(UNITS_2012, default="other"),
@@ -120,12 +146,19 @@ def stays_2012(root: Path, sets: list[str] | None) -> tuple[pl.DataFrame, pl.Dat
 
 def _rows_2012(source: Path) -> pl.DataFrame:
     """All records of a set as one table; each starts with its RecordID, which is carried down to its rows."""
-    text = b"".join(content for _, content in _members(source, ".txt"))
+    text = b"\n".join(content for _, content in _members(source, ".txt"))  # empty lines are skipped
     table = pl.read_csv(io.BytesIO(text), has_header=False, new_columns=["time", "parameter", "value"], infer_schema=False)
     table = table.filter(pl.col("time") != "Time")
     broken = table.filter(pl.col("value").is_not_null() & pl.col("value").cast(pl.Float64, strict=False).is_null())
     if len(broken):
-        raise ValueError(f"{source}: expected a number as value, found {broken['value'][0]!r} for {broken['parameter'][0]}; download the file again")
+        raise ValueError(
+            f"{source}: expected a number as value, found {broken['value'][0]!r} for {broken['parameter'][0]}; download the file again"
+        )
+    untimed = table.filter(~pl.col("time").str.contains(r"^\d+:\d\d$"))
+    if len(untimed):
+        raise ValueError(
+            f"{source}: expected a time as hh:mm, found {untimed['time'][0]!r} for {untimed['parameter'][0]}; download the file again"
+        )
     clock = pl.col("time").str.split_exact(":", 1)
     return table.select(
         stay_id=pl.when(pl.col("parameter") == "RecordID").then(pl.col("value").cast(pl.Float64).cast(pl.Int64)).forward_fill(),
@@ -151,7 +184,7 @@ def stays_2019(root: Path, systems: list[str] | None) -> tuple[pl.DataFrame, pl.
 
     Row ICULOS = k is the k-th hour in the ICU and lies at minute 60 (k - 1). The label turns 1 six hours before the onset
     that it announces: ``sepsis_minute`` is the end of the first labelled row plus six hours. Without a SepsisLabel column
-    it is null.
+    it is null. Some records begin later than the stay (``first_minute``): no prediction is made before.
     """
     tables = []
     for letter, files in files_2019(root, systems).items():
@@ -163,9 +196,14 @@ def stays_2019(root: Path, systems: list[str] | None) -> tuple[pl.DataFrame, pl.
         .agg(
             age=pl.col("Age").max(),
             sex=pl.col("Gender").max(),
-            unit=pl.when(pl.col("Unit1").max() == 1).then(pl.lit("medical")).when(pl.col("Unit2").max() == 1).then(pl.lit("surgical")).otherwise(pl.lit("other")),
+            unit=pl.when(pl.col("Unit1").max() == 1)
+            .then(pl.lit("medical"))
+            .when(pl.col("Unit2").max() == 1)
+            .then(pl.lit("surgical"))
+            .otherwise(pl.lit("other")),
             admit_minute=(pl.col("HospAdmTime").min() * 60).round(),
             icu_minutes=pl.col("ICULOS").max() * 60,
+            first_minute=pl.col("minute").min(),
             sepsis_minute=septic + 60 + LABEL_LEAD,
         )
         .with_columns(patient_id=pl.col("stay_id").cast(pl.String), stay_number=1)
@@ -175,7 +213,13 @@ def stays_2019(root: Path, systems: list[str] | None) -> tuple[pl.DataFrame, pl.
         rows.select("stay_id", "minute", *VARIABLES_2019)
         .unpivot(index=["stay_id", "minute"], variable_name="concept", value_name="value")
         .drop_nulls("value")
-        .select("stay_id", "minute", pl.col("concept").replace_strict(VARIABLES_2019, return_dtype=CONCEPT), "value", unit=pl.lit(None, pl.String))
+        .select(
+            "stay_id",
+            "minute",
+            pl.col("concept").replace_strict(VARIABLES_2019, return_dtype=CONCEPT),
+            "value",
+            unit=pl.lit(None, pl.String),
+        )
     )
     return conform(stays, STAYS, "2019 stays"), events
 
@@ -186,7 +230,9 @@ def _rows_2019(source: Path) -> pl.DataFrame:
     for name, content in _members(source, ".psv"):
         first, _, rest = content.partition(b"\n")
         if header and first != header:
-            raise ValueError(f"{source}: {name} has other columns than the files before it; expected {header.decode()}, found {first.decode()}")
+            raise ValueError(
+                f"{source}: {name} has other columns than the files before it; expected {header.decode()}, found {first.decode()}"
+            )
         header = first
         names.append(name)
         contents.append(rest if rest.endswith(b"\n") or not rest else rest + b"\n")
@@ -196,10 +242,17 @@ def _rows_2019(source: Path) -> pl.DataFrame:
         raise ValueError(f"{source}: column {', '.join(missing)} is missing; expected {'|'.join(COLUMNS_2019)}, found {header.decode()}")
     try:
         table = pl.read_csv(
-            io.BytesIO(b"".join(contents)), separator="|", has_header=False, new_columns=found, null_values="NaN", schema_overrides={c: pl.Float64 for c in found}
+            io.BytesIO(b"".join(contents)),
+            separator="|",
+            has_header=False,
+            new_columns=found,
+            null_values="NaN",
+            schema_overrides={c: pl.Float64 for c in found},
         )
     except pl.exceptions.ComputeError as error:
-        raise ValueError(f"{source}: expected numbers, found something else ({str(error).splitlines()[0]}); download the file again") from error
+        raise ValueError(
+            f"{source}: expected numbers, found something else ({str(error).splitlines()[0]}); download the file again"
+        ) from error
     ids = np.repeat([int(n[1:]) for n in names], [c.count(b"\n") for c in contents])
     label = [] if "SepsisLabel" in found else [pl.lit(None, pl.Float64).alias("SepsisLabel")]
     return table.with_columns(pl.Series("stay_id", ids, dtype=pl.Int64), *label)
@@ -224,7 +277,7 @@ def _members(source: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
                     if member.isfile() and member.name.endswith(suffix):
                         count += 1
                         yield Path(member.name).stem, archive.extractfile(member).read()  # type: ignore[union-attr]
-    except (EOFError, tarfile.ReadError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+    except (EOFError, gzip.BadGzipFile, tarfile.ReadError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{source}: the archive is cut off or damaged ({error}); download it again") from error
     if not count:
         raise ValueError(f"{source}: no *{suffix} file found inside; expected one a stay")
@@ -242,7 +295,9 @@ class PhysioNet2012(ICUDataModule):
 
     name = "PhysioNet2012"
 
-    def __init__(self, root: str = "data/physionet2012", sets: str | None = None, hours: int = HOURS_2012, min_age: float = 0, **kwargs: Any):
+    def __init__(
+        self, root: str = "data/physionet2012", sets: str | None = None, hours: int = HOURS_2012, min_age: float = 0, **kwargs: Any
+    ):
         super().__init__(root, hours=hours, min_age=min_age, **kwargs)
         self.sets = _letters(sets)
 
@@ -265,7 +320,13 @@ class PhysioNet2012(ICUDataModule):
         ids = store.stays.filter(pl.col("hospital_id") != "a")["stay_id"].sort().to_numpy()
         order = np.random.RandomState(123).permutation(len(ids))
         train = ids[order[: int(0.8 * len(ids))]]
-        chosen = pl.when(pl.col("hospital_id") == "a").then(pl.lit("test")).when(pl.col("stay_id").is_in(train)).then(pl.lit("train")).otherwise(pl.lit("val"))
+        chosen = (
+            pl.when(pl.col("hospital_id") == "a")
+            .then(pl.lit("test"))
+            .when(pl.col("stay_id").is_in(train))
+            .then(pl.lit("train"))
+            .otherwise(pl.lit("val"))
+        )
         return stays.select(chosen.alias("split")).to_series()
 
 

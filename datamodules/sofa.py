@@ -7,8 +7,8 @@ References:
   [3] Bennett 2023, ricu, doi:10.1093/gigascience/giad041 (the alternatives behind the switches)
 
 Words used below:
-  minute  whole minutes since ICU admission, rounded down. Charted times carry no seconds, so the fraction that is cut off
-          is the same for every time of a stay and comparing two minutes is exact.
+  minute  whole minutes since ICU admission, rounded down. The times used here are charted without seconds, so the fraction
+          that is cut off is the same for every time of a stay and comparing two minutes is exact.
   hour h  the minutes (end - 60, end] with end = ``first_end`` + 60 h. The hours before 0 are scored, because the 24-hour
           window looks back into them, and are not put out.
   span    one row a stay: ``first_minute`` (first sign of presence in the ICU), ``first_end`` (end of hour 0), ``last_hour``.
@@ -53,6 +53,21 @@ class Inputs(TypedDict):
     gcs: pl.LazyFrame  # records of the total Glasgow coma scale; ``gcs_total`` makes them from its parts
     creatinine: pl.LazyFrame  # records in mg/dL
     urine: pl.LazyFrame  # records in mL, the volume since the record before
+
+
+class Switches(TypedDict, total=False):
+    """Where pipelines differ in scoring; what is left out is mimic-code's way [2].
+
+    gcs_intubated: "normal" gives a patient with a tube a GCS of 15, "carried" the last one from before the tube.
+    fio2_missing: FiO2 in % for blood gases without one (21 = room air).
+    pressor_min_minutes: shortest vasopressor episode that counts (0 or 60).
+    urine_min_hours: charted hours that a 24-hour urine volume needs (22 or 12).
+    """
+
+    gcs_intubated: Literal["normal", "carried"]
+    fio2_missing: float
+    pressor_min_minutes: int
+    urine_min_hours: float
 
 
 def sofa(inputs: Inputs, *, fio2_missing: float | None = None, pressor_min_minutes: int = 0, urine_min_hours: float = 22) -> pl.DataFrame:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self, cast
+from typing import IO, cast
 
 import numpy as np
 import polars as pl
@@ -111,7 +111,7 @@ class _Files:
         columns = [pl.col(c) if c in rows.columns else pl.lit(None, pl.String).alias(c) for c in self.columns[table]]
         self.files[table].write(rows.select(columns).write_csv(include_header=False).encode())
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "_Files":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

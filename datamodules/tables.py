@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ def find(root: Path, table: str) -> Path | None:
 def columns(root: Path, table: str) -> list[str]:
     """The column names of ``table`` in lower case; empty where the table is not there."""
     path = find(root, table)
-    return [name.lower() for name in _header(path)] if path else []
+    return [name.strip().lower() for name in _header(path)] if path else []
 
 
 def scan(root: Path, table: str, columns: dict[str, str]) -> pl.LazyFrame:
@@ -55,17 +56,24 @@ def scan(root: Path, table: str, columns: dict[str, str]) -> pl.LazyFrame:
             f"no table {table} in {root}: expected {root / table}.csv.gz (or .csv, .parquet); set --data.root to the folder that holds it"
         )
     header = _header(path)
-    actual = {name.lower(): name for name in header}
+    actual = {name.strip().lower(): name for name in header}
     missing = [c for c in columns if c not in actual]
     if missing:
         raise ValueError(f"{path}: column {', '.join(missing)} is missing; expected {', '.join(columns)}, found {', '.join(header)}")
     chosen = [pl.col(actual[c]).alias(c) for c in columns]
-    if path.suffix == ".parquet":
-        return pl.scan_parquet(path).select(chosen).cast({c: TYPES[kind] for c, kind in columns.items()})  # type: ignore[arg-type]
+    if _is_parquet(path):
+        lazy = pl.scan_parquet(path).select(chosen)
+        texts = [c for c, kind in lazy.collect_schema().items() if kind == pl.String and columns[c] == "time"]
+        return _times(lazy, texts).cast({c: TYPES[kind] for c, kind in columns.items()})  # type: ignore[arg-type]
     direct = {actual[c]: TYPES[kind] for c, kind in columns.items() if kind != "time"}
     lazy = pl.scan_csv(path, schema_overrides=direct, infer_schema=False).select(chosen)
-    times = [c for c, kind in columns.items() if kind == "time"]
-    return lazy.with_columns(pl.col(c).str.to_datetime("%Y-%m-%d %H:%M:%S", time_unit="us") for c in times)
+    return _times(lazy, [c for c, kind in columns.items() if kind == "time"])
+
+
+def read(root: Path, table: str, columns: dict[str, str]) -> pl.DataFrame:
+    """A small table at once; arguments and errors of ``scan`` and ``reading``."""
+    with reading(root, table):
+        return scan(root, table, columns).collect()
 
 
 @contextmanager
@@ -74,13 +82,15 @@ def reading(root: Path, table: str) -> Iterator[None]:
     try:
         yield
     except (pl.exceptions.ComputeError, pl.exceptions.InvalidOperationError, pl.exceptions.SchemaError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # disk full, no permission: not the table's fault
-            raise
+        if "os error" in str(error) or isinstance(error, FileNotFoundError) or getattr(error, "errno", None) is not None:
+            raise  # disk full, no permission: not the table's fault
         path = find(root, table) or root / table
         said = " ".join(str(error).split("\n\n")[0].split())
-        if "unexpected end of file" in said or "corrupt" in said or "deflate" in said:
-            raise ValueError(f"{path}: the compressed file is cut off or damaged ({said}); download it again") from error
-        raise ValueError(f"{path}: a value is not of the expected type ({said}); repair the row or download the file again") from error
+        if any(word in said for word in ("unexpected end of file", "corrupt", "deflate", "out of specification")):
+            raise ValueError(f"{path}: the file is cut off or damaged ({said}); download it again") from error
+        raise ValueError(
+            f"{path}: expected numbers, and times as YYYY-MM-DD hh:mm:ss, but {said}; repair the row or download the file again"
+        ) from error
 
 
 def _children(folder: Path) -> list[Path]:
@@ -88,14 +98,22 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _header(path: Path) -> list[str]:
-    if path.suffix == ".parquet":
-        with reading(path.parent, path.name.removesuffix(".parquet")):
+    if _is_parquet(path):
+        with reading(path.parent, path.stem):
             return pl.scan_parquet(path).collect_schema().names()
     try:
-        with gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as file:
+        with gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix.lower() == ".gz" else path.open(encoding="utf-8-sig") as file:
             first = file.readline()
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: the compressed file is cut off or damaged ({error}); download it again") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: the file is cut off or damaged ({error}); download it again") from error
     if not first.strip():
         raise ValueError(f"{path}: the file is empty, expected a header line; download it again")
-    return [name.strip() for name in next(csv.reader([first]))]
+    return next(csv.reader([first]))
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
+
+
+def _times(lazy: pl.LazyFrame, texts: list[str]) -> pl.LazyFrame:
+    return lazy.with_columns(pl.col(c).str.to_datetime("%Y-%m-%d %H:%M:%S", time_unit="us") for c in texts)

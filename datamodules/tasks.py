@@ -30,12 +30,14 @@ class Task:
         hours: hours from ICU admission to the (first) prediction.
         window: hours of history that the model sees.
         rolling: predict every hour from ``hours`` on.
+        sepsis: only stays whose Sepsis-3 is known by the (first) prediction.
     """
 
     name: TaskName
     hours: int
     window: int
     rolling: bool = False
+    sepsis: bool = False
 
     def __post_init__(self) -> None:
         if self.hours < 1:
@@ -67,14 +69,25 @@ class Task:
         if labelled and self.name == "mortality_hospital":
             rules.append(("hospital outcome known", pl.col("hospital_death").is_not_null()))
         if labelled and self.name == "mortality_24h":
-            rules.append(("hospital outcome and time of death known", pl.col("hospital_death").is_not_null() & (death.is_not_null() | ~pl.col("hospital_death"))))
+            rules.append(
+                (
+                    "hospital outcome and time of death known",
+                    pl.col("hospital_death").is_not_null() & (death.is_not_null() | ~pl.col("hospital_death")),
+                )
+            )
         return rules
 
-    def samples(self, stays: pl.DataFrame) -> pl.DataFrame:
-        """Prediction times and targets.
+    def last_hour(self) -> pl.Expr:
+        """Hour of a stay's last prediction."""
+        end = pl.col("icu_minutes").fill_null(0) // 60 if self.hourly else pl.lit(self.hours)
+        return pl.max_horizontal(end, self.hours).cast(pl.Int32)
+
+    def samples(self, stays: pl.DataFrame, labelled: bool = True) -> pl.DataFrame:
+        """Prediction times, the patient being alive, and targets.
 
         Args:
             stays: the included rows of the stays table with a column ``stay`` (row number in the store).
+            labelled: as in ``rules``; without it, "no onset of sepsis in any stay" means "unknown".
 
         Returns:
             ``stay, minute, target``: prediction time in minutes from ICU admission; target 1.0, 0.0 or null (unknown).
@@ -82,13 +95,14 @@ class Task:
         Raises:
             ValueError: the data do not carry what the task needs.
         """
-        if self.hourly:
-            last = (pl.col("icu_minutes").fill_null(self.hours * 60) // 60).cast(pl.Int32)
-            times = stays.with_columns(hour=pl.int_ranges(self.hours, last + 1)).explode("hour", empty_as_null=False)
-        else:
-            times = stays.with_columns(hour=pl.lit(self.hours))
+        times = stays.with_columns(hour=pl.int_ranges(self.hours, self.last_hour() + 1)).explode("hour", empty_as_null=False)
         times = times.with_columns(minute=(pl.col("hour") * 60).cast(pl.Int32))
-        return times.select("stay", "minute", target=self._target().cast(pl.Float32))
+        # a stay may end, on paper, after the patient's death, and a record may begin after the stay
+        alive = pl.col("death_minute").is_null() | (pl.col("death_minute") > pl.col("minute"))
+        times = times.filter(alive, pl.col("minute") > pl.col("first_minute").fill_null(0))
+        unknown = not labelled and self.name == "sepsis_onset" and stays["sepsis_minute"].null_count() == len(stays)
+        target = pl.lit(None) if unknown else self._target()
+        return times.select("stay", "minute", target=target.cast(pl.Float32))
 
     def check_labels(self, stays: pl.DataFrame) -> None:
         """Refuse a task whose outcome these data do not record, rather than train on a constant."""
@@ -96,7 +110,10 @@ class Task:
             raise ValueError("mortality_24h needs times of death and these data have none; use --data.task mortality_hospital")
         column = "sepsis_minute" if self.name == "sepsis_onset" else "hospital_death"
         if stays[column].null_count() == len(stays):
-            raise ValueError(f"{self.name} needs {column} and no stay of these data has it; choose another --data.task, or `ehr predict` to score without outcomes")
+            raise ValueError(
+                f"{self.name} needs {column} and no stay of these data has it; "
+                f"choose another --data.task, or `ehr predict` to score without outcomes"
+            )
 
     def _target(self) -> pl.Expr:
         if self.name == "mortality_hospital":

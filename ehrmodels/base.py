@@ -1,6 +1,10 @@
 """The LightningModule that every model inherits: loss, validation metrics, optimiser, schedule, what a checkpoint carries."""
 
+import importlib
 import math
+import pickle
+import re
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning
@@ -95,9 +99,55 @@ class ICUModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["ehr"] = {
-            "model": type(self).__name__,
+            "model": f"{type(self).__module__}.{type(self).__name__}",
             "arguments": dict(self.hparams),
             "spec": self.spec._asdict(),
             "pos_weight": float(self.pos_weight or 1.0),
             **self.facts,
         }
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint as plain types and tensors, checked to be one of ours.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or was not written by this framework.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: expected a file such as runs/NAME/best.ckpt; set --ckpt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        said = str(error).splitlines()[0][:200]
+        raise ValueError(f"{path}: the checkpoint is damaged or not a checkpoint ({said}); use another, such as last.ckpt beside it") from error
+    if not isinstance(checkpoint, dict) or "ehr" not in checkpoint or "state_dict" not in checkpoint:
+        raise ValueError(f"{path}: not a checkpoint of this framework: expected the entries 'ehr' and 'state_dict'")
+    return checkpoint
+
+
+def load(path: Path) -> ICUModule:
+    """The model of a checkpoint, built for the variables that it was trained on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, not ours, or of another list of variables than its weights.
+    """
+    checkpoint = read_checkpoint(path)
+    facts = dict(checkpoint["ehr"])
+    where, _, name = facts.pop("model").rpartition(".")
+    if not re.fullmatch(r"ehrmodels\.\w+", where):
+        raise ValueError(f"{path}: model {where}.{name} is not one of this package; expected ehrmodels.<file>.<Class>")
+    try:
+        model = getattr(importlib.import_module(where), name)(**facts.pop("arguments"))
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: cannot make the model {where}.{name} ({error}); was it trained with another version?") from error
+    spec = Spec(**facts.pop("spec"))
+    model.start(spec, facts.pop("pos_weight"))
+    model.facts = facts
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: the weights do not fit the {len(spec.variables)} variables that the checkpoint names ({said})") from error
+    return model.eval()

@@ -47,7 +47,7 @@ def test_record_on_the_stroke_belongs_to_the_hour_that_ends() -> None:
     assert found.sort("hour").collect().rows() == [(1, -1, 1.0, 1), (1, 0, 2.0, 2), (1, 1, 4.0, 1)]
 
 
-THRESHOLDS = {  # [1], with the inequalities of [2] sofa.sql
+THRESHOLDS: dict[str, tuple[str, list[tuple[float, int]]]] = {  # [1], with the inequalities of [2] sofa.sql
     "platelets": ("coagulation", [(150, 0), (149.9, 1), (100, 1), (99, 2), (50, 2), (49, 3), (20, 3), (19, 4)]),
     "bilirubin": ("liver", [(1.1, 0), (1.2, 1), (1.9, 1), (2.0, 2), (5.9, 2), (6.0, 3), (11.9, 3), (12.0, 4)]),
     "creatinine": ("renal", [(1.1, 0), (1.2, 1), (1.9, 1), (2.0, 2), (3.4, 2), (3.5, 3), (4.9, 3), (5.0, 4)]),
@@ -377,6 +377,77 @@ def test_mimic_demo() -> None:
 
 
 # --- eICU ---------------------------------------------------------------------------------------------------------------------
+
+
+EICU = {
+    "patient": "patientunitstayid,hospitalid",
+    "vitalPeriodic": "patientunitstayid,observationoffset,heartrate,respiration,sao2,temperature,"
+    "systemicsystolic,systemicdiastolic,systemicmean,etco2",
+    "vitalAperiodic": "patientunitstayid,observationoffset,noninvasivesystolic,noninvasivediastolic,noninvasivemean",
+    "lab": "patientunitstayid,labresultoffset,labname,labresult,labmeasurenamesystem,labmeasurenameinterface,labresultrevisedoffset",
+    "apacheApsVar": "patientunitstayid,intubated,eyes,motor,verbal",
+    "nurseCharting": "patientunitstayid,nursingchartoffset,nursingchartcelltypevallabel,nursingchartcelltypevalname,nursingchartvalue",
+    "respiratoryCharting": "patientunitstayid,respchartoffset,respcharttypecat,respchartvaluelabel,respchartvalue",
+    "respiratoryCare": "patientunitstayid,respcarestatusoffset,ventstartoffset,ventendoffset,priorventstartoffset,priorventendoffset",
+    "intakeOutput": "patientunitstayid,intakeoutputoffset,cellpath,cellvaluenumeric",
+    "infusionDrug": "patientunitstayid,infusionoffset,drugname,drugrate,patientweight",
+    "medication": "patientunitstayid",
+    "treatment": "patientunitstayid,treatmentoffset,treatmentstring",
+    "microLab": "patientunitstayid",
+}
+
+
+def eicu_inputs(root: Path, **rows: list[str]) -> s.Inputs:
+    """Write the tables (keyword: name of the table) and read them back; stay 1 of 1,441 minutes in hospital x."""
+    for table, header in EICU.items():
+        (root / f"{table}.csv").write_text("\n".join([header, *rows.get(table, [])]) + "\n")
+    beds = pl.DataFrame({"stay_id": [1], "patient_id": ["a"], "hospital_id": ["x"], "weight": [80.0], "icu_minutes": [1441]})
+    return eicu_sofa.sofa_inputs(root, beds)
+
+
+def test_eicu_hours_run_to_the_end_of_the_unit_stay(tmp_path: Path) -> None:
+    """eICU counts minutes from admission, so hour 0 is minutes 1 to 60; minute 1441 opens hour 24."""
+    assert eicu_inputs(tmp_path)["spans"].collect().rows() == [(1, 0, 60, 24)]
+
+
+def test_eicu_pressure_is_the_median_of_an_hour(tmp_path: Path) -> None:
+    """cohorts.md 8: one flush of the line (20 mmHg) in an hour of 80 is not hypotension."""
+    periodic = [f"1,{minute},80,,,,,,{value}," for minute, value in ((5, 80), (10, 20), (15, 80), (65, 60))]
+    found = eicu_inputs(tmp_path, vitalPeriodic=periodic, vitalAperiodic=["1,60,,,78"])["mean_bp"].sort("minute").collect()
+    assert found.rows() == [(1, 60, 79.0), (1, 120, 60.0)]
+
+
+def test_eicu_gcs(tmp_path: Path) -> None:
+    """cohorts.md 8: APACHE's score counts at minute 1440; -1 is missing; verbal 1 with a tube is not tested.
+
+    Eyes 2, motor 4, verbal 1: 7 points awake, 15 with a tube by mimic-code's rule.
+    """
+    assert eicu_inputs(tmp_path, apacheApsVar=["1,0,2,4,1"])["gcs"].collect().rows() == [(1, 1440, 7.0)]
+    assert eicu_inputs(tmp_path, apacheApsVar=["1,1,2,4,1"])["gcs"].collect().rows() == [(1, 1440, 15.0)]
+    assert eicu_inputs(tmp_path, apacheApsVar=["1,1,-1,-1,-1"])["gcs"].collect().is_empty()
+    nurse = [
+        "1,100,Glasgow coma score,GCS Total,9",
+        "1,200,Glasgow coma score,Verbal,1",
+        "1,200,Glasgow coma score,Motor,4",
+        "1,200,Glasgow coma score,Eyes,2",
+    ]
+    charted = eicu_inputs(tmp_path, nurseCharting=nurse)
+    assert charted["gcs"].sort("minute").collect().rows() == [(1, 100, 9.0), (1, 200, 7.0)]
+    on_a_ventilator = eicu_inputs(tmp_path, nurseCharting=nurse, respiratoryCare=["1,150,150,0,0,0", "1,400,150,400,0,0"])
+    assert on_a_ventilator["ventilation"].select(pl.col("start_minute").min(), pl.col("end_minute").max()).collect().row(0) == (150, 400)
+    assert on_a_ventilator["gcs"].sort("minute").collect().rows() == [(1, 100, 9.0), (1, 200, 15.0)]
+
+
+def test_eicu_gas_and_treatment_tier(tmp_path: Path) -> None:
+    """cohorts.md 8: FiO2 from the laboratory at the same minute, fraction or %, else from respiratoryCharting; the tier counts from
+    the very minute of its row, here the last of hour 0."""
+    lab = ["1,30,paO2,80,mm Hg,,30", "1,30,FiO2,0.4,%,,30", "1,90,paO2,60,mm Hg,,90", "1,30,platelets x 1000,90,K/mcL,,30"]
+    tier = "cardiovascular|shock|vasopressors|dopamine >15 micrograms/kg/min"
+    found = eicu_inputs(tmp_path, patient=["1,x"], lab=lab, respiratoryCharting=["1,80,,FiO2,60%"], treatment=[f"1,60,{tier}"])
+    ratios = s.oxygenation(found["gases"], found["fio2"], found["ventilation"]).sort("minute").collect()
+    assert ratios["ratio"].to_list() == pytest.approx([200, 100])
+    first = s.sofa(found).row(0, named=True)
+    assert (first["respiration"], first["coagulation"], first["cardiovascular"]) == (2, 2, 4)
 
 
 @pytest.mark.skipif(not (DEMO / "eicu-demo").exists(), reason="the eICU demo is not at ../shared/data/eicu-demo")

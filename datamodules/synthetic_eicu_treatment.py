@@ -1,0 +1,214 @@
+"""Simulated patients -> the eICU-shaped tables of what is done to them: infusions, orders, urine, infection, and the scores of day one."""
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from datamodules.synthetic_eicu_hospitals import PUMP_UNITS, URINE, Hospitals, Rows
+from datamodules.synthetic_patient import Patients
+from datamodules.synthetic_tables import ANTIBIOTICS, Orders, cultures, runs, spoil, text, twice
+
+SITES = ("Blood, Venipuncture", "Urine, Catheter Specimen", "Sputum, Tracheal Specimen", "Nasopharynx")
+ORGANISMS = (
+    "Escherichia coli",
+    "Staphylococcus aureus",
+    "Klebsiella pneumoniae",
+    "Pseudomonas aeruginosa",
+    "Enterococcus faecalis",
+    "no growth",
+)
+# drug, name, step, mcg per mL (vasopressin: units per mL), HICL code of an order
+DRIPS: tuple[tuple[str, str, float, float, int], ...] = (
+    ("norepinephrine", "Norepinephrine", 0.01, 32, 2051),
+    ("epinephrine", "Epinephrine", 0.01, 40, 2050),
+    ("dopamine", "Dopamine", 1.0, 1600, 2060),
+    ("dobutamine", "Dobutamine", 1.0, 2000, 8777),
+    ("phenylephrine", "Phenylephrine", 0.1, 200, 2087),
+    ("vasopressin", "Vasopressin", 0.6, 0.4, 2839),
+)
+
+
+def drips(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
+    """infusionDrug in the hospital's unit, orders in medication, and the vasopressor strings of treatment."""
+    p, h = patients.stays, patients.hours
+    frames, told = [], []
+    for drug, name, step, strength, hicl in DRIPS:
+        stay, first, after, rate = runs(patients, drug, step)
+        hospital, weight = p["hospital"][stay], p["weight"][stay]
+        unit = hospitals.pump[hospital]
+        if drug == "vasopressin":
+            units = np.array(["units/min", "ml/hr", "", "units/min"])
+            dose = np.where(unit == 1, rate / strength, np.where(unit == 2, rate, rate / 60))
+        else:
+            units = np.array(PUMP_UNITS)
+            each = np.where(hospitals.strong[hospital], 2 * strength, strength)
+            dose = np.where(unit == 1, rate * weight * 60 / each, np.where(unit == 3, rate, rate * weight))
+        offset, ends = first * 60 + rng.integers(0, 10, len(first)), after * 60
+        weighed = np.where(rng.random(len(stay)) < 0.04, weight, np.nan)
+        # a row when the rate changes and every four hours while it holds; a zero where it ends
+        for later in range(0, 240, 4):
+            if not (first + later < after).any():
+                break
+            due = (first + later < after) & hospitals.fills["infusionDrug"][hospital]
+            columns = {
+                "stay": stay[due],
+                "infusionoffset": offset[due] + later * 60,
+                "drugrate": text(dose[due], 3),
+                "unit": units[unit[due]],
+            }
+            columns["patientweight"] = pl.Series(weighed[due]).fill_nan(None)
+            frames.append(pl.DataFrame(columns).with_columns(name=pl.lit(name)))
+        following = np.append((stay[1:] == stay[:-1]) & (first[1:] == after[:-1]), False)[: len(stay)]
+        over = ~following & hospitals.fills["infusionDrug"][hospital] & (ends < p["icu_minutes"][stay])
+        zero = {"stay": stay[over], "infusionoffset": ends[over], "drugrate": pl.repeat("0", int(over.sum()), eager=True)}
+        frames.append(pl.DataFrame({**zero, "unit": units[unit[over]]}).with_columns(name=pl.lit(name)))
+        # once a day the daily note tells the drug and its dose tier
+        daily = np.unique(stay * 20 + first // 24, return_index=True)[1]
+        tier = {"norepinephrine": 0.1, "epinephrine": 0.1, "dopamine": 15}.get(drug)
+        words = {"phenylephrine": "phenylephrine (Neosynephrine)"}.get(drug, drug)
+        more = np.zeros(len(stay), bool) if tier is None else rate > tier + 1e-9
+        high = f"{drug} >{tier} micrograms/kg/min" if drug == "dopamine" else f"{drug} > {tier} micrograms/kg/min"
+        low = "dopamine  5-15 micrograms/kg/min" if drug == "dopamine" else f"{drug} <= {tier} micrograms/kg/min"
+        note = np.where(more, high, low if tier is not None else words)
+        if drug == "dobutamine":
+            continue
+        daily = daily[rng.random(len(daily)) < 0.6]
+        strings = pl.lit("cardiovascular|shock|vasopressors|") + pl.Series("s", note[daily], dtype=pl.String)
+        told.append(pl.DataFrame({"stay": stay[daily], "treatmentoffset": offset[daily] + 30}).with_columns(treatmentstring=strings))
+        begin = np.unique(stay, return_index=True)[1]
+        begin = begin[hospitals.fills["medication"][hospital[begin]]]
+        _order(stay[begin], offset[begin] - 10, ends[begin], name.upper(), np.full(len(begin), hicl), patients, hospitals, rng, rows)
+    frame = pl.concat(frames, how="diagonal_relaxed").sort("stay", "infusionoffset", "name", maintain_order=True)
+    frame = frame.with_columns(drugname=pl.format("{} ({})", "name", "unit"))
+    frame = frame.with_columns(infusionrate=pl.when(pl.col("unit") == "ml/hr").then("drugrate"))
+    rows.put("infusionDrug", frame["stay"], frame)
+    treatment = pl.concat(told).sort("stay", "treatmentoffset", maintain_order=True)
+    rows.put("treatment", treatment["stay"], treatment, activeupondischarge="False")
+    sick = np.flatnonzero((h["vent"] > 0) & (h["hour"] % 24 == 3))
+    frame = pl.DataFrame({"treatmentoffset": h["hour"][sick] * 60})
+    string = "pulmonary|ventilation and oxygenation|mechanical ventilation"
+    rows.put("treatment", h["stay"][sick], frame, treatmentstring=string, activeupondischarge="False")
+
+
+def _order(
+    stay: NDArray,
+    start: NDArray,
+    stop: NDArray,
+    name: str | pl.Series,
+    hicl: NDArray,
+    patients: Patients,
+    hospitals: Hospitals,
+    rng: np.random.Generator,
+    rows: Rows,
+) -> None:
+    """medication: an order carries the drug's name, or only its HICL code."""
+    hospital = patients.stays["hospital"][stay]
+    named = rng.random(len(stay)) < hospitals.named[hospital]
+    coded = ~named | (rng.random(len(stay)) < 0.85)
+    frame = pl.DataFrame({"drugorderoffset": start - 20, "drugstartoffset": start, "drugstopoffset": stop})
+    frame = frame.with_columns(
+        drugname=pl.when(pl.Series(named)).then(pl.lit(name)),
+        drughiclseqno=pl.when(pl.Series(coded)).then(pl.Series(hicl)),
+    )
+    rows.put("medication", stay, frame, drugivadmixture="No", drugordercancelled="No", routeadmin="IV", prn="No")
+
+
+def urine(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
+    """intakeOutput: urine summed over the hospital's interval."""
+    p, h = patients.stays, patients.hours
+    stay, hour = h["stay"], h["hour"]
+    hospital = p["hospital"][stay]
+    every = hospitals.urine_every[hospital]
+    charted = ~p["silent"][stay] & hospitals.fills["intakeOutput"][hospital] & (rng.random(len(stay)) < 0.95)
+    at = np.flatnonzero(charted & (hour % every == every - 1))
+    total = np.concatenate([[0.0], np.cumsum(h["urine"])])
+    volume = text(spoil(total[at + 1] - total[at + 1 - every[at]], rng), 0)
+    offset = np.minimum(hour[at] * 60 + 59, p["icu_minutes"][stay[at]])
+    cell = pl.Series(URINE).gather(hospitals.urine_cell[hospital[at]])
+    frame = pl.DataFrame({"stay": stay[at], "intakeoutputoffset": offset, "celllabel": cell, "cellvaluenumeric": volume})
+    frame = twice(frame, rng).with_columns(
+        intakeoutputentryoffset="intakeoutputoffset",
+        cellvaluetext="cellvaluenumeric",
+        outputtotal="cellvaluenumeric",
+        cellpath=pl.lit("flowsheet|Flowsheet Cell Labels|I&O|Output (ml)|") + pl.col("celllabel"),
+    )
+    rows.put("intakeOutput", frame["stay"], frame, intaketotal="0.0000", dialysistotal="0.0000")
+
+
+def infection(patients: Patients, hospitals: Hospitals, orders: Orders, rng: np.random.Generator, rows: Rows) -> None:
+    """Antibiotics in medication and treatment, diagnoses, and the cultures of the few hospitals that report them."""
+    p = patients.stays
+    stay, drug, start, stop = orders
+    hospital = p["hospital"]
+    kept = hospitals.fills["medication"][hospital[stay]]
+    names, codes = pl.Series([a.order for a in ANTIBIOTICS]), np.array([a.hicl for a in ANTIBIOTICS])
+    _order(stay[kept], start[kept], stop[kept], names.gather(drug[kept]), codes[drug[kept]], patients, hospitals, rng, rows)
+    told = np.flatnonzero((rng.random(len(stay)) < 0.6) & (drug < 6) & (start < p["icu_minutes"][stay]))
+    strings = pl.Series(["infectious diseases|medications|therapeutic antibacterials|" + a.treatment for a in ANTIBIOTICS]).gather(
+        drug[told]
+    )
+    offset = np.clip(start[told] + rng.integers(0, 200, len(told)), 5, p["icu_minutes"][stay[told]])
+    rows.put("treatment", stay[told], pl.DataFrame({"treatmentoffset": offset, "treatmentstring": strings}), activeupondischarge="False")
+    count = len(hospital)
+    written = np.flatnonzero(p["infected"] & (rng.random(count) < 0.6))
+    which = rng.choice(4, len(written), p=(0.4, 0.25, 0.15, 0.2))
+    sentences = (
+        ("cardiovascular|shock / hypotension|sepsis", "038.9, A41.9"),
+        ("infectious diseases|systemic/other infections|sepsis", "038.9, A41.9"),
+        ("cardiovascular|shock / hypotension|septic shock", "785.52, R65.21"),
+        ("pulmonary|pulmonary infections|pneumonia", "486, J18.9"),
+    )
+    offset = np.clip(p["onset_minute"][written] + rng.integers(20, 900, len(written)), 3, p["icu_minutes"][written])
+    columns = {"diagnosisoffset": offset, "diagnosisstring": pl.Series([s for s, _ in sentences]).gather(which)}
+    frame = pl.DataFrame({**columns, "icd9code": pl.Series([c for _, c in sentences]).gather(which)})
+    rows.put("diagnosis", written, frame, diagnosispriority="Primary", activeupondischarge="True")
+    failing = np.flatnonzero(rng.random(count) < 0.3)
+    frame = pl.DataFrame({"diagnosisoffset": np.minimum(rng.integers(5, 600, len(failing)), p["icu_minutes"][failing])})
+    other = "pulmonary|respiratory failure|acute respiratory failure"
+    priority = {"diagnosispriority": "Major", "activeupondischarge": "False"}
+    rows.put("diagnosis", failing, frame, diagnosisstring=other, icd9code="518.81, J96.00", **priority)
+    stay, minute, site, organism = cultures(patients, rng)
+    kept = hospitals.fills["microLab"][hospital[stay]] & (site < 3) & (minute < p["icu_minutes"][stay])
+    frame = pl.DataFrame({"culturetakenoffset": minute[kept], "culturesite": pl.Series(SITES).gather(site[kept])})
+    rows.put("microLab", stay[kept], frame.with_columns(organism=pl.Series(ORGANISMS).gather(organism[kept] % len(ORGANISMS))))
+
+
+def day_one(patients: Patients, rng: np.random.Generator, rows: Rows) -> None:
+    """apacheApsVar: the worst values of the first day (which therefore leak into any shorter window); -1 where missing."""
+    p, h = patients.stays, patients.hours
+    day = h["hour"] < 24
+    stay, count = h["stay"][day], len(p["age"])
+    sizes = np.maximum(np.bincount(stay, minlength=count), 1)
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+
+    def worst(name: str, low: bool = False, decimals: int = 0, share: float = 1.0) -> pl.Series:
+        values = (np.minimum if low else np.maximum).reduceat(h[name][day], starts)
+        return text(np.where(rng.random(count) < share, values, -1), decimals)
+
+    vent = worst("vent")
+    chosen = np.flatnonzero((rng.random(count) < 0.88) & ~p["silent"])
+    frame = pl.DataFrame(
+        {
+            "intubated": vent,
+            "vent": vent,
+            **{name: worst(name, low=True) for name in ("eyes", "motor", "verbal")},
+            "urine": text(np.add.reduceat(h["urine"][day], starts), 0),
+            "wbc": worst("wbc", decimals=1, share=0.8),
+            "temperature": worst("temperature", decimals=1, share=0.95),
+            "respiratoryrate": worst("respiration"),
+            "sodium": worst("sodium", share=0.85),
+            "heartrate": worst("heart_rate"),
+            "meanbp": worst("map_read", low=True),
+            "ph": worst("ph", low=True, decimals=2, share=0.25),
+            "hematocrit": worst("hematocrit", low=True, decimals=1, share=0.8),
+            "creatinine": worst("creatinine", decimals=2, share=0.85),
+            "albumin": worst("albumin", low=True, decimals=1, share=0.4),
+            "pao2": worst("pao2", low=True, share=0.25),
+            "pco2": worst("paco2", share=0.25),
+            "bun": worst("bun", share=0.85),
+            "glucose": worst("glucose", share=0.9),
+            "bilirubin": worst("bilirubin", decimals=1, share=0.4),
+            "fio2": text(np.where(rng.random(count) < 0.25, 100 * np.maximum.reduceat(h["fio2"][day], starts), -1), 0),
+        }
+    )
+    rows.put("apacheApsVar", chosen, frame[chosen], dialysis=0, meds=0)

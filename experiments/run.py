@@ -1,0 +1,176 @@
+"""A training run: its directory, its callbacks, and what is measured at its end."""
+
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import polars as pl
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from rich.console import Console
+
+from datamodules.module import ICUDataModule, Split
+from ehrmodels.base import ICUModule, load, read_checkpoint
+from experiments.report import choose_threshold, score
+
+console = Console(width=None if sys.stdout.isatty() else 160)
+MONITORS = {"val_auroc_auprc": "max", "val_auroc": "max", "val_auprc": "max", "val_loss": "min"}
+
+
+def open_run(folder: Path, config: str, resume: bool) -> None:
+    """Make the run directory, or take up the one that is there.
+
+    Raises:
+        ValueError: the directory holds another configuration, or an unfinished run and ``resume`` is not set.
+    """
+    written = folder / "config.yaml"
+    if written.exists():
+        if written.read_text() != config:
+            raise ValueError(f"{folder} holds a run with another configuration ({written}); choose another --name")
+        if not resume and not (folder / "metrics.json").exists():
+            raise ValueError(f"{folder} holds an unfinished run of this configuration; add --resume to continue it, or choose another --name")
+        return
+    if resume:
+        console.print(f"nothing to resume in {folder}: starting anew")
+    folder.mkdir(parents=True, exist_ok=True)
+    packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions())
+    (folder / "environment.txt").write_text("\n".join([f"python=={platform.python_version()}", f"platform: {platform.platform()}", *packages]) + "\n")
+    write_text(written, config)
+
+
+def fit(folder: Path, model: ICUModule, data: ICUDataModule, trainer: dict[str, Any], seed: int, monitor: str, patience: int, logger: Any) -> None:
+    """Train ``model`` on ``data``, continuing from ``last.ckpt`` where there is one; leaves ``best.ckpt`` and ``metrics.csv``.
+
+    The random numbers of an epoch depend on ``seed`` and the epoch alone and a checkpoint is written after every epoch, so a
+    run that was killed and continued ends at the same weights as an unbroken one.
+    """
+    data.order_seed = seed
+    best = ModelCheckpoint(folder, "best", monitor=monitor, mode=MONITORS[monitor], enable_version_counter=False)
+    newest = ModelCheckpoint(folder, "last", enable_version_counter=False)
+    stop = EarlyStopping(monitor, mode=MONITORS[monitor], patience=patience)
+    callbacks: list[Callback] = [_Epochs(folder / "metrics.csv", seed), stop, best, newest]
+    if sys.stderr.isatty() or sys.stdout.isatty():
+        callbacks.append(RichProgressBar(leave=False))
+    precision = trainer.get("precision") or ("bf16-mixed" if torch.cuda.is_available() and trainer.get("accelerator") != "cpu" else "32-true")
+    arguments = {**trainer, "precision": precision, "logger": logger or False, "callbacks": callbacks, "default_root_dir": str(folder)}
+    bars = any(isinstance(c, RichProgressBar) for c in callbacks)
+    arguments |= {"enable_progress_bar": bars, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    last = folder / "last.ckpt"
+    fitting = lightning.Trainer(**arguments)
+    fitting.fit(model.train(), data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    if not (folder / "best.ckpt").exists():
+        raise ValueError(f"training ended without a checkpoint: {monitor} was never a number; is there a sample in the validation split?")
+
+
+class _Epochs(Callback):
+    """Seeds every epoch and writes one row of ``metrics.csv`` after each."""
+
+    def __init__(self, path: Path, seed: int):
+        self.path, self.seed = path, seed
+        self.rows: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = state_dict["rows"]
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        torch.manual_seed(int(np.random.SeedSequence((self.seed, trainer.current_epoch)).generate_state(1)[0]))
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        row: dict[str, float] = {"epoch": trainer.current_epoch, "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}
+        row |= {k: float(v) for k, v in sorted(trainer.callback_metrics.items())}
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            table = [",".join(row), *(",".join(repr(v) for v in r.values()) for r in self.rows)]
+            write_text(self.path, "\n".join(table) + "\n")
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k.startswith(("train", "val")))
+            console.print(f"epoch {trainer.current_epoch:3d}  {shown}", highlight=False, soft_wrap=True)
+
+
+def predict(model: ICUModule, data: ICUDataModule, split: Split) -> pl.DataFrame:
+    """Score every sample of a split once.
+
+    Returns:
+        ``stay_id, patient_id, minute, target, probability, split``, one row a sample, sorted by stay and minute; ``minute``
+        is the prediction time since ICU admission; ``target`` is NaN where unknown.
+    """
+    data.view = model.view
+    data.split = split
+    data.setup()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).eval()
+    rows, probabilities = [], []
+    from rich.progress import track
+
+    loader = data.predict_dataloader()
+    with torch.inference_mode():
+        for batch in track(loader, f"scoring {split}", console=Console(stderr=True), transient=True, disable=len(loader) < 50):
+            moved = type(batch)(*(t.to(device) for t in batch))
+            row, probability = model.predict_step(moved, 0)
+            rows.append(row.cpu().numpy())
+            probabilities.append(probability.cpu().numpy())
+    table = data.samples[np.concatenate(rows)].with_columns(probability=np.concatenate(probabilities))
+    columns = ["stay_id", "patient_id", "minute", pl.col("target").cast(pl.Float64).fill_null(float("nan")), "probability", "split"]
+    return table.select(columns).sort("stay_id", "minute")
+
+
+def conclude(folder: Path, data: ICUDataModule) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Score ``best.ckpt``: choose the threshold on val and write it into the checkpoint, then measure val and the data's split."""
+    best = folder / "best.ckpt"
+    model = load(best)
+    chosen = data.split
+    validation = predict(model, data, "val")
+    threshold = choose_threshold(validation)
+    checkpoint = read_checkpoint(best)
+    checkpoint["ehr"]["threshold"] = threshold
+    save(checkpoint, best)
+    held_out = len(data.rows(chosen)) > 0
+    if not held_out:
+        console.print(f"[yellow]no stay of these data is in split {chosen!r}: the validation split is shown instead[/]")
+    scored = predict(model, data, chosen) if held_out else validation
+    data.split = chosen
+    both = pl.concat([validation, scored]).unique(["stay_id", "minute"], maintain_order=True)
+    write_parquet(both, folder / "predictions.parquet")
+    result = {"val": score(validation, threshold), **({chosen: score(scored, threshold)} if held_out else {})}
+    write_json(result, folder / "metrics.json")
+    return scored, result[chosen if held_out else "val"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the new one, also when the run is killed or the disk is full."""
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        unfinished.write_text(text)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_parquet(table: pl.DataFrame, path: Path) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        table.write_parquet(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(checkpoint, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,287 @@
+"""What ``ehr`` does: one plain typed function a verb; its docstring is its ``--help``."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+import torch
+
+from datamodules.cohort import progress
+from datamodules.eicu import EICU
+from datamodules.mimiciv import MIMICIV
+from datamodules.module import ICUDataModule
+from datamodules.physionet import PhysioNet2012, PhysioNet2019
+from datamodules.simulated import SyntheticEICU, SyntheticMIMICIV
+from ehrmodels.base import ICUModule, load
+from ehrmodels.fusion import Fusion
+from experiments import report, run
+from experiments.run import MONITORS, console
+
+__all__ = ["EICU", "MIMICIV", "Fusion", "PhysioNet2012", "PhysioNet2019", "SyntheticEICU", "SyntheticMIMICIV"]
+Monitor = Literal["val_auroc_auprc", "val_auroc", "val_auprc", "val_loss"]
+
+
+def synthesize(out: str, system: Literal["MIMICIV", "EICU"] = "MIMICIV", stays: int = 2000, seed: int = 0, extra_rows: int = 0) -> None:
+    """Write raw files of a simulated hospital system, shaped as MIMIC-IV or eICU publish theirs.
+
+    Args:
+        out: New folder for the files.
+        system: Whose layout, units and habits of charting.
+        stays: Number of ICU stays.
+        seed: The same seed writes the same files.
+        extra_rows: Further rows in the largest table, to try out speed and memory.
+    """
+    from datamodules.synthetic import write
+
+    with progress() as bar:
+        task = bar.add_task(f"{stays} simulated stays", total=stays)
+        write(system, Path(out), stays, seed, extra_rows, progress=lambda done, _: bar.update(task, completed=done))
+    data = f"--data Synthetic{system} --data.root {out}"
+    console.print(f"wrote {out}\nnext: ehr prepare {data}", soft_wrap=True)
+
+
+def prepare(data: ICUDataModule, out: str | None = None, compare_definitions: bool = False) -> None:
+    """Extract raw tables into the cache, print who is left after each rule and how much of each variable was found.
+
+    With ``--out``, also write there: ``stays.parquet`` (one row per ICU stay, ``excluded_by`` names the rule that leaves it out),
+    ``events.parquet`` (``stay_id, minute`` since ICU admission, ``concept, value``), ``attrition.csv``, ``coverage.csv``,
+    ``units.csv`` and ``concepts.csv``; for MIMIC-IV and eICU also ``sofa.parquet`` (hourly, ``end_minute`` and 24-hour worst scores),
+    ``suspicion.parquet``, ``sepsis3.parquet`` (one row a septic stay) and ``vasopressors.parquet`` (infusion intervals).
+
+    Args:
+        data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, SyntheticMIMICIV or SyntheticEICU.
+        out: Folder for the tables.
+        compare_definitions: Also show stays, hospitals, prevalence and mortality under every definition of Sepsis-3.
+    """
+    store = data.open()
+    excluded_by, attrition = data.cohort()
+    coverage = store.coverage()
+    report.print_table(attrition, f"{data.name}: stays, patients and deaths after each rule", console)
+    report.print_table(coverage, f"{data.name}: what was charted ({len(store.minute):,} events of {len(store.stays):,} stays)", console)
+    unmapped = store.units().filter(pl.col("factor").is_null())
+    if len(unmapped):
+        said = ", ".join(f"{c} in {u or 'no unit'} ({n} rows)" for c, u, n in unmapped.select("concept", "unit", "rows").iter_rows())
+        console.print(f"[yellow]dropped, unit not known: {said}; see CONVERSIONS in datamodules/concepts.py[/]")
+    compared = data.compare_definitions() if compare_definitions else None
+    if compared is not None:
+        report.print_table(compared, f"{data.name}: Sepsis-3 by definition", console)
+    if out is None:
+        return
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    run.write_parquet(store.stays.with_columns(excluded_by), folder / "stays.parquet")
+    store.export(folder)
+    if data.default_definition:
+        for name, table in {**data.sepsis_tables(), "vasopressors": data.infusions()}.items():
+            run.write_parquet(table, folder / f"{name}.parquet")
+    if compared is not None:
+        run.write_text(folder / "definitions.csv", compared.write_csv())
+    for name, table in (("attrition", attrition), ("coverage", coverage), ("units", store.units()), ("concepts", report.concepts())):
+        run.write_text(folder / f"{name}.csv", table.write_csv())
+    console.print(f"wrote to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}", soft_wrap=True)
+
+
+def train(
+    model: ICUModule,
+    data: ICUDataModule,
+    trainer: dict[str, Any],
+    config: str,
+    name: str | None = None,
+    runs: str = "runs",
+    seed: int = 0,
+    monitor: Monitor = "val_auroc_auprc",
+    patience: int = 10,
+    resume: bool = False,
+    finetune: ICUDataModule | None = None,
+    finetune_learning_rate: float | None = None,
+    finetune_epochs: int = 10,
+    wandb: Literal["offline", "online"] | None = None,
+) -> None:
+    """Train a model, score its best checkpoint on the test split, and, with ``--finetune EICU``, transfer it.
+
+    Args:
+        model: The network: Fusion.
+        data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, SyntheticMIMICIV or SyntheticEICU.
+        trainer: Arguments of lightning.Trainer.
+        config: The whole configuration as YAML, kept in the run directory.
+        name: Name of the run; default: data, model and seed.
+        runs: Folder that holds the run directories.
+        seed: Seed of initial weights, dropout and order of batches. The split has its own, --data.seed.
+        monitor: Validation metric that chooses the best checkpoint and stops training; val_auroc_auprc is their sum.
+        patience: Epochs without improvement after which training stops.
+        resume: Continue a run that was interrupted.
+        finetune: Second hospital system: scored zero-shot, then fine-tuned and scored again on the same held-out patients.
+        finetune_learning_rate: Peak learning rate of fine-tuning; default: a fifth of the model's.
+        finetune_epochs: Most epochs of fine-tuning.
+        wandb: Also log to Weights & Biases (aggregates only): offline or online.
+    """
+    folder = Path(runs) / (name or f"{data.name}-{type(model).__name__}-{seed}".lower())
+    run.open_run(folder, config, resume)
+    if finetune is not None:
+        finetune.raw_files()  # say at once, not after training, that the second system is not there
+    torch.manual_seed(seed)
+    data.view = model.view
+    data.prepare_data()
+    data.setup()
+    target = data.targets("train")
+    model.start(data.spec, _pos_weight(target))
+    model.facts = {"data": {"class": type(data).__name__, "arguments": dict(data.hparams)}, "split_hash": data.split_hash(), "seed": seed}
+    console.print(
+        f"{folder}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(data.spec.variables)} variables; "
+        f"{len(target):,} training samples, {int(target.sum()):,} positive",
+        soft_wrap=True,
+    )
+    if not (folder / "metrics.json").exists():
+        run.fit(folder, model, data, trainer, seed, monitor, patience, _logger(wandb, folder, config))
+    predictions, result = run.conclude(folder, data)
+    if finetune is None:
+        report.show({data.name: result}, console)
+        report.draw({data.name: predictions}, folder / "report.png")
+        console.print(f"picture: {folder / 'report.png'}\nnext: ehr evaluate --ckpt {folder / 'best.ckpt'} --data NAME --data.root FOLDER", soft_wrap=True)
+    else:
+        start = {f"{data.name} (source)": (predictions, result)}
+        _transfer(folder / "best.ckpt", finetune, folder / f"finetune-{finetune.name}", trainer, seed, finetune_learning_rate, finetune_epochs, wandb, config, start)
+
+
+def evaluate(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
+    """Score a checkpoint on a split of any hospital system.
+
+    Nothing is fitted: scaler, variables and threshold are those of the checkpoint. Writes ``metrics.json`` (``auroc``, ``auprc``,
+    ... each with ``value``, ``low``, ``high``; ``n``, ``n_positive``) and ``predictions.parquet`` (``stay_id, patient_id, minute,
+    target, probability, split``) and ``report.png``.
+
+    Args:
+        ckpt: Checkpoint, such as runs/NAME/best.ckpt.
+        out: Folder for the results.
+        data: Hospital system; default: the one that the checkpoint was trained on. --data.split chooses train, val, test or all.
+    """
+    assert data is not None  # the parser fills it in from the checkpoint
+    model = load(Path(ckpt))
+    data.adopt(model.spec)
+    predictions = run.predict(model, data, data.split)
+    result = report.score(predictions, model.facts.get("threshold", 0.5))
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    run.write_parquet(predictions, folder / "predictions.parquet")
+    run.write_json({**result, "data": data.name, "split": data.split, "checkpoint": str(ckpt)}, folder / "metrics.json")
+    name = f"{data.name} {data.split}"
+    report.show({name: result}, console)
+    report.draw({name: predictions}, folder / "report.png")
+    console.print(f"wrote metrics.json, predictions.parquet and report.png to {folder}", soft_wrap=True)
+
+
+def finetune(
+    ckpt: str,
+    trainer: dict[str, Any],
+    config: str,
+    data: ICUDataModule | None = None,
+    out: str | None = None,
+    seed: int = 0,
+    learning_rate: float | None = None,
+    epochs: int = 10,
+    resume: bool = False,
+    wandb: Literal["offline", "online"] | None = None,
+) -> None:
+    """Transfer a checkpoint: score it zero-shot on another hospital system, fine-tune it there, score it again.
+
+    Args:
+        ckpt: Checkpoint, such as runs/NAME/best.ckpt.
+        trainer: Arguments of lightning.Trainer.
+        config: The whole configuration as YAML, kept in the run directory.
+        data: Second hospital system; default: EICU.
+        out: Run directory; default: finetune-<data> beside the checkpoint.
+        seed: Seed of dropout and order of batches.
+        learning_rate: Peak learning rate; default: a fifth of the source's.
+        epochs: Most epochs.
+        resume: Continue a fine-tuning that was interrupted.
+        wandb: Also log to Weights & Biases (aggregates only): offline or online.
+    """
+    data = data or EICU()
+    folder = Path(out) if out else Path(ckpt).parent / f"finetune-{data.name}"
+    load(Path(ckpt))
+    run.open_run(folder, config, resume)
+    _transfer(Path(ckpt), data, folder, trainer, seed, learning_rate, epochs, wandb, config, {})
+
+
+def predict(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
+    """Write a probability per stay (per hour for hourly tasks) to a parquet file; needs no outcomes.
+
+    Args:
+        ckpt: Checkpoint, such as runs/NAME/best.ckpt.
+        out: Parquet file: stay_id, patient_id, minute (prediction time since ICU admission), probability, alert.
+        data: Hospital system; default: the one that the checkpoint was trained on. All stays are scored, or those of --data.split.
+    """
+    assert data is not None
+    model = load(Path(ckpt))
+    data.labelled = False
+    data.adopt(model.spec)
+    table = run.predict(model, data, data.split)
+    table = table.select("stay_id", "patient_id", "minute", "probability", alert=pl.col("probability") >= model.facts.get("threshold", 0.5))
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run.write_parquet(table, path)
+    console.print(f"wrote {len(table):,} predictions of {table['stay_id'].n_unique():,} stays, {table['alert'].sum():,} alerts, to {path}", soft_wrap=True)
+
+
+def _transfer(
+    ckpt: Path,
+    target: ICUDataModule,
+    folder: Path,
+    trainer: dict[str, Any],
+    seed: int,
+    learning_rate: float | None,
+    epochs: int,
+    wandb: Literal["offline", "online"] | None,
+    config: str,
+    rows: dict[str, tuple[pl.DataFrame, dict[str, Any]]],
+) -> None:
+    """Zero-shot and fine-tuned scores of ``ckpt`` on ``target``'s held-out patients, beside the ``rows`` that are there already."""
+    model = load(ckpt)
+    threshold = model.facts.get("threshold", 0.5)
+    target.view = model.view
+    target.adopt(model.spec)
+    target.prepare_data()
+    target.setup()
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [v for v in model.spec.variables if not target.has(v)]
+    console.print(f"{target.name}: {len(target.rows(target.split)):,} {target.split} samples; variables never charted there: {', '.join(missing) or 'none'}", soft_wrap=True)
+    zero = run.predict(model, target, target.split)
+    rows[f"{target.name} zero-shot"] = (zero, report.score(zero, threshold))
+    run.write_parquet(zero, folder / "zero_shot.parquet")
+    run.write_json(rows[f"{target.name} zero-shot"][1], folder / "zero_shot.json")
+    if not (folder / "metrics.json").exists():
+        model = load(ckpt)
+        model.learning_rate = learning_rate or model.learning_rate / 5
+        model.facts = {"data": {"class": type(target).__name__, "arguments": dict(target.hparams)}, "split_hash": target.split_hash(), "seed": seed, "source": str(ckpt)}
+        run.fit(folder, model, target, {**trainer, "max_epochs": epochs}, seed, "val_auroc_auprc", 5, _logger(wandb, folder, config))
+    rows[f"{target.name} fine-tuned"] = run.conclude(folder, target)
+    report.show({name: result for name, (_, result) in rows.items()}, console)
+    report.draw({name: table for name, (table, _) in rows.items()}, folder / "report.png")
+    console.print(f"picture: {folder / 'report.png'}\nnext: ehr predict --ckpt {folder / 'best.ckpt'} --data.root FOLDER --out predictions.parquet", soft_wrap=True)
+
+
+def _pos_weight(target: Any) -> float:
+    positive = float(target.sum())
+    if not 0 < positive < len(target):
+        raise ValueError(f"the training split has {int(positive)} positives among {len(target)} samples: both outcomes are needed to train")
+    return (len(target) - positive) / positive
+
+
+def _logger(wandb: str | None, folder: Path, config: str) -> Any:
+    if wandb is None:
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb as library
+        import yaml
+        from lightning.pytorch.loggers import WandbLogger
+    except ImportError as error:
+        raise ValueError("--wandb needs the package wandb: install it with pip install 'ehr[wandb]', or leave --wandb out") from error
+    library.finish()
+    logger = WandbLogger(name=folder.name, save_dir=str(folder), project="ehr", offline=wandb == "offline", save_code=False)
+    logger.experiment.config.update(yaml.safe_load(config))
+    return logger
+
+
+assert set(MONITORS) == set(Monitor.__args__)  # type: ignore[attr-defined]

@@ -1,0 +1,50 @@
+"""Shared fixtures: simulated hospitals, a cache of their own, and the real data where they lie beside the project."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from datamodules import synthetic
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache for the whole run: no test reads or leaves a store in the project."""
+    before, folder = os.environ.get("EHR_CACHE"), tmp_path_factory.mktemp("cache")
+    os.environ["EHR_CACHE"] = str(folder)
+    yield folder
+    del os.environ["EHR_CACHE"]
+    if before is not None:
+        os.environ["EHR_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def mimic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A simulated MIMIC-IV of 300 stays."""
+    folder = tmp_path_factory.mktemp("raw") / "mimic"
+    synthetic.write("MIMICIV", folder, 300, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def eicu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A simulated eICU of 300 stays."""
+    folder = tmp_path_factory.mktemp("raw") / "eicu"
+    synthetic.write("EICU", folder, 300, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real() -> Callable[[str], Path]:
+    """Gives the folder of a real data set such as "mimic-iv-demo", or skips the test."""
+
+    def find(name: str) -> Path:
+        if not (REAL / name).is_dir():
+            pytest.skip(f"the data set {name} is not beside the project (shared/data/{name})")
+        return REAL / name
+
+    return find

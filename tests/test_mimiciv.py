@@ -1,0 +1,320 @@
+"""MIMIC-IV: each rule on hand-written tables, before and after; the demo's counts."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from datamodules import mimiciv
+from datamodules.mimiciv import MIMICIV
+
+# two stays of patient 1 (the second begins 30 h after the first), one of patient 2, one of patient 3 who dies
+TABLES = {
+    "hosp/patients": """subject_id,gender,anchor_age,anchor_year
+1,M,60,2110
+2,F,17,2120
+3,,91,2130
+""",
+    "hosp/admissions": """subject_id,hadm_id,admittime,dischtime,deathtime,hospital_expire_flag
+1,11,2112-03-01 00:00:00,2112-03-20 00:00:00,,0
+2,12,2121-01-01 06:30:00,2121-01-05 00:00:00,,0
+3,13,2130-05-01 00:00:00,2130-05-04 12:00:00,2130-05-04 11:00:00,1
+""",
+    "icu/icustays": """subject_id,hadm_id,stay_id,first_careunit,intime,outtime
+1,11,102,Coronary Care Unit (CCU),2112-03-03 06:00:00,2112-03-05 06:00:00
+1,11,101,Cardiac Vascular Intensive Care Unit (CVICU),2112-03-02 00:00:30,2112-03-02 12:00:00
+2,12,201,Medical/Surgical Intensive Care Unit (MICU/SICU),2121-01-01 08:00:00,2121-01-03 08:00:00
+3,13,301,Neuro Stepdown,2130-05-02 00:00:00,2130-05-04 12:00:00
+""",
+    "icu/chartevents": """stay_id,itemid,charttime,value,valuenum,valueuom
+""",
+    "hosp/labevents": """subject_id,specimen_id,itemid,charttime,value,valuenum,valueuom
+""",
+    "icu/outputevents": """stay_id,itemid,charttime,value,valueuom
+""",
+    "icu/inputevents": """stay_id,itemid,starttime,endtime,rate,rateuom,patientweight
+""",
+}
+
+
+def write(root: Path, **rows: str) -> Path:
+    """The tables above; ``rows`` are added to the table of that name, one a line."""
+    for table, text in TABLES.items():
+        path = root / f"{table}.csv"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        more = "".join(line.strip() + "\n" for line in rows.pop(table.split("/")[1], "").strip().splitlines())
+        path.write_text(text + more)
+    assert not rows
+    return root
+
+
+def before(root: Path, table: str) -> list[tuple]:
+    """The raw events of one table: stay, minute, concept, value and charted unit."""
+    frame = mimiciv.events(root, mimiciv.stays(root))[table].collect()
+    return frame.sort("stay_id", "minute", "concept", "value").rows()
+
+
+def after(root: Path) -> list[tuple]:
+    """The events of the store: stay, minute, concept and value in the concept's unit."""
+    store = MIMICIV(str(root)).open()
+    store.export(root)
+    frame = pl.read_parquet(root / "events.parquet").with_columns(pl.col("value").cast(pl.Float64).round(3))
+    return frame.rows()
+
+
+def test_stays(tmp_path: Path) -> None:
+    stays = mimiciv.stays(write(tmp_path))
+    told = ["stay_id", "patient_id", "stay_number", "age", "sex", "unit", "admit_minute", "icu_minutes"]
+    assert stays.select(told).rows() == [
+        # anchored in 2110 at 60, admitted in 2112; the first stay is the earlier one, wherever it stands in the file
+        (101, "1", 1, 62.0, 1.0, "cardiac_surgery", -1441, 719),
+        (102, "1", 2, 62.0, 1.0, "cardiac", -3240, 2880),
+        (201, "2", 1, 18.0, 0.0, "mixed", -90, 2880),
+        (301, "3", 1, 91.0, None, "neuro", -1440, 3600),
+    ]
+    outcomes = ["discharge_minute", "death_minute", "hospital_death", "icu_death"]
+    assert stays.select(outcomes).rows() == [
+        (25919, None, False, False),
+        (24120, None, False, False),
+        (5280, None, False, False),
+        (3600, 3540, True, True),
+    ]
+
+
+def test_a_death_after_the_icu_is_no_icu_death_and_its_time_may_be_the_discharge(tmp_path: Path) -> None:
+    root = write(tmp_path)
+    path = root / "hosp" / "admissions.csv"
+    path.write_text(path.read_text().replace("2130-05-04 12:00:00,2130-05-04 11:00:00,1", "2130-05-06 00:00:00,,1"))
+    died = mimiciv.stays(root).filter(pl.col("stay_id") == 301)
+    assert died.select("death_minute", "hospital_death", "icu_death").rows() == [(5760, True, False)]
+
+
+def test_charted_values_and_their_units(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        chartevents="""201,220045,2121-01-01 09:00:00,88,88,bpm
+                       201,223761,2121-01-01 09:00:00,98.6,98.6,°F
+                       201,223761,2121-01-01 10:00:00,100.4,100.4,
+                       201,223762,2121-01-01 11:00:00,38,38,°C
+                       201,226707,2121-01-01 09:00:00,70,70,Inch
+                       201,226730,2121-01-01 12:00:00,178,178,cm
+                       201,223835,2121-01-01 09:00:00,0.5,0.5,
+                       201,220277,2121-01-01 09:00:59,,,%
+                       201,220045,2121-01-01 13:00:00,900,900,bpm
+                       201,220045,2121-01-01 14:00:00,80,80,furlongs
+                       999,220045,2121-01-01 09:00:00,88,88,bpm
+                       201,999999,2121-01-01 09:00:00,1,1,""",
+    )
+    assert before(root, "icu/chartevents")[:5] == [
+        (201, 60, "heart_rate", 88.0, "bpm"),
+        (201, 60, "temperature", 98.6, "°F"),
+        (201, 60, "spo2", None, "%"),
+        (201, 60, "height", 70.0, "Inch"),
+        (201, 60, "fio2", 0.5, None),
+    ]
+    assert after(root) == [
+        (201, 60, "heart_rate", 88.0),
+        (201, 60, "temperature", 37.0),
+        (201, 60, "height", 177.8),
+        (201, 60, "fio2", 50.0),
+        (201, 120, "temperature", 38.0),
+        (201, 180, "temperature", 38.0),
+        (201, 240, "height", 178.0),
+    ]
+    coverage = {row["concept"]: row for row in MIMICIV(str(root)).open().coverage().iter_rows(named=True)}
+    told = ("rows", "events", "unmapped_unit", "not_a_number", "out_of_range")
+    assert [coverage["heart_rate"][c] for c in told] == [3, 1, 1, 0, 1]
+    assert [coverage["spo2"][c] for c in told] == [1, 0, 0, 1, 0]
+
+
+def test_ventilation_is_read_from_text(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        chartevents="""201,226732,2121-01-01 09:00:00,Nasal cannula,,
+                       201,226732,2121-01-01 10:00:00, Endotracheal tube ,,
+                       201,223849,2121-01-01 11:00:00,CMV/ASSIST,,
+                       201,226732,2121-01-01 12:00:00,Bipap mask ,,
+                       201,226732,2121-01-01 13:00:00,Something new,,
+                       201,226732,2121-01-01 14:00:00,Tracheostomy tube,,
+                       201,226732,2121-01-01 15:00:00,None,,""",
+    )
+    assert [(minute, value) for _, minute, concept, value in after(root) if concept == "ventilation"] == [
+        (60, 0.0), (120, 2.0), (180, 2.0), (240, 1.0), (360, 2.0), (420, 0.0)
+    ]  # fmt: skip
+
+
+def test_labs_go_to_every_stay_that_is_near_in_time(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        labevents="""1,1,50912,2112-03-01 00:00:29,,1.1,mg/dL
+                     1,2,50912,2112-03-01 00:00:30,,1.2,mg/dL
+                     1,3,50912,2112-03-02 10:00:00,,1.3,mg/dL
+                     1,4,50912,2112-03-02 12:00:01,,1.4,mg/dL
+                     2,5,50912,2121-01-01 08:00:00,,1.5,mg/dL
+                     9,6,50912,2121-01-01 08:00:00,,1.6,mg/dL""",
+    )
+    assert after(root) == [
+        (101, -1440, "creatinine", 1.2),  # 24 h before admission, and not a second more
+        (101, 599, "creatinine", 1.3),
+        (102, -1200, "creatinine", 1.3),  # the same value, 20 h before the second stay
+        (102, -1080, "creatinine", 1.4),  # after the end of the first stay
+        (201, 0, "creatinine", 1.5),
+    ]
+
+
+def test_venous_gases_are_left_out(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        labevents="""2,1,52033,2121-01-01 09:00:00,ART.,,
+                     2,1,50821,2121-01-01 09:00:00,,95,mm Hg
+                     2,2,52033,2121-01-01 10:00:00,VEN.,,
+                     2,2,50821,2121-01-01 10:00:00,,40,mm Hg
+                     2,2,50813,2121-01-01 10:00:00,,2.5,mmol/L
+                     2,3,50821,2121-01-01 11:00:00,,90,mm Hg
+                     2,,50821,2121-01-01 12:00:00,,85,mm Hg
+                     2,4,52033,2121-01-01 13:00:00,art,,
+                     2,4,50820,2121-01-01 13:00:00,,7.4,units""",
+    )
+    assert after(root) == [
+        (201, 60, "pao2", 95.0),
+        (201, 120, "lactate", 2.5),  # lactate of a venous specimen counts
+        (201, 180, "pao2", 90.0),  # the specimen is not named
+        (201, 240, "pao2", 85.0),
+        (201, 300, "ph", 7.4),
+    ]
+
+
+def test_urine(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        outputevents="""201,226559,2121-01-01 09:00:00,100,ml
+                        201,226560,2121-01-01 09:00:00,50,ml
+                        201,227488,2121-01-01 10:00:00,300,ml
+                        201,227489,2121-01-01 10:00:00,450,ml
+                        201,227510,2121-01-01 11:00:00,80,ml
+                        201,226559,2121-01-01 12:00:00,,ml""",
+    )
+    assert after(root) == [(201, 60, "urine", 150.0), (201, 120, "urine", 150.0)]  # 450 out less 300 put in; no gastric residual (227510)
+
+
+def test_infusions(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        inputevents="""101,221906,2112-03-02 01:00:30,2112-03-02 02:00:30,0.1,mcg/kg/min,80
+                       101,221906,2112-03-02 01:30:30,2112-03-02 03:00:30,0.05,mcg/kg/min,80
+                       102,221906,2112-03-03 07:00:00,2112-03-03 08:00:00,0.0002,mg/kg/min,80
+                       102,221906,2112-03-03 09:00:00,2112-03-03 10:00:00,0.2,mg/kg/min,1
+                       102,221749,2112-03-03 07:00:00,2112-03-03 08:00:00,160,mcg/min,80
+                       102,221749,2112-03-03 09:00:00,2112-03-03 10:00:00,160,mcg/min,
+                       201,222315,2121-01-01 09:00:00,2121-01-01 10:00:00,2.4,units/hour,80
+                       201,222315,2121-01-01 11:00:00,2121-01-01 12:00:00,0.04,units/min,80
+                       201,221662,2121-01-01 09:00:00,2121-01-01 10:00:00,300,mcg/kg/hour,80
+                       201,221653,2121-01-01 09:00:00,2121-01-01 10:00:00,5,drops,80
+                       201,221289,2121-01-01 09:00:00,2121-01-01 09:00:00,0.1,mcg/kg/min,80
+                       201,221986,2121-01-01 09:00:00,2121-01-01 10:00:00,,mcg/kg/min,80
+                       301,221986,2130-05-02 01:00:00,2130-05-02 02:00:00,0,mcg/kg/min,80""",
+    )
+    intervals = mimiciv.vasopressors(root, mimiciv.stays(root))
+    assert intervals.select("stay_id", "start_minute", "end_minute", "drug", pl.col("rate").round(4), "unit").rows() == [
+        (101, 60, 120, "norepinephrine", 0.1, "mcg/kg/min"),
+        (101, 90, 180, "norepinephrine", 0.05, "mcg/kg/min"),
+        (102, 60, 120, "norepinephrine", 0.2, "mcg/kg/min"),  # mg/kg/min x 1000
+        (102, 180, 240, "norepinephrine", 0.2, "mcg/kg/min"),  # mg/kg/min with a weight of 1 kg: mcg/kg/min after all
+        (102, 60, 120, "phenylephrine", 2.0, "mcg/kg/min"),
+        (201, 60, 120, "dopamine", 5.0, "mcg/kg/min"),
+        (201, 60, 120, "vasopressin", 2.4, "units/h"),
+        (201, 180, 240, "vasopressin", 2.4, "units/h"),
+    ]
+    assert [row for row in after(root) if row[0] == 101] == [
+        (101, 60, "norepinephrine", 0.1),
+        (101, 90, "norepinephrine", 0.15),  # two pumps
+        (101, 120, "norepinephrine", 0.05),
+        (101, 180, "norepinephrine", 0.0),
+    ]
+    coverage = {row["concept"]: row["unmapped_unit"] for row in MIMICIV(str(root)).open().coverage().iter_rows(named=True)}
+    assert coverage == {"norepinephrine": 0, "phenylephrine": 1, "vasopressin": 0, "dopamine": 0, "dobutamine": 1}
+
+
+def test_new_patients_without_outcome_columns_can_be_predicted(tmp_path: Path) -> None:
+    root = write(tmp_path, chartevents="201,220045,2121-01-01 09:00:00,88,88,bpm\n301,220045,2130-05-02 09:00:00,88,88,bpm")
+    (root / "hosp" / "admissions.csv").write_text("hadm_id,admittime\n12,2121-01-01 06:30:00\n13,2130-05-01 00:00:00\n")
+    stays = mimiciv.stays(root)
+    outcomes = ["discharge_minute", "death_minute", "hospital_death", "icu_death"]
+    assert all(stays[c].null_count() == 4 for c in outcomes)
+    with pytest.raises(ValueError, match="mortality_hospital needs hospital_death and no stay of these data has it"):
+        MIMICIV(str(root)).setup()
+    module = MIMICIV(str(root))
+    module.labelled = False
+    module.splits = lambda stays: pl.Series(["train"] * len(stays))  # type: ignore[method-assign]
+    module.setup()
+    assert module.samples["stay_id"].to_list() == [201, 301]
+    assert module.batch(module.rows("all")).target.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("table", "old", "new", "found"),
+    [
+        ("hosp/patients", "M,60", "M,sixty", "sixty"),
+        ("hosp/admissions", "2112-03-01 00:00:00", "1 March 2112", "1 March 2112"),
+        ("icu/icustays", "1,11,102", "1,11,x102", "x102"),
+    ],
+)
+def test_a_damaged_table_of_stays_is_named(tmp_path: Path, table: str, old: str, new: str, found: str) -> None:
+    path = write(tmp_path) / f"{table}.csv"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError) as caught:
+        MIMICIV(str(tmp_path)).prepare_data()
+    assert str(caught.value).startswith(f"{path}: ")
+    assert found in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "item"), [("icu/chartevents", 220045), ("hosp/labevents", 50912), ("icu/outputevents", 226559), ("icu/inputevents", 221906)]
+)
+def test_a_damaged_table_of_events_is_named(tmp_path: Path, table: str, item: int) -> None:
+    path = write(tmp_path) / f"{table}.csv"
+    columns = path.read_text().strip().split(",")
+    path.write_text(path.read_text() + ",".join("soon" if c.endswith("time") else str(item) for c in columns) + "\n")
+    with pytest.raises(ValueError) as caught:
+        MIMICIV(str(tmp_path)).prepare_data()
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "soon" in str(caught.value)
+
+
+def test_missing_tables_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: expected the files of MIMICIV; set --data\.root"):
+        MIMICIV(str(tmp_path / "nowhere")).prepare_data()
+    with pytest.raises(FileNotFoundError, match=r"no MIMICIV tables in .*: expected hosp/patients\.csv\.gz"):
+        MIMICIV(str(tmp_path)).prepare_data()
+    write(tmp_path)
+    (tmp_path / "hosp" / "labevents.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no table hosp/labevents in .*--data\.root"):
+        MIMICIV(str(tmp_path)).prepare_data()
+    write(tmp_path)
+    (tmp_path / "hosp" / "patients.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no table hosp/patients in .*--data\.root"):
+        MIMICIV(str(tmp_path)).prepare_data()
+
+
+def test_parquet_gives_the_same_store_as_csv(mimic: Path, tmp_path: Path) -> None:
+    typed = {"charttime", "starttime", "endtime", "intime", "outtime", "admittime", "dischtime", "deathtime"}
+    for path in sorted(mimic.rglob("*.csv.gz")):
+        table = pl.read_csv(path, infer_schema_length=None, schema_overrides={"value": pl.String})
+        times = [c for c in table.columns if c in typed and table[c].dtype == pl.String]
+        target = tmp_path / path.relative_to(mimic).with_suffix("").with_suffix(".parquet")
+        target.parent.mkdir(exist_ok=True)
+        table.with_columns(pl.col(times).str.to_datetime("%Y-%m-%d %H:%M:%S")).write_parquet(target)
+    one, other = MIMICIV(str(mimic)).open(), MIMICIV(str(tmp_path)).open()
+    assert one.folder != other.folder
+    for path in sorted(one.folder.iterdir()):
+        assert path.read_bytes() == (other.folder / path.name).read_bytes(), path.name
+    shutil.rmtree(other.folder)
+
+
+def test_the_demo_has_its_published_size(real: Callable[[str], Path]) -> None:
+    stays = MIMICIV(str(real("mimic-iv-demo"))).open().stays
+    assert (len(stays), stays["patient_id"].n_unique()) == (140, 100)
+    assert stays["hospital_death"].null_count() == 0
+    assert stays["age"].is_between(18, 100).all()
