@@ -13,11 +13,11 @@ A store is a folder, written once and then only memory-mapped::
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,76 +26,12 @@ from filelock import FileLock
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from datamodules.concepts import BY_NAME, CONCEPT, CONCEPTS, CONVERSIONS, NAMES, SPELLINGS
+from datamodules.schema import check_stays
 from datamodules.tables import reading
+from datamodules.treatment import derived
 
 VERSION = 2  # raised whenever the extraction or the layout changes, so that old caches are not read
 CHUNK_ROWS = 3_000_000  # events sorted at a time: bounds memory to well under 2 GB
-
-# One row per ICU stay. All minutes count from ICU admission (negative = before it).
-STAYS: dict[str, pl.DataType] = {
-    "stay_id": pl.Int64(),
-    "patient_id": pl.String(),
-    "hospital_id": pl.String(),
-    "stay_number": pl.Int32(),  # 1 = the patient's first ICU stay
-    "age": pl.Float32(),  # years; "> 89" is 90
-    "sex": pl.Float32(),  # 1 male, 0 female, null unknown
-    "height": pl.Float32(),  # cm on admission, null where it is only charted later (then it is an event)
-    "weight": pl.Float32(),  # kg on admission, likewise
-    "unit": pl.String(),  # medical, surgical, cardiac, cardiac_surgery, neuro, mixed, other
-    "admit_minute": pl.Int32(),  # hospital admission, negative when it came before the ICU
-    "icu_minutes": pl.Int32(),  # length of the ICU stay
-    "first_minute": pl.Int32(),  # where the record begins, null = on ICU admission
-    "discharge_minute": pl.Int32(),  # hospital discharge (or death)
-    "death_minute": pl.Int32(),  # death in hospital, null if the patient left alive
-    "hospital_death": pl.Boolean(),  # null = unknown
-    "icu_death": pl.Boolean(),  # null = unknown
-    "sepsis_minute": pl.Int32(),  # onset of sepsis where the publisher labels it, null = none or unlabelled
-}
-
-# What a source module yields, one lazy frame per raw table; ``unit`` is the charted unit (null = the concept's own).
-RAW_EVENTS: dict[str, pl.DataType] = {
-    "stay_id": pl.Int64(),
-    "minute": pl.Int32(),
-    "concept": CONCEPT,
-    "value": pl.Float64(),
-    "unit": pl.String(),
-}
-
-# One row per infusion interval; ``estimated`` = the charted unit or the weight had to be assumed.
-VASOPRESSORS: dict[str, pl.DataType] = {
-    "stay_id": pl.Int64(),
-    "start_minute": pl.Int32(),
-    "end_minute": pl.Int32(),
-    "drug": pl.String(),
-    "rate": pl.Float64(),  # in ``unit``
-    "unit": pl.String(),  # mcg/kg/min; vasopressin in units/h
-    "estimated": pl.Boolean(),
-}
-
-
-def conform(frame: pl.DataFrame, schema: dict[str, pl.DataType], what: str) -> pl.DataFrame:
-    """``frame`` with exactly the columns of ``schema``; a column that is absent becomes null, an unknown one is refused."""
-    extra = set(frame.columns) - set(schema)
-    if extra:
-        raise ValueError(f"{what}: unexpected column {', '.join(sorted(extra))}; expected {', '.join(schema)}")
-    absent = [pl.lit(None, dtype).alias(c) for c, dtype in schema.items() if c not in frame.columns]
-    return frame.with_columns(absent).select(pl.col(c).cast(dtype) for c, dtype in schema.items())
-
-
-def check_stays(stays: pl.DataFrame) -> pl.DataFrame:
-    """Refuse a stays table with a repeated or missing id."""
-    stays = conform(stays, STAYS, "stays")
-    if stays.is_empty():
-        raise ValueError("no ICU stay found: the stays table of the publisher has no row")
-    for column in ("stay_id", "patient_id"):
-        if stays[column].null_count():
-            raise ValueError(f"stays: {stays[column].null_count()} rows have no {column}; every stay needs one")
-    twice = stays.filter(pl.col("stay_id").is_duplicated())["stay_id"].unique().sort()
-    if len(twice):
-        raise ValueError(
-            f"stays: stay_id must be unique, found {len(twice)} ids more than once, such as {twice[0]}; remove the duplicate rows"
-        )
-    return stays
 
 
 class Store:
@@ -138,7 +74,7 @@ class Store:
         names = pl.Series(NAMES, dtype=CONCEPT)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".events-") as pieces:
             cuts = _chunks(np.diff(self.offsets))
-            for number, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+            for number, (start, stop) in enumerate(pairwise(cuts)):
                 rows = slice(self.offsets[start], self.offsets[stop])
                 counts = np.diff(self.offsets[start : stop + 1])
                 frame = pl.DataFrame({"stay_id": np.repeat(ids[start:stop], counts), "minute": self.minute[rows]})
@@ -147,7 +83,7 @@ class Store:
                 )
                 frame.write_parquet(Path(pieces) / f"{number:06d}.parquet")
             pl.scan_parquet(f"{pieces}/*.parquet").sink_parquet(Path(pieces) / "events.tmp")
-            os.replace(Path(pieces) / "events.tmp", folder / "events.parquet")
+            (Path(pieces) / "events.tmp").replace(folder / "events.parquet")
 
 
 def _mapped(path: Path, dtype: type) -> np.ndarray:
@@ -190,7 +126,7 @@ def build(
                     _extract(partial, table, events(table), root)
                     _assemble(partial, table)
                     shutil.rmtree(partial / "parts")
-                    os.replace(partial, folder)
+                    partial.replace(folder)
     return Store(folder)
 
 
@@ -235,7 +171,7 @@ def _extract(partial: Path, stays: pl.DataFrame, events: dict[str, pl.LazyFrame]
                 unfinished = done.with_suffix(".tmp")
                 with reading(root, name):
                     kept.sink_parquet(unfinished, compression="lz4", row_group_size=500_000, engine="streaming")
-                os.replace(unfinished, done)
+                unfinished.replace(done)
             bar.update(task, completed=1)
 
 
@@ -258,7 +194,7 @@ def _assemble(partial: Path, stays: pl.DataFrame) -> None:
     try:
         with progress() as bar:
             task = bar.add_task("sorting events by stay", total=len(bounds) - 1)
-            for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+            for start, stop in pairwise(bounds):
                 chunk = parts.filter(pl.col("stay").is_between(start, stop, closed="left")).collect(engine="streaming")
                 chunk = (
                     chunk.join(factors, on=["concept", "unit"], how="left", nulls_equal=True)
@@ -281,7 +217,10 @@ def _assemble(partial: Path, stays: pl.DataFrame) -> None:
                     )
                 )
                 good = chunk.filter(pl.col("state") == "kept").select("stay", "minute", "concept", "value")
-                once = good.unique().sort("stay", "minute", "concept", "value")
+                good = good.unique().sort("stay", "minute", "concept", "value")  # nothing is derived from a duplicate
+                extra = derived(good).join(limits, on="concept").filter(pl.col("value").is_between("low", "high")).select(good.columns)
+                tallies.append(_tally(extra.group_by("concept").agg(rows=pl.len()), "kept"))
+                once = pl.concat([good, extra]).unique().sort("stay", "minute", "concept", "value")
                 tallies.append(chunk.group_by("concept", "state").len("rows"))
                 tallies.append(_tally(once.group_by("concept").agg(rows=pl.len()), "events"))
                 tallies.append(_tally(once.group_by("concept").agg(rows=pl.col("stay").n_unique()), "stays"))

@@ -118,11 +118,16 @@ CONCEPTS: tuple[Concept, ...] = (
     Concept("phenylephrine", "mcg/kg/min", 0, 15, hourly="rate", treatment=True),
     Concept("vasopressin", "units/h", 0, 12, hourly="rate", treatment=True),
     Concept("milrinone", "mcg/kg/min", 0, 2, hourly="rate", treatment=True),
+    Concept("fluids", "mL", 0, 10000, hourly="sum", treatment=True),  # intravenous: crystalloids, colloids, blood, carriers
+    # derived in treatment.py, the same for every hospital
+    Concept("norepinephrine_equivalent", "mcg/kg/min", 0, 10, hourly="rate", treatment=True),
+    Concept("norepinephrine_equivalent_change", "mcg/kg/min", -10, 10, hourly="rate", treatment=True),  # against 3 hours before
+    Concept("vasopressor_estimated", "share", 0, 1, hourly="rate", treatment=True),  # the rate's unit had to be assumed
+    Concept("urine_rate", "mL/kg/h", 0, 50, treatment=True),  # since the urine charted before
 )
 
 NAMES: tuple[str, ...] = tuple(c.name for c in CONCEPTS)
 BY_NAME: dict[str, Concept] = {c.name: c for c in CONCEPTS}
-VASOPRESSORS: tuple[str, ...] = tuple(c.name for c in CONCEPTS if c.hourly == "rate")
 CONCEPT = pl.Enum(NAMES)  # the polars type of a ``concept`` column
 
 # (concept, charted unit in lower case without spaces) -> (factor, offset): stored value = charted value * factor + offset.

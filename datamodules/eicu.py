@@ -14,16 +14,20 @@ from typing import Any
 import polars as pl
 
 from datamodules import tables
-from datamodules.cohort import RAW_EVENTS, STAYS, conform
+from datamodules.schema import RAW_EVENTS, STAYS, conform
 from datamodules.eicu_infusions import infusion_rows, intervals, vasopressors
 from datamodules.module import ICUDataModule
-from datamodules.treatment import rate_events, ventilation_events
+from datamodules.treatment import estimated_events, rate_events, ventilation_events
 
 __all__ = ["events", "infusion_rows", "stays", "vasopressors"]
 
 URINE_CELLS = Path(__file__).parent / "terms" / "eicu_urine_cellpaths.csv"
 OUTPUT_CELLS = "flowsheet|flowsheet cell labels|i&o|output (ml)|"
-URINE_MAX = 2000  # mL in one entry; this project's limit: the demo goes up to 7,746, a shift's total or a typing error
+INTAKE_CELLS = "flowsheet|flowsheet cell labels|i&o|intake (ml)|"
+# cells below INTAKE_CELLS that are no volume into a vein: by mouth or tube, sums of other cells, doses; this project's list
+NOT_INTRAVENOUS = r"total|p\.o|\bpo\b|oral|enteral|tube|gastric|jejun|meal|feed|formula|irrigant|\(mcg\)|^intake$|^misc|^#|^insulin$|^fentanyl$"
+PARENTERAL_NUTRITION = r"tpn|ppn|lipid|fat emulsion"
+ENTRY_MAX = 2000  # mL in one entry; this project's limit: the demo goes up to 7,746, a shift's total or a typing error
 DAY = 1440  # minutes
 
 TABLES = (
@@ -172,7 +176,7 @@ VENTILATOR_SETTINGS = ("Tidal Volume (set)", "Vent Rate")
 
 
 def stays(root: Path) -> pl.DataFrame:
-    """All unit stays, schema ``cohort.STAYS``.
+    """All unit stays, schema ``schema.STAYS``.
 
     - ``age``: "> 89" is 90 (years). ``height`` (cm) and ``weight`` (kg) are repaired as in [E: pivoted-weight.sql]: swapped when
       they stand in each other's field, heights in metres or in decimetres rescaled, the rest outside the limits null.
@@ -236,7 +240,7 @@ def stays(root: Path) -> pl.DataFrame:
 
 
 def events(root: Path, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
-    """Raw table -> its events, schema ``cohort.RAW_EVENTS``, for the stays given; values in the charted unit.
+    """Raw table -> its events, schema ``schema.RAW_EVENTS``, for the stays given; values in the charted unit.
 
     ``nurseCharting`` is read where it is there and skipped where not (the demo that this was built on lacks it), since its
     vital signs repeat ``vitalPeriodic`` by hand; without it the Glasgow coma scale comes from ``apacheApsVar`` alone.
@@ -245,6 +249,7 @@ def events(root: Path, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
         root: folder with the eICU tables.
         stays: as ``eicu.stays`` gives them.
     """
+    running = intervals(root, stays)
     found = {
         "vitalPeriodic": _wide(root, stays, "vitalPeriodic", PERIODIC),
         "vitalAperiodic": _wide(root, stays, "vitalAperiodic", APERIODIC),
@@ -253,7 +258,7 @@ def events(root: Path, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
         "respiratoryCharting": _respiratory(root, stays),
         "respiratoryCare": _ventilation(root, stays),
         "intakeOutput": _fluids(root, stays),
-        "infusionDrug": rate_events(intervals(root, stays)),
+        "infusionDrug": pl.concat([rate_events(running), estimated_events(running)]),
     }
     if tables.find(root, "nurseCharting"):
         found["nurseCharting"] = _nurse(root, stays)
@@ -406,7 +411,7 @@ def _ventilation(root: Path, stays: pl.DataFrame) -> pl.LazyFrame:
 
 
 def _fluids(root: Path, stays: pl.DataFrame) -> pl.LazyFrame:
-    """Urine (mL, clipped at 2,000 an entry) and charted body weight (kg).
+    """Urine (mL, clipped at 2,000 an entry), volumes given into a vein (mL, likewise clipped) and charted body weight (kg).
 
     The urine cells are those of [E: pivoted-uo.sql] and a few further names (in the demo 1,330 rows of "Indwelling Catheter
     Output"), without the cells that hold a count of voids or of incontinence: a "1" there is an occasion, not a millilitre.
@@ -419,10 +424,15 @@ def _fluids(root: Path, stays: pl.DataFrame) -> pl.LazyFrame:
     cell = pl.col("cell")
     named = cell.is_in(listed["exact"]) | cell.str.contains("|".join(listed["regex"]))
     urine = pl.col("path").str.starts_with(OUTPUT_CELLS) & named & ~cell.str.contains("|".join(listed["not"]))
-    concept = pl.when(urine).then(pl.lit("urine")).when(pl.col("path").str.ends_with("|bodyweight (kg)")).then(pl.lit("weight"))
+    intake = pl.col("path").str.strip_prefix(INTAKE_CELLS)
+    parenteral = ~intake.str.starts_with("nutrition") | intake.str.contains(PARENTERAL_NUTRITION)
+    vein = pl.col("path").str.starts_with(INTAKE_CELLS) & parenteral & ~intake.str.contains(NOT_INTRAVENOUS)
+    concept = pl.when(urine).then(pl.lit("urine")).when(vein).then(pl.lit("fluids")).when(pl.col("path").str.ends_with("|bodyweight (kg)")).then(pl.lit("weight"))
     rows = rows.with_columns(concept=concept).drop_nulls("concept")
-    clipped = pl.when(pl.col("concept") == "urine").then(pl.col("value").clip(upper_bound=URINE_MAX)).otherwise("value")
-    return _raw(rows.with_columns(value=clipped))
+    volume = pl.col("concept").is_in(["urine", "fluids"])
+    clipped = rows.with_columns(value=pl.when(volume).then(pl.col("value").clip(upper_bound=ENTRY_MAX)).otherwise("value"))
+    summed = clipped.filter(volume).group_by("stay_id", "minute", "concept").agg(pl.col("value").sum())  # two catheters, two bags
+    return pl.concat([_raw(summed), _raw(clipped.filter(~volume))])
 
 
 class EICU(ICUDataModule):

@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from datamodules import tables
-from datamodules.cohort import VASOPRESSORS
+from datamodules.schema import VASOPRESSORS
 from datamodules.concepts import BY_NAME
 
 NAMES = Path(__file__).parent / "terms" / "eicu_infusion_names.csv"
@@ -85,7 +85,7 @@ def infusion_rows(root: Path, stays: pl.DataFrame) -> pl.DataFrame:
 
 
 def vasopressors(root: Path, stays: pl.DataFrame) -> pl.DataFrame:
-    """Infusion intervals with a known rate above 0, schema ``cohort.VASOPRESSORS``.
+    """Infusion intervals with a known rate above 0, schema ``schema.VASOPRESSORS``.
 
     A record holds until the next record of the same stay and drug, whatever its unit: a next record whose rate cannot be told
     ends what is known. With no next record within 5 h it holds for 60 min [B]. Of several records in one minute the

@@ -56,7 +56,7 @@ def derive(
 
     Args:
         root: folder of the eICU files.
-        stays: schema ``cohort.STAYS``.
+        stays: schema ``schema.STAYS``.
         definition: one of ``DEFINITIONS``, explained in ``sepsis.DEFINITIONS``. "eicu" leaves out hospitals that fill
             neither ``medication`` nor ``treatment``.
         gcs_intubated: "normal" gives a patient with a tube a GCS of 15, "carried" the last one from before the tube.

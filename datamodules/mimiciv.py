@@ -9,11 +9,11 @@ from typing import Any
 
 import polars as pl
 
-from datamodules.cohort import STAYS, VASOPRESSORS, conform
 from datamodules.concepts import CONCEPT
 from datamodules.module import ICUDataModule
+from datamodules.schema import STAYS, VASOPRESSORS, conform
 from datamodules.tables import columns, read, reading, scan
-from datamodules.treatment import rate_events
+from datamodules.treatment import estimated_events, rate_events, volume_events
 
 LOOKBACK = 24 * 60  # minutes before ICU admission from which hospital-wide records (laboratory) are still taken
 
@@ -107,6 +107,9 @@ INFUSIONS: dict[int, str] = {
     221986: "milrinone",
 }
 
+# orders whose volume does not go into a vein, or ran before the ICU at a time that is not charted
+NOT_INTRAVENOUS = ("13-Enteral Nutrition", "14-Oral/Gastric Intake", "16-Pre Admission/Non-ICU")
+
 CARE_UNITS = (  # fragment of first_careunit -> unit; the first that matches
     ("Cardiac Vascular", "cardiac_surgery"),
     ("Coronary", "cardiac"),
@@ -171,13 +174,14 @@ def stays(root: Path) -> pl.DataFrame:
 def events(root: Path, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
     """The raw tables as lazy frames of schema ``RAW_EVENTS``."""
     times = _times(root)
+    given = vasopressors(root, stays)
     unmapped = _infusions(root, stays).filter(pl.col("rate").is_null())
     lost = unmapped.select("stay_id", minute="start_minute", concept=pl.col("drug").cast(CONCEPT), value="charted", unit="rateuom")
     return {
         "icu/chartevents": _chartevents(root, times),
         "hosp/labevents": _labevents(root, times, stays),
         "icu/outputevents": _outputevents(root, times),
-        "icu/inputevents": pl.concat([rate_events(vasopressors(root, stays).lazy()), lost]),
+        "icu/inputevents": pl.concat([rate_events(given.lazy()), estimated_events(given.lazy()), lost, _fluids(root, times)]),
     }
 
 
@@ -333,11 +337,24 @@ def _outputevents(root: Path, times: pl.LazyFrame) -> pl.LazyFrame:
         output.filter(pl.col("itemid").is_in(URINE), pl.col("value").is_not_null())
         .join(times.select("stay_id", "intime"), on="stay_id")
         .with_columns(value=pl.when(pl.col("itemid") == IRRIGANT_IN).then(-pl.col("value")).otherwise("value"))
-        .group_by(
-            "stay_id", _minutes(pl.col("charttime")).alias("minute"), "valueuom"
-        )  # irrigant in is taken off what comes out at the same time
+        # irrigant in is taken off what comes out at the same time
+        .group_by("stay_id", _minutes(pl.col("charttime")).alias("minute"), "valueuom")
         .agg(pl.col("value").sum())
         .select("stay_id", "minute", pl.lit("urine", CONCEPT).alias("concept"), "value", unit="valueuom")
+    )
+
+
+def _fluids(root: Path, times: pl.LazyFrame) -> pl.LazyFrame:
+    """Everything that ran into a vein, by the hour: rows of ``icu/inputevents`` whose amount is a volume, drips' carriers included."""
+    wanted = {"stay_id": "int", "starttime": "time", "endtime": "time", "amount": "float", "amountuom": "str", "ordercategoryname": "str"}
+    litres = pl.col("amountuom").str.to_lowercase().replace_strict({"ml": 1.0, "l": 1000.0}, default=None, return_dtype=pl.Float64)
+    rows = scan(root, "icu/inputevents", wanted).with_columns(volume=pl.col("amount") * litres)
+    rows = rows.filter(
+        pl.col("volume") > 0, pl.col("endtime") > pl.col("starttime"), ~pl.col("ordercategoryname").fill_null("").is_in(NOT_INTRAVENOUS)
+    )
+    timed = rows.join(times.select("stay_id", "intime"), on="stay_id")
+    return volume_events(
+        timed.select("stay_id", "volume", start_minute=_minutes(pl.col("starttime")), end_minute=_minutes(pl.col("endtime"))), "fluids"
     )
 
 

@@ -37,7 +37,7 @@ def derive(
 
     Args:
         root: folder of the MIMIC-IV files.
-        stays: schema ``cohort.STAYS``; other stays of the files are passed over.
+        stays: schema ``schema.STAYS``; other stays of the files are passed over.
         definition: one of ``DEFINITIONS``, explained in ``sepsis.DEFINITIONS``.
         gcs_intubated: "normal" gives a patient with a tube a GCS of 15, "carried" the last one from before the tube.
         fio2_missing: FiO2 in % for blood gases without one (21 = room air); None leaves them out.

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules import tables
 from datamodules.batch import Batch, Grid, Spec, Triplets
-from datamodules.cohort import VASOPRESSORS, Store, build, fingerprint
+from datamodules.cohort import Store, build, fingerprint
 from datamodules.concepts import BY_NAME, CONCEPTS, NAMES
+from datamodules.schema import VASOPRESSORS
 from datamodules.sofa import Switches
 from datamodules.tasks import OUTCOMES, STATICS, Task, TaskName, check_statics
 
@@ -30,7 +32,7 @@ CARRY = 24  # hours before the window from which values are carried into it
 FIT_SAMPLES = 8192  # training samples from which the scaler is fitted
 
 
-class ICUDataModule(lightning.LightningDataModule):
+class ICUDataModule(lightning.LightningDataModule, ABC):
     """Batches of one hospital system for one task.
 
     The raw files are extracted once into a store in ``cache`` and memory-mapped afterwards; splits are by patient and
@@ -49,7 +51,7 @@ class ICUDataModule(lightning.LightningDataModule):
         first_stay: Keep only each patient's first ICU stay.
         treatment: Let models see treatment and its response (infusion rates, ventilation, FiO2, urine); false removes
             these variables, to measure what they are worth.
-        statics: Features known at admission: any of age, sex, unit, admit_minute.
+        statics: Features known at admission: any of age, sex, unit, admit_minute, such as age,sex.
         split: The split that is scored after training: train, val, test or all.
         split_by: Keep the patients ("patient") or whole hospitals ("hospital") of train, val and test apart.
         seed: Seed of the split.
@@ -75,7 +77,7 @@ class ICUDataModule(lightning.LightningDataModule):
         min_age: float = 18,
         first_stay: bool = True,
         treatment: bool = True,
-        statics: list[str] | None = None,
+        statics: list[str] | str | None = None,
         split: Split = "test",
         split_by: Literal["patient", "hospital"] = "patient",
         seed: int = 0,
@@ -90,7 +92,7 @@ class ICUDataModule(lightning.LightningDataModule):
         self.task = Task(task, hours, (24 if hourly else hours) if window is None else window, rolling, sepsis)
         self.definition, self.sofa = definition or self.default_definition, dict(sofa or {})
         self.min_age, self.first_stay, self.treatment = min_age, first_stay, treatment
-        self.statics = list(STATICS if statics is None else statics)
+        self.statics = statics.split(",") if isinstance(statics, str) else list(STATICS if statics is None else statics)
         check_statics(self.statics)
         self.split, self.split_by, self.seed = split, split_by, seed
         self.order_seed = seed  # of training batches; the seed of a training run replaces it
@@ -116,13 +118,13 @@ class ICUDataModule(lightning.LightningDataModule):
             )
         return found
 
+    @abstractmethod
     def stays(self) -> pl.DataFrame:
-        """The table of schema ``cohort.STAYS``."""
-        raise NotImplementedError
+        """The table of schema ``schema.STAYS``."""
 
+    @abstractmethod
     def events(self, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
-        """Raw table -> lazy frame of schema ``cohort.RAW_EVENTS``."""
-        raise NotImplementedError
+        """Raw table -> lazy frame of schema ``schema.RAW_EVENTS``."""
 
     def derive_sepsis(self) -> dict[str, pl.DataFrame]:
         """Tables "sofa", "suspicion" and "sepsis3" under ``definition``."""
@@ -133,7 +135,7 @@ class ICUDataModule(lightning.LightningDataModule):
         return self.derive_sepsis()["sepsis3"]
 
     def infusions(self) -> pl.DataFrame:
-        """The table of schema ``cohort.VASOPRESSORS``."""
+        """The table of schema ``schema.VASOPRESSORS``."""
         return pl.DataFrame(schema=VASOPRESSORS)
 
     def extraction(self) -> dict[str, Any]:
@@ -224,17 +226,19 @@ class ICUDataModule(lightning.LightningDataModule):
         ]
         if self.task.sepsis:
             found = self.sepsis_tables()["sepsis3"]
-            known = found.select("stay_id", known=pl.max_horizontal("onset_minute", "suspected_minute", "antibiotic_minute", "culture_minute"))
+            known = found.select(
+                "stay_id", known=pl.max_horizontal("onset_minute", "suspected_minute", "antibiotic_minute", "culture_minute")
+            )
             known = stays.select("stay_id").join(known, on="stay_id", how="left", maintain_order="left")
             holds = (known["known"] <= self.task.hours * 60).fill_null(False)
             rules.append((f"Sepsis-3 ({self.definition}) known {self.task.hours} h after admission", holds))
         rules.append((f"any value before the {'last ' if self.task.hourly else ''}prediction", pl.Series(last > first)))
-        excluded_by = np.full(len(stays), None, object)
+        excluded_by, kept = np.full(len(stays), None, object), np.ones(len(stays), bool)
         attrition = [_count("all ICU stays", stays)]
         for sentence, holds in rules:
-            left = np.equal(excluded_by, None)
-            excluded_by[left & ~holds.to_numpy()] = sentence
-            attrition.append(_count(sentence, stays.filter(np.equal(excluded_by, None))))
+            excluded_by[kept & ~holds.to_numpy()] = sentence
+            kept &= holds.to_numpy()
+            attrition.append(_count(sentence, stays.filter(kept)))
         return pl.Series("excluded_by", excluded_by.tolist(), dtype=pl.String), pl.DataFrame(attrition)
 
     def targets(self, split: Split) -> np.ndarray:
@@ -394,7 +398,9 @@ class ICUDataModule(lightning.LightningDataModule):
         later = np.bincount(cell, (value - before) * (1 - rest), minlength=hours * batch * width)
         now, later = now.reshape(shape), later.reshape(shape)
         now[1:] += later[:-1]
-        return np.maximum(np.cumsum(now, axis=0), 0)
+        total = np.cumsum(now, axis=0)
+        total[np.abs(total) < 1e-9] = 0  # dust of the sums where an infusion has ended
+        return total
 
     # ---- scaler and statics -------------------------------------------------------------------------------------------
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from datamodules.cohort import STAYS, conform
 from datamodules.concepts import CONCEPT
 from datamodules.module import ICUDataModule
+from datamodules.schema import STAYS, conform
 from datamodules.tasks import TaskName
 
 # 2012: the publisher's 37 time series -> concepts. Arterial and cuff pressures are the publisher's own, separate, variables.
@@ -247,7 +247,7 @@ def _rows_2019(source: Path) -> pl.DataFrame:
             has_header=False,
             new_columns=found,
             null_values="NaN",
-            schema_overrides={c: pl.Float64 for c in found},
+            schema_overrides=dict.fromkeys(found, pl.Float64),
         )
     except pl.exceptions.ComputeError as error:
         raise ValueError(

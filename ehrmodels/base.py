@@ -4,6 +4,7 @@ import importlib
 import math
 import pickle
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
 from datamodules.batch import Batch, Spec, unlabelled
 
 
-class ICUModule(lightning.LightningModule):
+class ICUModule(lightning.LightningModule, ABC):
     """Base of all models. A subclass sets ``view``, creates its layers in ``build`` and returns logits from ``forward``.
 
     The loss is cross-entropy with positives weighted by N_neg / N_pos of the training split. That weight multiplies the
@@ -39,9 +40,9 @@ class ICUModule(lightning.LightningModule):
         self.facts: dict[str, Any] = {}  # what ``experiments`` wants every checkpoint to carry: data, split, threshold
         self.auroc, self.auprc = BinaryAUROC(), BinaryAveragePrecision()
 
+    @abstractmethod
     def build(self, spec: Spec) -> None:
         """Create the layers for the variables, static features and hours of ``spec``."""
-        raise NotImplementedError
 
     def start(self, spec: Spec, pos_weight: float) -> None:
         """Build for ``spec``; ``pos_weight`` is used unless the user named one."""
@@ -95,7 +96,10 @@ class ICUModule(lightning.LightningModule):
                 return (step + 1) / rise
             return 0.5 * (1 + math.cos(math.pi * min((step - rise) / max(total - rise, 1), 1)))
 
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"},
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["ehr"] = {
@@ -118,11 +122,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint {path}: expected a file such as runs/NAME/best.ckpt; set --ckpt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        said = str(error).splitlines()[0][:200]
-        raise ValueError(f"{path}: the checkpoint is damaged or not a checkpoint ({said}); use another, such as last.ckpt beside it") from error
+    except PermissionError:
+        raise
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        said = (str(error) or "the file is empty").splitlines()[0][:200]
+        raise ValueError(
+            f"{path}: the checkpoint is damaged or not a checkpoint ({said}); use another, such as last.ckpt beside it"
+        ) from error
     if not isinstance(checkpoint, dict) or "ehr" not in checkpoint or "state_dict" not in checkpoint:
         raise ValueError(f"{path}: not a checkpoint of this framework: expected the entries 'ehr' and 'state_dict'")
+    lacking = [entry for entry in ("model", "arguments", "spec", "pos_weight") if entry not in checkpoint["ehr"]]
+    if lacking:
+        raise ValueError(f"{path}: not a checkpoint of this framework: it lacks {', '.join(lacking)} in the entry 'ehr'")
     return checkpoint
 
 
@@ -149,5 +160,7 @@ def load(path: Path) -> ICUModule:
         model.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
         said = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path}: the weights do not fit the {len(spec.variables)} variables that the checkpoint names ({said})") from error
+        raise ValueError(
+            f"{path}: the weights do not fit the {len(spec.variables)} variables that the checkpoint names ({said})"
+        ) from error
     return model.eval()

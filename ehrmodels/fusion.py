@@ -60,7 +60,9 @@ class Fusion(ICUModule):
         d, drop = self.width, self.dropout
         self.embed = nn.Sequential(nn.Linear(3 * len(spec.variables), d), nn.LayerNorm(d), nn.Dropout(drop))
         self.position = nn.Parameter(torch.randn(spec.hours, d) * 0.02)
-        self.lstm = nn.LSTM(d, d // 2, self.lstm_layers, batch_first=True, bidirectional=True, dropout=drop if self.lstm_layers > 1 else 0.0)
+        self.lstm = nn.LSTM(
+            d, d // 2, self.lstm_layers, batch_first=True, bidirectional=True, dropout=drop if self.lstm_layers > 1 else 0.0
+        )
         layer = nn.TransformerEncoderLayer(d, self.heads, 2 * d, drop, "gelu", batch_first=True, norm_first=True)
         self.transformer = nn.TransformerEncoder(layer, self.transformer_layers, nn.LayerNorm(d), enable_nested_tensor=False)
         if self.fusion == "cross_attention":

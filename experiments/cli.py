@@ -1,9 +1,12 @@
 """The ``ehr`` command: ``ehr VERB --help``. Nothing heavy is imported before the verb is known."""
 
 import difflib
+import itertools
+import json
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,11 +19,16 @@ VERBS = {
     "predict": "write probabilities for patients whose outcome is unknown",
 }
 HELP = "usage: ehr VERB [options]\n\nPrediction from ICU records.\n\n" + "".join(f"  {v:<12}{text}\n" for v, text in VERBS.items())
-HELP += "\nOptions come from flags over a YAML file (-c FILE). `ehr VERB --help` explains them all, `--print_config` shows them filled in.\n"
+HELP += "\nOptions come from flags over a YAML file (-c FILE). `ehr VERB --help` explains them, `--print_config` shows them filled in.\n"
+HELP += "`ehr train --model.help Fusion` and `ehr train --data.help EICU` explain those of a model and of a hospital system.\n"
 HELP += "Start with: ehr train -c experiments/configs/demo.yaml --finetune SyntheticEICU\n"
 FROM_CHECKPOINT = ("evaluate", "predict")  # verbs whose data default to those of the checkpoint
-OURS = ("logger", "callbacks", "default_root_dir", "plugins", "profiler", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
-OURS += ("num_sanity_val_steps", "max_time", "fast_dev_run", "inference_mode", "model_registry", "reload_dataloaders_every_n_epochs", "barebones")
+OURS = (  # arguments of lightning.Trainer that are not offered: ``run.fit`` sets them, or they would break --resume
+    *("logger", "callbacks", "default_root_dir", "plugins", "profiler", "enable_progress_bar", "enable_model_summary"),
+    *("enable_checkpointing", "num_sanity_val_steps", "max_time", "fast_dev_run", "inference_mode", "model_registry"),
+    *("reload_dataloaders_every_n_epochs", "barebones"),
+)
+NO_MEMORY = "out of memory: lower --data.batch_size"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,30 +48,41 @@ def main(arguments: list[str] | None = None) -> None:
         _run(verb, rest)
     except KeyboardInterrupt:
         _stop("interrupted; `ehr train ... --resume` continues a training run", 130)
-    except (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+    except (ValueError, FileNotFoundError) as error:
         _stop(str(error))
     except PermissionError as error:
         _stop(f"no permission for {error.filename or error}: choose another folder or change its rights")
+    except (NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+        expected = "file" if isinstance(error, IsADirectoryError) else "folder"
+        _stop(f"{error.filename}: {error.strerror}; expected a {expected}; choose another path")
     except OSError as error:
         _stop(f"the disk said: {error}; make room (or choose another folder) and run the same command again" if error.errno else str(error))
     except MemoryError:
-        _stop("out of memory: lower --data.batch_size")
+        _stop(NO_MEMORY)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own class: torch is not imported here
+            raise
+        _stop(NO_MEMORY)
 
 
 def _run(verb: str, arguments: list[str]) -> None:
+    import logging
     import warnings
 
-    for noise in (".*does not have many workers.*", ".*number of training batches.*", ".*exists and is not empty.*", ".*LeafSpec.*", ".*Checkpoint directory.*"):
-        warnings.filterwarnings("ignore", noise)
-    import logging
-
-    from experiments import verbs
-
+    for noise in (
+        "does not have many workers",
+        "number of training batches",
+        "exists and is not empty",
+        "LeafSpec",
+        "Checkpoint directory",
+    ):
+        warnings.filterwarnings("ignore", f".*{noise}.*")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    parser = make_parser(verb)
-    if verb in FROM_CHECKPOINT and not any(a.split("=")[0] in ("--data", "-h", "--help") for a in arguments):
+    arguments = _ordered(arguments)
+    if verb in FROM_CHECKPOINT:
         arguments = [*_data_of_checkpoint(arguments), *arguments]
+    parser = make_parser(verb, arguments)
     configuration = parser.parse_args(arguments)
     kept = configuration.clone()
     for transient in ("config", "resume"):
@@ -74,23 +93,31 @@ def _run(verb: str, arguments: list[str]) -> None:
     if verb in ("train", "finetune"):
         values["trainer"] = configuration.trainer.as_dict()
         values["config"] = said
+    from experiments import verbs
+
     getattr(verbs, verb)(**values)
 
 
-def make_parser(verb: str) -> Any:
-    """The parser of a verb: the function's own arguments, ``-c FILE`` and, where it trains, ``--trainer.*``."""
+def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
+    """The parser of a verb: the function's own arguments, ``-c FILE`` and, where it trains, ``--trainer.*``.
+
+    Args:
+        verb: one of ``VERBS``.
+        arguments: what will be parsed, to name in messages what the user wrote.
+    """
     from jsonargparse import ArgumentParser
 
     from experiments import verbs
 
+    function = getattr(verbs, verb)
+
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            known = [option for action in self._actions for option in action.option_strings]
-            _stop(_explain(message, known, verb))
+            options = [option for action in parser._actions for option in action.option_strings]  # ``self`` may be that of a class
+            _stop(f"{_explain(message, arguments, options, _classes(function))}\nsee: ehr {verb} --help")
 
-    function = getattr(verbs, verb)
-    parser = Parser(prog=f"ehr {verb}", description=(function.__doc__ or "").split("Args:")[0].strip())
-    parser.add_argument("-c", "--config", action="config", help="YAML file with any of these options; flags after it override it.")
+    parser = Parser(prog=f"ehr {verb}", description=(function.__doc__ or "").split("Args:")[0].strip(), allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="config", help="YAML file with any of these options; flags override it.")
     if verb in ("train", "finetune"):
         import lightning
 
@@ -101,33 +128,110 @@ def make_parser(verb: str) -> Any:
     return parser
 
 
+def _ordered(arguments: list[str]) -> list[str]:
+    """The same arguments, files first, then the choice of classes, since the parser lets whatever comes later win."""
+    first: list[str] = []
+    second: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        place = first if name in ("-c", "--config") else second if name in ("--data", "--model", "--finetune") else others
+        place.append(argument)
+        if place is not others and not equals:
+            place.extend(list(itertools.islice(rest, 1)))
+    return [*first, *second, *others]
+
+
 def _data_of_checkpoint(arguments: list[str]) -> list[str]:
     """``--data`` flags that repeat the data of the checkpoint; with another ``--data.root`` the choice of files is left open."""
-    given = dict(re.findall(r"(--\S+?)(?:=|\s+)(\S+)", " ".join(arguments)))
-    if "--ckpt" not in given:
+    given: dict[str, str] = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        given[name] = value if equals else following
+    if "--data" in given or "--ckpt" not in given:
         return []
     from ehrmodels.base import read_checkpoint
 
     data = read_checkpoint(Path(given["--ckpt"]))["ehr"]["data"]
-    keep = {k: v for k, v in data["arguments"].items() if v is not None}
+    keep = {name: value for name, value in data["arguments"].items() if value is not None}
     if "--data.root" in given:
-        keep = {k: v for k, v in keep.items() if k not in ("root", "sets", "systems")}
-    flags = [f"--data={data['class']}"]
-    for name, value in keep.items():
-        flags.append(f"--data.{name}={str(value).lower() if isinstance(value, bool) else value}")
-    return flags
+        keep = {name: value for name, value in keep.items() if name not in ("root", "sets", "systems")}
+    return [
+        f"--data={data['class']}",
+        *(f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in keep.items()),
+    ]
 
 
-def _explain(message: str, known: list[str], verb: str) -> str:
-    """The parser's message in one line, with the nearest option where one was misspelt."""
+def _classes(function: Callable[..., Any]) -> dict[str, dict[str, list[str]]]:
+    """Option of a verb that takes a model or data -> the classes that it may be -> their arguments."""
+    import inspect
+    import typing
+
+    from datamodules.module import ICUDataModule
+    from ehrmodels.base import ICUModule
+
+    def below(base: type) -> list[type]:
+        return [c for sub in base.__subclasses__() for c in (sub, *below(sub))]
+
+    def parameters(kind: type) -> list[str]:
+        ours = [c for c in kind.__mro__ if "__init__" in vars(c) and issubclass(c, (ICUModule, ICUDataModule))]
+        return [p for p in dict.fromkeys(p for c in ours for p in inspect.signature(c).parameters) if p != "kwargs"]
+
+    hints = typing.get_type_hints(function)
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, hint in hints.items():
+        base = next((h for h in (hint, *typing.get_args(hint)) if h in (ICUModule, ICUDataModule)), None)
+        if base is not None:
+            found[name] = {below_it.__name__: parameters(below_it) for below_it in below(base)}
+    return found
+
+
+def _explain(message: str, arguments: Sequence[str], options: list[str], classes: dict[str, dict[str, list[str]]]) -> str:
+    """The parser's message in the words of the command line, with the nearest option where one was misspelt."""
     message = " ".join(message.split())
-    for word in re.findall(r"--[\w.]+|[Kk]ey \"([\w.]+)\"|'([\w.]+)'", message):
-        said = next((w for w in (word if isinstance(word, tuple) else (word,)) if w), "")
-        near = difflib.get_close_matches(f"--{said.lstrip('-')}", known, 1, 0.6)
-        if near and near[0] != f"--{said.lstrip('-')}":
-            message += f"; did you mean {near[0]}?"
-            break
-    return f"{message}\nsee: ehr {verb} --help"
+    of_classes = [f"--{option}.{p}" for option, kinds in classes.items() for parameters in kinds.values() for p in parameters]
+    known = list(dict.fromkeys([*options, *of_classes]))
+    flags = [a.split("=")[0] for a in arguments if a.startswith("--")]
+
+    def written(key: str) -> str:
+        """The flag as the user wrote it, where the parser names only the last part of it."""
+        return next((f for f in flags if f == f"--{key}"), next((f for f in flags if f.endswith(f".{key}")), f"--{key}"))
+
+    if wrong := re.search(r"unrecognized arguments: (.*)|[Oo]ption '([\w.]+)'", message):
+        said = (wrong[1] or wrong[2]).split()[0].split("=")[0]
+        if wrong[1] and not said.startswith("-"):
+            return f"{said!r} is not understood: expected only flags, such as --data NAME"
+        group = re.search(r"Group '([\w.]+)'", message)
+        flag = said if wrong[1] else written(f"{group[1]}.{said}" if group and not said.startswith(group[1]) else said)
+        near = difflib.get_close_matches(flag, known, 1, 0.6)
+        if flag not in flags:  # from a YAML file, where the parser says only the last part
+            last = list(dict.fromkeys(k.lstrip("-").rsplit(".", 1)[-1] for k in known))
+            near = difflib.get_close_matches(said.rsplit(".", 1)[-1], last, 1, 0.6)
+        what = f"unknown option {flag}" if flag in flags else f"unknown key {said!r} in the YAML file"
+        return what + (f"; did you mean {near[0]}?" if near else "")
+    if missing := re.search(r"arguments are required: (.*)", message):
+        return f"missing {' and '.join(f'--{name.strip()}' for name in missing[1].split(','))}"
+    if wrong := re.search(r"[Kk]ey \"([\w.]+)\": (.*)", message):
+        key, reason = wrong[1], wrong[2]
+        value = re.search(r"(?:Got value|Given value|import path string|not import-able|Unable to import): ?(.*)", reason)
+        choose = f"choose among {', '.join(classes.get(key, ()))}"
+        nested = next((f for f in flags if f.startswith(f"--{key}.")), "")
+        if key in classes and nested and f"--{key}" not in flags and ("NestedArg" in reason or "is abstract" in reason):
+            return f"{nested} is given without --{key}; {choose}"
+        if key in classes and value:
+            lower = {name.lower(): name for name in classes[key]}
+            near = difflib.get_close_matches(value[1].lower(), lower, 1, 0.5)
+            return f"--{key} {value[1]} is not known; " + (f"did you mean {lower[near[0]]}?" if near else choose)
+        if key in classes and "is abstract" in reason:
+            return f"--{key} names no concrete class; {choose}"
+        kinds = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\](?=\.| |$))", reason)
+        if kinds and value:
+            expected = [literal.replace("'", "") or {"NoneType": "null", "str": "text"}.get(kind, kind) for kind, literal in kinds]
+            return f"{written(key)}: expected {' or '.join(dict.fromkeys(expected))}, found {value[1]}"
+        if "does not exist" in reason:
+            return f"--{key}: {reason}"
+    return message.replace("Problems parsing config:", "the YAML file cannot be read:")
 
 
 def _stop(message: str, status: int = 2) -> NoReturn:

@@ -71,7 +71,17 @@ class _Measure:
             alerts = 100 * (tp + fp) / np.sum(w * self.first_of_stay)
             if not positive > 0:
                 auprc = best = np.nan
-            return [auroc, auprc, best, np.sum(w * self.error) / total, tp / positive, tn / negative, tp / (tp + fp), tn / (tn + fn), alerts]
+            return [
+                auroc,
+                auprc,
+                best,
+                np.sum(w * self.error) / total,
+                tp / positive,
+                tn / negative,
+                tp / (tp + fp),
+                tn / (tn + fn),
+                alerts,
+            ]
 
 
 def choose_threshold(predictions: pl.DataFrame) -> float:
@@ -96,7 +106,9 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
     console.print(table)
     few = [name for name, r in results.items() if min(r["n_positive"], r["n"] - r["n_positive"]) < 30]
     if few:
-        console.print(f"[yellow]fewer than 30 positives or negatives ({', '.join(few)}): these scores are too uncertain to mean anything[/]")
+        console.print(
+            f"[yellow]fewer than 30 positives or negatives ({', '.join(few)}): these scores are too uncertain to mean anything[/]"
+        )
 
 
 def draw(predictions: dict[str, pl.DataFrame], path: Path) -> None:
@@ -127,8 +139,14 @@ def draw(predictions: dict[str, pl.DataFrame], path: Path) -> None:
     roc.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
     pr.set(title="Precision-recall (dotted: prevalence)", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
     calibration.set(title="Calibration (equal groups of samples)", xlabel="predicted probability", ylabel="observed share")
-    roc.legend(loc="lower right", fontsize=9)
-    figure.savefig(path, dpi=110)
+    if len(roc.lines) > 1:  # none has both outcomes otherwise
+        roc.legend(loc="lower right", fontsize=9)
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        figure.savefig(unfinished, dpi=110, format="png")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def print_table(table: pl.DataFrame, title: str, console: Console) -> None:

@@ -1,9 +1,12 @@
 """A training run: its directory, its callbacks, and what is measured at its end."""
 
+import io
 import json
-import os
+import math
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import numpy as np
 import polars as pl
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.plugins import TorchCheckpointIO
 from rich.console import Console
 
 from datamodules.module import ICUDataModule, Split
@@ -23,53 +27,97 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 MONITORS = {"val_auroc_auprc": "max", "val_auroc": "max", "val_auprc": "max", "val_loss": "min"}
 
 
-def open_run(folder: Path, config: str, resume: bool) -> None:
-    """Make the run directory, or take up the one that is there.
+@contextmanager
+def opened(folder: Path, config: str, resume: bool, option: str) -> Iterator[None]:
+    """Make the run directory, or take up the one that is there; one in which nothing came to be trained is removed again.
+
+    Args:
+        folder: the run directory.
+        config: the whole configuration as YAML.
+        resume: whether an unfinished run may be continued.
+        option: the flag that names another directory, for messages.
 
     Raises:
-        ValueError: the directory holds another configuration, or an unfinished run and ``resume`` is not set.
+        ValueError: the directory holds another run, or an unfinished one and ``resume`` is not set.
     """
-    written = folder / "config.yaml"
+    written, environment = folder / "config.yaml", folder / "environment.txt"
     if written.exists():
         if written.read_text() != config:
-            raise ValueError(f"{folder} holds a run with another configuration ({written}); choose another --name")
+            raise ValueError(f"{folder} holds a run with another configuration ({written}); choose another {option}, or delete the folder")
         if not resume and not (folder / "metrics.json").exists():
-            raise ValueError(f"{folder} holds an unfinished run of this configuration; add --resume to continue it, or choose another --name")
-        return
-    if resume:
-        console.print(f"nothing to resume in {folder}: starting anew")
-    folder.mkdir(parents=True, exist_ok=True)
-    packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions())
-    (folder / "environment.txt").write_text("\n".join([f"python=={platform.python_version()}", f"platform: {platform.platform()}", *packages]) + "\n")
-    write_text(written, config)
+            raise ValueError(
+                f"{folder} holds an unfinished run of this configuration; add --resume to continue it, or choose another {option}"
+            )
+    elif _trained(folder):
+        raise ValueError(
+            f"{folder} holds a run without config.yaml, which another command wrote; choose another {option}, or delete the folder"
+        )
+    else:
+        if resume:
+            console.print(f"nothing to resume in {folder}: starting anew", soft_wrap=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions())
+        write_text(environment, "\n".join([f"python=={platform.python_version()}", f"platform: {platform.platform()}", *packages]) + "\n")
+        write_text(written, config)
+    try:
+        yield
+    except Exception:
+        if not _trained(folder):
+            for path in (written, environment, folder / "metrics.csv"):
+                path.unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        raise
 
 
-def fit(folder: Path, model: ICUModule, data: ICUDataModule, trainer: dict[str, Any], seed: int, monitor: str, patience: int, logger: Any) -> None:
+def _trained(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("best.ckpt", "last.ckpt", "metrics.json"))
+
+
+def fit(
+    folder: Path, model: ICUModule, data: ICUDataModule, trainer: dict[str, Any], seed: int, monitor: str, patience: int, logger: Any
+) -> None:
     """Train ``model`` on ``data``, continuing from ``last.ckpt`` where there is one; leaves ``best.ckpt`` and ``metrics.csv``.
 
     The random numbers of an epoch depend on ``seed`` and the epoch alone and a checkpoint is written after every epoch, so a
     run that was killed and continued ends at the same weights as an unbroken one.
     """
     data.order_seed = seed
+    model.train()  # ``load`` gives it in evaluation mode, in which fine-tuning would go without dropout
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=MONITORS[monitor], enable_version_counter=False)
     newest = ModelCheckpoint(folder, "last", enable_version_counter=False)
     stop = EarlyStopping(monitor, mode=MONITORS[monitor], patience=patience)
     callbacks: list[Callback] = [_Epochs(folder / "metrics.csv", seed), stop, best, newest]
     if sys.stderr.isatty() or sys.stdout.isatty():
         callbacks.append(RichProgressBar(leave=False))
-    precision = trainer.get("precision") or ("bf16-mixed" if torch.cuda.is_available() and trainer.get("accelerator") != "cpu" else "32-true")
+    precision = trainer.get("precision") or (
+        "bf16-mixed" if torch.cuda.is_available() and trainer.get("accelerator") != "cpu" else "32-true"
+    )
     arguments = {**trainer, "precision": precision, "logger": logger or False, "callbacks": callbacks, "default_root_dir": str(folder)}
     bars = any(isinstance(c, RichProgressBar) for c in callbacks)
-    arguments |= {"enable_progress_bar": bars, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    arguments |= {"enable_progress_bar": bars, "enable_model_summary": False, "num_sanity_val_steps": 0, "plugins": [_Files()]}
     last = folder / "last.ckpt"
+    if last.exists():
+        read_checkpoint(last)  # a damaged one is refused with a message
     fitting = lightning.Trainer(**arguments)
     fitting.fit(model.train(), data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     if not (folder / "best.ckpt").exists():
         raise ValueError(f"training ended without a checkpoint: {monitor} was never a number; is there a sample in the validation split?")
 
 
+class _Files(TorchCheckpointIO):
+    """Writes checkpoints beside their place and renames them.
+
+    Lightning's own way is a file in /tmp that is moved: where the run directory is on another disk that is a copy, and a run
+    that is killed meanwhile leaves half a checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save(checkpoint, Path(path))
+
+
 class _Epochs(Callback):
-    """Seeds every epoch and writes one row of ``metrics.csv`` after each."""
+    """Seeds every epoch and writes one row of ``metrics.csv`` after each; stops when the loss is no number any more."""
 
     def __init__(self, path: Path, seed: int):
         self.path, self.seed = path, seed
@@ -81,12 +129,21 @@ class _Epochs(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = state_dict["rows"]
 
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # a run that was killed after its last epoch must not train one more: Lightning keeps the count, not the decision
+        trainer.should_stop = any(c.wait_count >= c.patience for c in trainer.early_stopping_callbacks)
+
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         torch.manual_seed(int(np.random.SeedSequence((self.seed, trainer.current_epoch)).generate_state(1)[0]))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         row: dict[str, float] = {"epoch": trainer.current_epoch, "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}
         row |= {k: float(v) for k, v in sorted(trainer.callback_metrics.items())}
+        if not all(math.isfinite(row.get(name, 0.0)) for name in ("train_loss", "val_loss")):
+            raise ValueError(
+                f"the loss is not a number any more in epoch {trainer.current_epoch} (train {row.get('train_loss')}, validation "
+                f"{row.get('val_loss')}): lower the learning rate or --trainer.gradient_clip_val and train again"
+            )
         self.rows.append(row)
         if trainer.is_global_zero:
             table = [",".join(row), *(",".join(repr(v) for v in r.values()) for r in self.rows)]
@@ -139,19 +196,23 @@ def conclude(folder: Path, data: ICUDataModule) -> tuple[pl.DataFrame, dict[str,
     data.split = chosen
     both = pl.concat([validation, scored]).unique(["stay_id", "minute"], maintain_order=True)
     write_parquet(both, folder / "predictions.parquet")
-    result = {"val": score(validation, threshold), **({chosen: score(scored, threshold)} if held_out else {})}
+    result: dict[str, Any] = {"val": score(validation, threshold), **({chosen: score(scored, threshold)} if held_out else {})}
     write_json(result, folder / "metrics.json")
     return scored, result[chosen if held_out else "val"]
 
 
-def write_text(path: Path, text: str) -> None:
+def write(path: Path, content: bytes) -> None:
     """Write a file so that it is either the old one or the new one, also when the run is killed or the disk is full."""
     unfinished = path.with_name(path.name + ".tmp")
     try:
-        unfinished.write_text(text)
-        os.replace(unfinished, path)
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write(path, text.encode())
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
@@ -159,18 +220,12 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def write_parquet(table: pl.DataFrame, path: Path) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        table.write_parquet(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    content = io.BytesIO()
+    table.write_parquet(content)
+    write(path, content.getvalue())
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(checkpoint, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    content = io.BytesIO()  # on a full disk torch.save itself raises a RuntimeError without the reason
+    torch.save(checkpoint, content)
+    write(path, content.getvalue())

@@ -117,31 +117,34 @@ def train(
         wandb: Also log to Weights & Biases (aggregates only): offline or online.
     """
     folder = Path(runs) / (name or f"{data.name}-{type(model).__name__}-{seed}".lower())
-    run.open_run(folder, config, resume)
-    if finetune is not None:
-        finetune.raw_files()  # say at once, not after training, that the second system is not there
-    torch.manual_seed(seed)
-    data.view = model.view
-    data.prepare_data()
-    data.setup()
-    target = data.targets("train")
-    model.start(data.spec, _pos_weight(target))
-    model.facts = {"data": {"class": type(data).__name__, "arguments": dict(data.hparams)}, "split_hash": data.split_hash(), "seed": seed}
-    console.print(
-        f"{folder}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(data.spec.variables)} variables; "
-        f"{len(target):,} training samples, {int(target.sum()):,} positive",
-        soft_wrap=True,
-    )
-    if not (folder / "metrics.json").exists():
-        run.fit(folder, model, data, trainer, seed, monitor, patience, _logger(wandb, folder, config))
-    predictions, result = run.conclude(folder, data)
-    if finetune is None:
-        report.show({data.name: result}, console)
-        report.draw({data.name: predictions}, folder / "report.png")
-        console.print(f"picture: {folder / 'report.png'}\nnext: ehr evaluate --ckpt {folder / 'best.ckpt'} --data NAME --data.root FOLDER", soft_wrap=True)
-    else:
-        start = {f"{data.name} (source)": (predictions, result)}
-        _transfer(folder / "best.ckpt", finetune, folder / f"finetune-{finetune.name}", trainer, seed, finetune_learning_rate, finetune_epochs, wandb, config, start)
+    with run.opened(folder, config, resume, "--name"):
+        if finetune is not None:
+            finetune.raw_files()  # say at once, not after training, that the second system is not there
+        torch.manual_seed(seed)
+        data.view = model.view
+        data.prepare_data()
+        data.setup()
+        target = data.targets("train")
+        assert data.spec is not None
+        model.start(data.spec, _pos_weight(target))
+        if monitor != "val_loss":
+            _check_validation(data)
+        model.facts = {"data": {"class": type(data).__name__, "arguments": dict(data.hparams)}, "split_hash": data.split_hash(), "seed": seed}
+        console.print(
+            f"{folder}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(data.spec.variables)} variables; "
+            f"{len(target):,} training samples, {int(target.sum()):,} positive",
+            soft_wrap=True,
+        )
+        if not (folder / "metrics.json").exists():
+            run.fit(folder, model, data, trainer, seed, monitor, patience, _logger(wandb, folder, config))
+        predictions, result = run.conclude(folder, data)
+        if finetune is None:
+            report.show({data.name: result}, console)
+            report.draw({data.name: predictions}, folder / "report.png")
+            console.print(f"picture: {folder / 'report.png'}\nnext: ehr evaluate --ckpt {folder / 'best.ckpt'} --data NAME --data.root FOLDER", soft_wrap=True)
+        else:
+            start = {f"{data.name} (source)": (predictions, result)}
+            _transfer(folder / "best.ckpt", finetune, folder / f"finetune-{finetune.name}", trainer, seed, finetune_learning_rate, finetune_epochs, wandb, config, start)
 
 
 def evaluate(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
@@ -157,11 +160,13 @@ def evaluate(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
         data: Hospital system; default: the one that the checkpoint was trained on. --data.split chooses train, val, test or all.
     """
     assert data is not None  # the parser fills it in from the checkpoint
+    folder = Path(out)
+    if (folder / "last.ckpt").exists():
+        raise ValueError(f"{folder} holds a training run, whose results would be lost; choose another --out")
     model = load(Path(ckpt))
     data.adopt(model.spec)
     predictions = run.predict(model, data, data.split)
     result = report.score(predictions, model.facts.get("threshold", 0.5))
-    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     run.write_parquet(predictions, folder / "predictions.parquet")
     run.write_json({**result, "data": data.name, "split": data.split, "checkpoint": str(ckpt)}, folder / "metrics.json")
@@ -200,8 +205,8 @@ def finetune(
     data = data or EICU()
     folder = Path(out) if out else Path(ckpt).parent / f"finetune-{data.name}"
     load(Path(ckpt))
-    run.open_run(folder, config, resume)
-    _transfer(Path(ckpt), data, folder, trainer, seed, learning_rate, epochs, wandb, config, {})
+    with run.opened(folder, config, resume, "--out"):
+        _transfer(Path(ckpt), data, folder, trainer, seed, learning_rate, epochs, wandb, config, {})
 
 
 def predict(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
@@ -244,6 +249,7 @@ def _transfer(
     target.prepare_data()
     target.setup()
     folder.mkdir(parents=True, exist_ok=True)
+    _check_validation(target)
     missing = [v for v in model.spec.variables if not target.has(v)]
     console.print(f"{target.name}: {len(target.rows(target.split)):,} {target.split} samples; variables never charted there: {', '.join(missing) or 'none'}", soft_wrap=True)
     zero = run.predict(model, target, target.split)
@@ -266,6 +272,15 @@ def _pos_weight(target: Any) -> float:
     if not 0 < positive < len(target):
         raise ValueError(f"the training split has {int(positive)} positives among {len(target)} samples: both outcomes are needed to train")
     return (len(target) - positive) / positive
+
+
+def _check_validation(data: ICUDataModule) -> None:
+    target = data.targets("val")
+    if not 0 < target.sum() < len(target):
+        raise ValueError(
+            f"the validation split of {data.root} has {int(target.sum())} positives among {len(target)} samples: both outcomes are needed to "
+            "choose the best epoch and the threshold; give more stays or another --data.seed"
+        )
 
 
 def _logger(wandb: str | None, folder: Path, config: str) -> Any:

@@ -1,7 +1,6 @@
 """The store: what is counted and converted, that it is the same however it was built, and that no half of one is ever seen."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from datamodules import cohort
+from datamodules import cohort, schema
 from datamodules.cohort import Store
 from datamodules.concepts import CONCEPT, NAMES
 
@@ -26,7 +25,7 @@ def stays(count: int = 3, **columns: list) -> pl.DataFrame:
 
 
 def events(rows: list[tuple]) -> pl.LazyFrame:
-    return pl.LazyFrame(rows, schema=cohort.RAW_EVENTS, orient="row")
+    return pl.LazyFrame(rows, schema=schema.RAW_EVENTS, orient="row")
 
 
 def build(folder: Path, table: pl.DataFrame, **parts: pl.LazyFrame) -> Store:
@@ -95,6 +94,24 @@ def test_counts_conversions_and_order(tmp_path: Path) -> None:
     assert units["heart_rate", " /MIN"] == 1
 
 
+def test_what_is_derived_does_not_count_a_duplicate_twice(tmp_path: Path) -> None:
+    charted = [
+        (10, 0, "urine", 100.0, None),
+        (10, 120, "urine", 280.0, None),
+        (10, 120, "urine", 280.0, "mL"),  # the same once more
+        (10, 5, "norepinephrine", 0.1, None),
+        (10, 5, "vasopressin", 2.4, None),
+        (10, 240, "norepinephrine", 0.05, None),
+        (10, 240, "norepinephrine", 0.05, None),
+    ]
+    store = build(tmp_path / "s", stays(1, weight=[70.0]), one=events(charted))
+    found = {(minute, concept): value for _, minute, concept, value in rows(store)}
+    load, change = "norepinephrine_equivalent", "norepinephrine_equivalent_change"
+    assert found[120, "urine_rate"] == pytest.approx(280 / 70 / 2, abs=1e-3)
+    assert [found[5, load], found[240, load]] == pytest.approx([0.2, 0.15], abs=1e-3)
+    assert [found[5, change], found[185, change], found[240, change]] == pytest.approx([0.2, 0, -0.05], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -134,7 +151,11 @@ def test_many_chunks_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(counted) > 8
     pieces = build(tmp_path / "pieces", stays(25), one=random_events(1), two=random_events(2))
     assert content(whole.folder) == content(pieces.folder)
-    assert len(whole.minute) == 8000 - whole.coverage()["duplicate"].sum() - whole.coverage()["out_of_range"].sum()
+    coverage = whole.coverage()
+    assert len(whole.minute) == coverage["events"].sum()
+    charted = coverage.filter(pl.col("concept").is_in(["heart_rate", "urine", "norepinephrine", "lactate"]))
+    assert charted["rows"].sum() == 8000
+    assert charted["events"].sum() == 8000 - charted["duplicate"].sum() - charted["out_of_range"].sum()
 
 
 def test_export_equals_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,18 +221,18 @@ def die(name, real, when, after=False):
 def events(stays):
     with log.open("a") as file:
         file.write("extracted\\n")
-    found = {t: tables.scan(raw, t, columns).with_columns(pl.col("concept").cast(cohort.CONCEPT), pl.col("minute").cast(pl.Int32)) for t in "abc"}
-    return found
+    typed = pl.col("concept").cast(cohort.CONCEPT), pl.col("minute").cast(pl.Int32)
+    return {t: tables.scan(raw, t, columns).with_columns(typed) for t in "abc"}
 
 def half(path):
     sorted(path.iterdir())[0].unlink()
     os.kill(os.getpid(), signal.SIGKILL)
 
-if moment == "first table": cohort.os.replace = die("replace", os.replace, 1)
-if moment == "third table": cohort.os.replace = die("replace", os.replace, 3, after=True)
+if moment == "first table": Path.replace = die("replace", Path.replace, 1)
+if moment == "third table": Path.replace = die("replace", Path.replace, 3, after=True)
 if moment == "sorting": cohort._tally = die("tally", cohort._tally, 5)
 if moment == "clearing": cohort.shutil.rmtree = half
-if moment == "last rename": cohort.os.replace = die("replace", os.replace, 5)
+if moment == "last rename": Path.replace = die("replace", Path.replace, 5)
 if moment == "nobody": os.setuid(65534)
 if moment.startswith("at most"): resource.setrlimit(resource.RLIMIT_FSIZE, (int(moment[7:]),) * 2)
 stays = pl.DataFrame({"stay_id": range(1, 201), "patient_id": [str(i) for i in range(1, 201)], "weight": [70.0] * 200})
@@ -289,13 +310,14 @@ def test_two_processes_build_one_store(raw: Path, tmp_path: Path, unbroken: dict
     assert content(folder) == unbroken
 
 
-@pytest.mark.parametrize("limit", [20_000, 200_000], ids=["while a table is read", "while events are sorted"])
-def test_a_full_disk_is_told_and_leaves_nothing_half_written(raw: Path, tmp_path: Path, unbroken: dict[str, bytes], limit: int) -> None:
-    assert limit == 20_000 or max(len(c) for c in unbroken.values()) > limit
+@pytest.mark.parametrize(("limit", "cause"), [(20_000, "os error"), (350_000, "requested and")], ids=["reading", "sorting"])
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(
+    raw: Path, tmp_path: Path, unbroken: dict[str, bytes], limit: int, cause: str
+) -> None:
     folder = tmp_path / "store"
     code, said = finish(start(raw, folder, f"at most{limit}"))
     assert code == 3, said
-    for word in (f"the store {folder} could not be written", "is the disk full", "--data.cache", "run again"):
+    for word in (f"the store {folder} could not be written", cause, "is the disk full", "--data.cache", "run again"):
         assert word in said
     assert not folder.exists()
     code, said = finish(start(raw, folder))
@@ -326,6 +348,6 @@ def test_a_finished_part_is_not_read_twice(tmp_path: Path) -> None:
     """What a killed run has finished is used as it is: the key of the folder stands for the raw files."""
     table: Callable[[float], pl.LazyFrame] = lambda value: events([(10, 0, "heart_rate", value, None)])  # noqa: E731
     (tmp_path / "s.partial").mkdir()
-    cohort._extract(tmp_path / "s.partial", cohort.check_stays(stays()), {"one": table(80.0)}, tmp_path)
+    cohort._extract(tmp_path / "s.partial", schema.check_stays(stays()), {"one": table(80.0)}, tmp_path)
     assert rows(build(tmp_path / "s", stays(), one=table(90.0))) == [(10, 0, "heart_rate", 80.0)]
     assert rows(build(tmp_path / "t", stays(), one=table(90.0))) == [(10, 0, "heart_rate", 90.0)]

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from datamodules import eicu, treatment
-from datamodules.cohort import RAW_EVENTS, STAYS, VASOPRESSORS, conform
+from datamodules.schema import RAW_EVENTS, STAYS, VASOPRESSORS, conform
 
 DEMO = Path(__file__).parents[2] / "shared/data/eicu-demo"
 demo = pytest.mark.skipif(not DEMO.is_dir(), reason="the open eICU demo 2.0.1 is not in ../shared/data/eicu-demo")
@@ -354,10 +354,18 @@ def test_urine_and_weight(folder):
         "90,1,90,flowsheet|Flowsheet Cell Labels|I&O|Weight|Bodyweight (kg),81.5",
         "91,1,90,flowsheet|Flowsheet Cell Labels|I&O|Weight|Bodyweight (lb),180",
     ]
-    rows += ["92,1,92,flowsheet|Flowsheet Cell Labels|I&O|Intake (ml)|Urine,5"]
     write(folder, "intakeOutput", FLUIDS, *rows)
     after = sorted((minute, concept, value) for minute, concept, value, _ in read(folder, "intakeOutput"))
     assert after == [(0, "urine", 200), (1, "urine", 2000), (2, "urine", 84), (3, "urine", 350), (4, "urine", 90), (90, "weight", 81.5)]
+
+
+def test_intravenous_fluids(folder):
+    """This project's cell list: volumes into a vein count, by mouth or tube, sums and doses do not; bags of one minute add."""
+    intake = "flowsheet|Flowsheet Cell Labels|I&O|Intake (ml)|"
+    cells = ["Crystalloids (ml)|NS ", "Blood Products (ml)|pRBCs", "Nutrition (ml)|TPN", "NS IVF"]
+    others = ["P.O.", "Nutrition (ml)|Oral", "Enteral Formula Volume/Bolus Amt (mL)", "Crystalloids (ml)|TOTAL IN", "% Meal Eaten", "Intake"]
+    write(folder, "intakeOutput", FLUIDS, *(f"{i},1,60,{intake}{cell},100" for i, cell in enumerate(cells + others)))
+    assert read(folder, "intakeOutput") == [(60, "fluids", 400, None)]
 
 
 def test_nurse_charting_is_optional(folder):

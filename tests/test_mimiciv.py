@@ -34,7 +34,7 @@ TABLES = {
 """,
     "icu/outputevents": """stay_id,itemid,charttime,value,valueuom
 """,
-    "icu/inputevents": """stay_id,itemid,starttime,endtime,rate,rateuom,patientweight
+    "icu/inputevents": """stay_id,itemid,starttime,endtime,rate,rateuom,patientweight,amount,amountuom,ordercategoryname
 """,
 }
 
@@ -202,19 +202,19 @@ def test_urine(tmp_path: Path) -> None:
 def test_infusions(tmp_path: Path) -> None:
     root = write(
         tmp_path,
-        inputevents="""101,221906,2112-03-02 01:00:30,2112-03-02 02:00:30,0.1,mcg/kg/min,80
-                       101,221906,2112-03-02 01:30:30,2112-03-02 03:00:30,0.05,mcg/kg/min,80
-                       102,221906,2112-03-03 07:00:00,2112-03-03 08:00:00,0.0002,mg/kg/min,80
-                       102,221906,2112-03-03 09:00:00,2112-03-03 10:00:00,0.2,mg/kg/min,1
-                       102,221749,2112-03-03 07:00:00,2112-03-03 08:00:00,160,mcg/min,80
-                       102,221749,2112-03-03 09:00:00,2112-03-03 10:00:00,160,mcg/min,
-                       201,222315,2121-01-01 09:00:00,2121-01-01 10:00:00,2.4,units/hour,80
-                       201,222315,2121-01-01 11:00:00,2121-01-01 12:00:00,0.04,units/min,80
-                       201,221662,2121-01-01 09:00:00,2121-01-01 10:00:00,300,mcg/kg/hour,80
-                       201,221653,2121-01-01 09:00:00,2121-01-01 10:00:00,5,drops,80
-                       201,221289,2121-01-01 09:00:00,2121-01-01 09:00:00,0.1,mcg/kg/min,80
-                       201,221986,2121-01-01 09:00:00,2121-01-01 10:00:00,,mcg/kg/min,80
-                       301,221986,2130-05-02 01:00:00,2130-05-02 02:00:00,0,mcg/kg/min,80""",
+        inputevents="""101,221906,2112-03-02 01:00:30,2112-03-02 02:00:30,0.1,mcg/kg/min,80,,,
+                       101,221906,2112-03-02 01:30:30,2112-03-02 03:00:30,0.05,mcg/kg/min,80,,,
+                       102,221906,2112-03-03 07:00:00,2112-03-03 08:00:00,0.0002,mg/kg/min,80,,,
+                       102,221906,2112-03-03 09:00:00,2112-03-03 10:00:00,0.2,mg/kg/min,1,,,
+                       102,221749,2112-03-03 07:00:00,2112-03-03 08:00:00,160,mcg/min,80,,,
+                       102,221749,2112-03-03 09:00:00,2112-03-03 10:00:00,160,mcg/min,,,,
+                       201,222315,2121-01-01 09:00:00,2121-01-01 10:00:00,2.4,units/hour,80,,,
+                       201,222315,2121-01-01 11:00:00,2121-01-01 12:00:00,0.04,units/min,80,,,
+                       201,221662,2121-01-01 09:00:00,2121-01-01 10:00:00,300,mcg/kg/hour,80,,,
+                       201,221653,2121-01-01 09:00:00,2121-01-01 10:00:00,5,drops,80,,,
+                       201,221289,2121-01-01 09:00:00,2121-01-01 09:00:00,0.1,mcg/kg/min,80,,,
+                       201,221986,2121-01-01 09:00:00,2121-01-01 10:00:00,,mcg/kg/min,80,,,
+                       301,221986,2130-05-02 01:00:00,2130-05-02 02:00:00,0,mcg/kg/min,80,,,""",
     )
     intervals = mimiciv.vasopressors(root, mimiciv.stays(root))
     assert intervals.select("stay_id", "start_minute", "end_minute", "drug", pl.col("rate").round(4), "unit").rows() == [
@@ -227,14 +227,25 @@ def test_infusions(tmp_path: Path) -> None:
         (201, 60, 120, "vasopressin", 2.4, "units/h"),
         (201, 180, 240, "vasopressin", 2.4, "units/h"),
     ]
-    assert [row for row in after(root) if row[0] == 101] == [
+    assert [row for row in after(root) if row[0] == 101 and "equivalent" not in row[2]] == [
         (101, 60, "norepinephrine", 0.1),
         (101, 90, "norepinephrine", 0.15),  # two pumps
         (101, 120, "norepinephrine", 0.05),
         (101, 180, "norepinephrine", 0.0),
     ]
     coverage = {row["concept"]: row["unmapped_unit"] for row in MIMICIV(str(root)).open().coverage().iter_rows(named=True)}
-    assert coverage == {"norepinephrine": 0, "phenylephrine": 1, "vasopressin": 0, "dopamine": 0, "dobutamine": 1}
+    drugs = {drug: coverage[drug] for drug in ("norepinephrine", "phenylephrine", "vasopressin", "dopamine", "dobutamine")}
+    assert drugs == {"norepinephrine": 0, "phenylephrine": 1, "vasopressin": 0, "dopamine": 0, "dobutamine": 1}
+
+
+def test_fluids_are_spread_over_the_time_in_which_they_ran(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        inputevents="""201,225158,2121-01-01 08:30:00,2121-01-01 10:00:00,,,,900,ml,01-Drips
+                       201,225158,2121-01-01 13:00:00,2121-01-01 13:01:00,,,,0.5,L,01-Drips
+                       201,221906,2121-01-01 08:30:00,2121-01-01 10:00:00,,,,4,mg,01-Drips""",
+    )
+    assert after(root) == [(201, 59, "fluids", 300.0), (201, 119, "fluids", 600.0), (201, 300, "fluids", 500.0)]
 
 
 def test_new_patients_without_outcome_columns_can_be_predicted(tmp_path: Path) -> None:
