@@ -9,14 +9,12 @@ Sources of the rules:
 """
 
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from datamodules import tables
-from datamodules.schema import RAW_EVENTS, STAYS, conform
 from datamodules.eicu_infusions import infusion_rows, intervals, vasopressors
-from datamodules.module import ICUDataModule
+from datamodules.schema import RAW_EVENTS, STAYS, conform
 from datamodules.treatment import estimated_events, rate_events, ventilation_events
 
 __all__ = ["events", "infusion_rows", "stays", "vasopressors"]
@@ -25,7 +23,9 @@ URINE_CELLS = Path(__file__).parent / "terms" / "eicu_urine_cellpaths.csv"
 OUTPUT_CELLS = "flowsheet|flowsheet cell labels|i&o|output (ml)|"
 INTAKE_CELLS = "flowsheet|flowsheet cell labels|i&o|intake (ml)|"
 # cells below INTAKE_CELLS that are no volume into a vein: by mouth or tube, sums of other cells, doses; this project's list
-NOT_INTRAVENOUS = r"total|p\.o|\bpo\b|oral|enteral|tube|gastric|jejun|meal|feed|formula|irrigant|\(mcg\)|^intake$|^misc|^#|^insulin$|^fentanyl$"
+NOT_INTRAVENOUS = (
+    r"total|p\.o|\bpo\b|oral|enteral|tube|gastric|jejun|meal|feed|formula|irrigant|\(mcg\)|^intake$|^misc|^#|^insulin$|^fentanyl$"
+)
 PARENTERAL_NUTRITION = r"tpn|ppn|lipid|fat emulsion"
 ENTRY_MAX = 2000  # mL in one entry; this project's limit: the demo goes up to 7,746, a shift's total or a typing error
 DAY = 1440  # minutes
@@ -427,39 +427,16 @@ def _fluids(root: Path, stays: pl.DataFrame) -> pl.LazyFrame:
     intake = pl.col("path").str.strip_prefix(INTAKE_CELLS)
     parenteral = ~intake.str.starts_with("nutrition") | intake.str.contains(PARENTERAL_NUTRITION)
     vein = pl.col("path").str.starts_with(INTAKE_CELLS) & parenteral & ~intake.str.contains(NOT_INTRAVENOUS)
-    concept = pl.when(urine).then(pl.lit("urine")).when(vein).then(pl.lit("fluids")).when(pl.col("path").str.ends_with("|bodyweight (kg)")).then(pl.lit("weight"))
+    concept = (
+        pl.when(urine)
+        .then(pl.lit("urine"))
+        .when(vein)
+        .then(pl.lit("fluids"))
+        .when(pl.col("path").str.ends_with("|bodyweight (kg)"))
+        .then(pl.lit("weight"))
+    )
     rows = rows.with_columns(concept=concept).drop_nulls("concept")
     volume = pl.col("concept").is_in(["urine", "fluids"])
     clipped = rows.with_columns(value=pl.when(volume).then(pl.col("value").clip(upper_bound=ENTRY_MAX)).otherwise("value"))
     summed = clipped.filter(volume).group_by("stay_id", "minute", "concept").agg(pl.col("value").sum())  # two catheters, two bags
     return pl.concat([_raw(summed), _raw(clipped.filter(~volume))])
-
-
-class EICU(ICUDataModule):
-    """eICU Collaborative Research Database 2.0: the published tables in one folder, file names in any case."""
-
-    name = "EICU"
-    raw_tables = TABLES
-    default_definition = "eicu"
-
-    def __init__(self, root: str = "data/eicu", **kwargs: Any):
-        super().__init__(root, **kwargs)
-
-    def stays(self) -> pl.DataFrame:
-        return stays(self.root)
-
-    def events(self, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
-        return events(self.root, stays)
-
-    def infusions(self) -> pl.DataFrame:
-        return vasopressors(self.root, self.open().stays)
-
-    def derive_sepsis(self) -> dict[str, pl.DataFrame]:
-        from datamodules import eicu_sepsis  # reads this file in turn
-
-        return eicu_sepsis.derive(self.root, self.open().stays, self.definition, **self.sofa)
-
-    def compare_definitions(self) -> pl.DataFrame:
-        from datamodules import eicu_sepsis
-
-        return eicu_sepsis.compare_definitions(self.root, self.open().stays)

@@ -10,8 +10,8 @@ from pathlib import Path
 import polars as pl
 
 from datamodules import tables
-from datamodules.schema import VASOPRESSORS
 from datamodules.concepts import BY_NAME
+from datamodules.schema import VASOPRESSORS
 
 NAMES = Path(__file__).parent / "terms" / "eicu_infusion_names.csv"
 

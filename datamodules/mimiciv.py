@@ -5,12 +5,10 @@ https://github.com/MIT-LCP/mimic-code); the files are those of https://physionet
 """
 
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from datamodules.concepts import CONCEPT
-from datamodules.module import ICUDataModule
 from datamodules.schema import STAYS, VASOPRESSORS, conform
 from datamodules.tables import columns, read, reading, scan
 from datamodules.treatment import estimated_events, rate_events, volume_events
@@ -356,33 +354,3 @@ def _fluids(root: Path, times: pl.LazyFrame) -> pl.LazyFrame:
     return volume_events(
         timed.select("stay_id", "volume", start_minute=_minutes(pl.col("starttime")), end_minute=_minutes(pl.col("endtime"))), "fluids"
     )
-
-
-class MIMICIV(ICUDataModule):
-    """MIMIC-IV: folders ``hosp/`` and ``icu/`` as published."""
-
-    name = "MIMICIV"
-    raw_tables = TABLES
-    default_definition = "mimic_code"
-
-    def __init__(self, root: str = "data/mimiciv", **kwargs: Any):
-        super().__init__(root, **kwargs)
-
-    def stays(self) -> pl.DataFrame:
-        return stays(self.root)
-
-    def events(self, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
-        return events(self.root, stays)
-
-    def infusions(self) -> pl.DataFrame:
-        return vasopressors(self.root, self.open().stays)
-
-    def derive_sepsis(self) -> dict[str, pl.DataFrame]:
-        from datamodules import mimiciv_sepsis  # reads this file in turn
-
-        return mimiciv_sepsis.derive(self.root, self.open().stays, self.definition, **self.sofa)
-
-    def compare_definitions(self) -> pl.DataFrame:
-        from datamodules import mimiciv_sepsis
-
-        return mimiciv_sepsis.compare_definitions(self.root, self.open().stays)

@@ -19,16 +19,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from datamodules import tables
 from datamodules.batch import Batch, Grid, Spec, Triplets
 from datamodules.cohort import Store, build, fingerprint
-from datamodules.concepts import BY_NAME, CONCEPTS, NAMES
+from datamodules.concepts import BY_NAME, CONCEPTS
 from datamodules.schema import VASOPRESSORS
 from datamodules.sofa import Switches
 from datamodules.tasks import OUTCOMES, STATICS, Task, TaskName, check_statics
+from datamodules.views import CLIP, Views
 
 Split = Literal["train", "val", "test", "all"]
 View = Literal["grid", "triplets"]
 CARE_UNITS = ("medical", "surgical", "cardiac", "cardiac_surgery", "neuro", "mixed", "other")
-CLIP = 5.0  # standardised values are clipped to +-CLIP: raw records keep errors such as pH 100
-CARRY = 24  # hours before the window from which values are carried into it
 FIT_SAMPLES = 8192  # training samples from which the scaler is fitted
 
 
@@ -90,7 +89,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         self.root = Path(root)
         hourly = rolling or task == "sepsis_onset"
         self.task = Task(task, hours, (24 if hourly else hours) if window is None else window, rolling, sepsis)
-        self.definition, self.sofa = definition or self.default_definition, dict(sofa or {})
+        self.definition, self.sofa = definition or self.default_definition, Switches(**(sofa or {}))
         self.min_age, self.first_stay, self.treatment = min_age, first_stay, treatment
         self.statics = statics.split(",") if isinstance(statics, str) else list(STATICS if statics is None else statics)
         check_statics(self.statics)
@@ -129,6 +128,10 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
     def derive_sepsis(self) -> dict[str, pl.DataFrame]:
         """Tables "sofa", "suspicion" and "sepsis3" under ``definition``."""
         raise ValueError(f"{self.name} carries no antibiotics and cultures: Sepsis-3 needs MIMICIV or EICU; leave out --data.sepsis")
+
+    def sepsis_switches(self) -> dict[str, Any]:
+        """Further arguments that change ``derive_sepsis``."""
+        return {}
 
     def compare_definitions(self) -> pl.DataFrame:
         """Stays, hospitals, prevalence and mortality under every definition of Sepsis-3."""
@@ -169,8 +172,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
 
     def sepsis_tables(self) -> dict[str, pl.DataFrame]:
         """``derive_sepsis`` kept beside the store: computed once per definition and switches."""
-        said = "-".join(f"{k}={v}" for k, v in sorted(self.sofa.items()))
-        folder = self.open().folder / f"sepsis3-{self.definition}{said and '-'}{said}"
+        switches = [f"{k}={v}" for k, v in sorted({**self.sofa, **self.sepsis_switches()}.items())]
+        folder = self.open().folder / "-".join(["sepsis3", self.definition, *switches])
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 partial = folder.with_name(folder.name + ".partial")
@@ -178,7 +181,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
                 partial.mkdir()
                 for name, table in self.derive_sepsis().items():
                     table.write_parquet(partial / f"{name}.parquet")
-                os.replace(partial, folder)
+                partial.replace(folder)
         return {path.stem: pl.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}
 
     def setup(self, stage: str | None = None) -> None:
@@ -203,8 +206,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         self._stay, self._minute = self.samples["stay"].to_numpy(), self.samples["minute"].to_numpy().astype(np.int64)
         self._target = self.samples["target"].cast(pl.Float32).fill_null(float("nan")).to_numpy()
         if self.spec is None:
-            self._use(self._fit())
-        assert self.spec is not None
+            self.spec = self._fit()
+        self._views = Views(store, self.spec.variables, self.spec.hours)
         self._static = self._statics(store.stays, self.spec)
 
     def cohort(self) -> tuple[pl.Series, pl.DataFrame]:
@@ -258,15 +261,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
                     f"the model reads {name} in {unit!r} and these data do not have it so; use the version that it was trained with"
                 )
         self.task = Task(**spec.task)
-        self._use(spec)
-        self.samples = None  # type: ignore[assignment]
-
-    def _use(self, spec: Spec) -> None:
         self.spec = spec
-        position = {name: i for i, name in enumerate(spec.variables)}
-        self._variable = np.array([position.get(name, -1) for name in NAMES])  # concept code -> last axis, or -1
-        self._is_rate = np.array([BY_NAME[n].hourly == "rate" for n in spec.variables])
-        self._is_sum = np.array([BY_NAME[n].hourly == "sum" for n in spec.variables])
+        self.samples = None  # type: ignore[assignment]
 
     def split_hash(self) -> str:
         """Changes when any patient changes split."""
@@ -314,93 +310,9 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         stay, minute = self._stay[rows], self._minute[rows]
         static = torch.from_numpy(self._static[stay])
         target, index = torch.from_numpy(self._target[rows]), torch.from_numpy(rows)
-        center, scale = np.array(self.spec.center, np.float32), np.array(self.spec.scale, np.float32)
         if self.view == "grid":
-            value, mask, since = self._grid(stay, minute)
-            never = (since == self.spec.hours + CARRY) & ~self._is_rate
-            standard = np.where(never, 0, np.clip((value - center) / scale, -CLIP, CLIP))
-            since = np.minimum(since / np.float32(self.spec.hours), 1)
-            dense = [torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (standard, mask, since)]
-            return Grid(static, dense[0], dense[1], dense[2], target, index)
-        owner, time, variable, value = self._events(stay, minute, carry=0)
-        length = np.bincount(owner, minlength=len(stay))
-        place = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)
-        shape = (len(stay), max(int(length.max(initial=0)), 1))
-        when, which, what = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
-        when.numpy()[owner, place] = 2 * time / (60 * self.spec.hours) - 1
-        which.numpy()[owner, place] = variable + 1
-        what.numpy()[owner, place] = np.clip((value - center[variable]) / scale[variable], -CLIP, CLIP)
-        return Triplets(static, when, which, what, torch.from_numpy(length), target, index)
-
-    def _events(self, stay: np.ndarray, minute: np.ndarray, carry: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Events of each sample from ``carry`` hours before its window up to, not including, its prediction time.
-
-        Returns:
-            owner (position of the sample in ``stay``), minutes since the start (window and carry), variable, value.
-        """
-        store = self.store
-        assert store is not None and self.spec is not None
-        start = minute - 60 * (self.spec.hours + carry)
-        low, high = store.first_after(np.tile(stay, 2), np.concatenate([start, minute])).reshape(2, -1)
-        count = high - low
-        owner = np.repeat(np.arange(len(stay)), count)
-        row = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + low[owner]
-        variable = self._variable[store.concept[row]]
-        known = variable >= 0
-        owner, row, variable = owner[known], row[known], variable[known]
-        return owner, store.minute[row] - start[owner], variable, store.value[row]
-
-    def _grid(self, stay: np.ndarray, minute: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Hourly values in their units, mask, and hours since last charted; each (B, T, F).
-
-        Values of one hour are averaged, volumes summed. A rate is a step function: each of its events changes it by some
-        amount, which counts for the rest of that hour and fully for every later one, so that two scattered sums and one
-        running sum give the time-weighted mean of every hour.
-        """
-        assert self.spec is not None
-        batch, hours, width = len(stay), self.spec.hours + CARRY, len(self.spec.variables)
-        owner, time, variable, value = self._events(stay, minute, CARRY)
-        shape = (hours, batch, width)  # time comes first, so that running along it is a pass over contiguous memory
-        cell = (time // 60 * batch + owner) * width + variable
-        count = np.bincount(cell, minlength=hours * batch * width)
-        total = np.bincount(cell, value, minlength=len(count))
-        mask = count > 0
-        seen = np.flatnonzero(mask)
-        mean = total[seen] / np.where(self._is_sum[seen % width], 1, count[seen])
-        mean = np.append(0, mean).astype(np.float32)  # entry 0: not seen yet
-        hour = np.append(-1, seen // (batch * width)).astype(np.float32)
-        last = np.zeros(shape, np.intp)  # entry of ``mean`` that holds in each cell
-        last.reshape(-1)[seen] = np.arange(1, len(mean))
-        for now, before in zip(last[1:], last[:-1], strict=True):  # five times as fast as np.maximum.accumulate
-            np.maximum(now, before, out=now)
-        last = last[CARRY:]
-        carried = mean.take(last)
-        since = np.arange(CARRY, hours, dtype=np.float32)[:, None, None] - hour.take(last)
-        since[last == 0] = hours
-        if self._is_rate.any():
-            rate = self._is_rate[variable]
-            which = np.cumsum(self._is_rate) - 1  # position among the rates
-            steps = self._rates(time[rate], owner[rate], which[variable[rate]], value[rate], (hours, batch, int(self._is_rate.sum())))
-            carried[..., self._is_rate] = steps[CARRY:]
-        return carried.swapaxes(0, 1), mask.reshape(shape)[CARRY:].swapaxes(0, 1), since.swapaxes(0, 1)
-
-    @staticmethod
-    def _rates(time: np.ndarray, owner: np.ndarray, variable: np.ndarray, value: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-        """Time-weighted mean of each hour, (T, B, F), of step functions that are 0 before their first event."""
-        hours, batch, width = shape
-        series = owner * width + variable
-        order = np.lexsort((time, series))  # stable: of several values at one minute, the last holds
-        series, time, value = series[order], time[order], value[order].astype(np.float64)
-        before = np.where(np.diff(series, prepend=-1) == 0, np.roll(value, 1), 0)
-        hour, rest = time // 60, 1 - time % 60 / 60  # ``rest``: share of its hour for which the new value holds
-        cell = hour * batch * width + series
-        now = np.bincount(cell, (value - before) * rest, minlength=hours * batch * width)
-        later = np.bincount(cell, (value - before) * (1 - rest), minlength=hours * batch * width)
-        now, later = now.reshape(shape), later.reshape(shape)
-        now[1:] += later[:-1]
-        total = np.cumsum(now, axis=0)
-        total[np.abs(total) < 1e-9] = 0  # dust of the sums where an infusion has ended
-        return total
+            return Grid(static, *self._views.grid(self.spec, stay, minute), target, index)
+        return Triplets(static, *self._views.triplets(self.spec, stay, minute), target, index)
 
     # ---- scaler and statics -------------------------------------------------------------------------------------------
 
@@ -413,10 +325,10 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         rng = np.random.default_rng(self.seed)
         rows = np.sort(rng.choice(rows, FIT_SAMPLES, replace=False)) if len(rows) > FIT_SAMPLES else rows
         allowed = [c for c in CONCEPTS if self.treatment or not c.treatment]
-        self._use(Spec([c.name for c in allowed], [], [], [], [], [], [], asdict(self.task)))
+        views = Views(self.store, [c.name for c in allowed], self.task.window)
         moments = np.zeros((3, len(allowed)))
         for piece in np.array_split(rows, max(len(rows) // 256, 1)):
-            value, mask, _ = self._grid(self._stay[piece], self._minute[piece])
+            value, mask, _ = views.hourly(self._stay[piece], self._minute[piece])
             value = np.where(mask, value, 0).astype(np.float64)  # sums of squares need the digits
             moments += [mask.sum((0, 1)), value.sum((0, 1)), (value**2).sum((0, 1))]
         count, first, second = moments

@@ -11,15 +11,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
 from datamodules.concepts import CONCEPT
-from datamodules.module import ICUDataModule
 from datamodules.schema import STAYS, conform
-from datamodules.tasks import TaskName
 
 # 2012: the publisher's 37 time series -> concepts. Arterial and cuff pressures are the publisher's own, separate, variables.
 VARIABLES_2012 = {
@@ -281,90 +278,3 @@ def _members(source: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
         raise ValueError(f"{source}: the archive is cut off or damaged ({error}); download it again") from error
     if not count:
         raise ValueError(f"{source}: no *{suffix} file found inside; expected one a stay")
-
-
-class PhysioNet2012(ICUDataModule):
-    """PhysioNet/CinC Challenge 2012: death in hospital from the first 48 hours in the ICU.
-
-    Set a is the test split. Sets b and c are divided 80 to 20 into train and val with the permutation that published work
-    shares (legacy numpy seed 123 over the sorted records: Tipirneni & Reddy 2022, doi:10.1145/3516367).
-
-    Args:
-        sets: Letters of the sets that are read, such as b,c; default: all that are in the folder.
-    """
-
-    name = "PhysioNet2012"
-
-    def __init__(
-        self, root: str = "data/physionet2012", sets: str | None = None, hours: int = HOURS_2012, min_age: float = 0, **kwargs: Any
-    ):
-        super().__init__(root, hours=hours, min_age=min_age, **kwargs)
-        self.sets = _letters(sets)
-
-    def raw_files(self) -> list[Path]:
-        files = [p for found in files_2012(self.root, self.sets).values() for p in found]
-        return [f for path in files for f in ([path] if path.is_file() else sorted(path.rglob("*.txt")))]
-
-    def extraction(self) -> dict[str, Any]:
-        return {"sets": self.sets}
-
-    def stays(self) -> pl.DataFrame:
-        stays, self._events_table = stays_2012(self.root, self.sets)
-        return stays.with_columns(hospital_id=pl.col("set")).drop("set")
-
-    def events(self, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
-        return {"records": self._events_table.lazy()}
-
-    def splits(self, stays: pl.DataFrame) -> pl.Series:
-        store = self.open()
-        ids = store.stays.filter(pl.col("hospital_id") != "a")["stay_id"].sort().to_numpy()
-        order = np.random.RandomState(123).permutation(len(ids))
-        train = ids[order[: int(0.8 * len(ids))]]
-        chosen = (
-            pl.when(pl.col("hospital_id") == "a")
-            .then(pl.lit("test"))
-            .when(pl.col("stay_id").is_in(train))
-            .then(pl.lit("train"))
-            .otherwise(pl.lit("val"))
-        )
-        return stays.select(chosen.alias("split")).to_series()
-
-
-class PhysioNet2019(ICUDataModule):
-    """PhysioNet/CinC Challenge 2019: onset of sepsis, predicted at the end of every hour in the ICU.
-
-    Args:
-        systems: Letters of the hospital systems that are read, such as A or A,B; default: all that are in the folder.
-    """
-
-    name = "PhysioNet2019"
-
-    def __init__(
-        self,
-        root: str = "data/physionet2019",
-        systems: str | None = None,
-        task: TaskName = "sepsis_onset",
-        hours: int = 1,
-        min_age: float = 0,
-        **kwargs: Any,
-    ):
-        super().__init__(root, task=task, hours=hours, min_age=min_age, **kwargs)
-        self.systems = _letters(systems)
-
-    def raw_files(self) -> list[Path]:
-        files = [p for found in files_2019(self.root, self.systems).values() for p in found]
-        return [f for path in files for f in ([path] if path.is_file() else sorted(path.rglob("*.psv")))]
-
-    def extraction(self) -> dict[str, Any]:
-        return {"systems": self.systems}
-
-    def stays(self) -> pl.DataFrame:
-        stays, self._events_table = stays_2019(self.root, self.systems)
-        return stays
-
-    def events(self, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
-        return {"records": self._events_table.lazy()}
-
-
-def _letters(chosen: str | None) -> list[str] | None:
-    return None if chosen is None else sorted({c.strip() for c in chosen.split(",") if c.strip()})

@@ -46,7 +46,9 @@ def main() -> None:
     for name, runs in figures.items():
         seconds = [s for s, _ in runs]
         middle = statistics.median(seconds)
-        table.add_row(name, f"{middle:.1f}", f"{min(seconds):.1f}-{max(seconds):.1f}", f"{max(m for _, m in runs):.2f}", f"{middle / base:.2f}")
+        table.add_row(
+            name, f"{middle:.1f}", f"{min(seconds):.1f}-{max(seconds):.1f}", f"{max(m for _, m in runs):.2f}", f"{middle / base:.2f}"
+        )
     console.print(table)
 
 

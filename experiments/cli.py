@@ -77,12 +77,12 @@ def _run(verb: str, arguments: list[str]) -> None:
         "Checkpoint directory",
     ):
         warnings.filterwarnings("ignore", f".*{noise}.*")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     arguments = _ordered(arguments)
     if verb in FROM_CHECKPOINT:
         arguments = [*_data_of_checkpoint(arguments), *arguments]
     parser = make_parser(verb, arguments)
+    for name in ("lightning.pytorch", "lightning.fabric"):  # imported by now: the import sets another level
+        logging.getLogger(name).setLevel(logging.ERROR)
     configuration = parser.parse_args(arguments)
     kept = configuration.clone()
     for transient in ("config", "resume"):

@@ -1,6 +1,7 @@
 """What ``ehr`` does: one plain typed function a verb; its docstring is its ``--help``."""
 
 import os
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,11 +9,8 @@ import polars as pl
 import torch
 
 from datamodules.cohort import progress
-from datamodules.eicu import EICU
-from datamodules.mimiciv import MIMICIV
+from datamodules.hospitals import EICU, MIMICIV, PhysioNet2012, PhysioNet2019, SyntheticEICU, SyntheticMIMICIV
 from datamodules.module import ICUDataModule
-from datamodules.physionet import PhysioNet2012, PhysioNet2019
-from datamodules.simulated import SyntheticEICU, SyntheticMIMICIV
 from ehrmodels.base import ICUModule, load
 from ehrmodels.fusion import Fusion
 from experiments import report, run
@@ -129,7 +127,11 @@ def train(
         model.start(data.spec, _pos_weight(target))
         if monitor != "val_loss":
             _check_validation(data)
-        model.facts = {"data": {"class": type(data).__name__, "arguments": dict(data.hparams)}, "split_hash": data.split_hash(), "seed": seed}
+        model.facts = {
+            "data": _description(data),
+            "split_hash": data.split_hash(),
+            "seed": seed,
+        }
         console.print(
             f"{folder}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(data.spec.variables)} variables; "
             f"{len(target):,} training samples, {int(target.sum()):,} positive",
@@ -141,10 +143,24 @@ def train(
         if finetune is None:
             report.show({data.name: result}, console)
             report.draw({data.name: predictions}, folder / "report.png")
-            console.print(f"picture: {folder / 'report.png'}\nnext: ehr evaluate --ckpt {folder / 'best.ckpt'} --data NAME --data.root FOLDER", soft_wrap=True)
+            console.print(
+                f"picture: {folder / 'report.png'}\nnext: ehr evaluate --ckpt {folder / 'best.ckpt'} --data NAME --data.root FOLDER",
+                soft_wrap=True,
+            )
         else:
             start = {f"{data.name} (source)": (predictions, result)}
-            _transfer(folder / "best.ckpt", finetune, folder / f"finetune-{finetune.name}", trainer, seed, finetune_learning_rate, finetune_epochs, wandb, config, start)
+            _transfer(
+                folder / "best.ckpt",
+                finetune,
+                folder / f"finetune-{finetune.name}",
+                trainer,
+                seed,
+                finetune_learning_rate,
+                finetune_epochs,
+                wandb,
+                config,
+                start,
+            )
 
 
 def evaluate(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
@@ -226,7 +242,10 @@ def predict(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     run.write_parquet(table, path)
-    console.print(f"wrote {len(table):,} predictions of {table['stay_id'].n_unique():,} stays, {table['alert'].sum():,} alerts, to {path}", soft_wrap=True)
+    console.print(
+        f"wrote {len(table):,} predictions of {table['stay_id'].n_unique():,} stays, {table['alert'].sum():,} alerts, to {path}",
+        soft_wrap=True,
+    )
 
 
 def _transfer(
@@ -251,7 +270,10 @@ def _transfer(
     folder.mkdir(parents=True, exist_ok=True)
     _check_validation(target)
     missing = [v for v in model.spec.variables if not target.has(v)]
-    console.print(f"{target.name}: {len(target.rows(target.split)):,} {target.split} samples; variables never charted there: {', '.join(missing) or 'none'}", soft_wrap=True)
+    console.print(
+        f"{target.name}: {len(target.rows(target.split)):,} {target.split} samples; variables never charted there: {', '.join(missing) or 'none'}",
+        soft_wrap=True,
+    )
     zero = run.predict(model, target, target.split)
     rows[f"{target.name} zero-shot"] = (zero, report.score(zero, threshold))
     run.write_parquet(zero, folder / "zero_shot.parquet")
@@ -259,12 +281,20 @@ def _transfer(
     if not (folder / "metrics.json").exists():
         model = load(ckpt)
         model.learning_rate = learning_rate or model.learning_rate / 5
-        model.facts = {"data": {"class": type(target).__name__, "arguments": dict(target.hparams)}, "split_hash": target.split_hash(), "seed": seed, "source": str(ckpt)}
+        model.facts = {
+            "data": _description(target),
+            "split_hash": target.split_hash(),
+            "seed": seed,
+            "source": str(ckpt),
+        }
         run.fit(folder, model, target, {**trainer, "max_epochs": epochs}, seed, "val_auroc_auprc", 5, _logger(wandb, folder, config))
     rows[f"{target.name} fine-tuned"] = run.conclude(folder, target)
     report.show({name: result for name, (_, result) in rows.items()}, console)
     report.draw({name: table for name, (table, _) in rows.items()}, folder / "report.png")
-    console.print(f"picture: {folder / 'report.png'}\nnext: ehr predict --ckpt {folder / 'best.ckpt'} --data.root FOLDER --out predictions.parquet", soft_wrap=True)
+    console.print(
+        f"picture: {folder / 'report.png'}\nnext: ehr predict --ckpt {folder / 'best.ckpt'} --data.root FOLDER --out predictions.parquet",
+        soft_wrap=True,
+    )
 
 
 def _pos_weight(target: Any) -> float:
@@ -272,6 +302,11 @@ def _pos_weight(target: Any) -> float:
     if not 0 < positive < len(target):
         raise ValueError(f"the training split has {int(positive)} positives among {len(target)} samples: both outcomes are needed to train")
     return (len(target) - positive) / positive
+
+
+def _description(data: ICUDataModule) -> dict[str, Any]:
+    """Class and arguments as plain types, which a checkpoint may hold."""
+    return {"class": type(data).__name__, "arguments": {k: asdict(v) if is_dataclass(v) else v for k, v in data.hparams.items()}}
 
 
 def _check_validation(data: ICUDataModule) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from datamodules import synthetic
+from experiments.cli import main
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
@@ -36,6 +37,15 @@ def eicu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("raw") / "eicu"
     synthetic.write("EICU", folder, 300, seed=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(mimic: Path, eicu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a small model, trained on the simulated MIMIC-IV and transferred to the simulated eICU."""
+    folder = tmp_path_factory.mktemp("runs")
+    arguments = f"train --model Fusion --model.width 16 --data SyntheticMIMICIV --data.root {mimic} --trainer.max_epochs 2 --name trained"
+    main([*arguments.split(), *f"--runs {folder} --finetune SyntheticEICU --finetune.root {eicu} --finetune_epochs 2".split()])
+    return folder / "trained"
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from datamodules import mimiciv
-from datamodules.mimiciv import MIMICIV
+from datamodules.hospitals import MIMICIV
 
 # two stays of patient 1 (the second begins 30 h after the first), one of patient 2, one of patient 3 who dies
 TABLES = {

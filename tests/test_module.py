@@ -13,10 +13,10 @@ import torch
 from datamodules import schema
 from datamodules.batch import Grid, Spec, Triplets
 from datamodules.concepts import BY_NAME, CONCEPT, NAMES
-from datamodules.eicu import EICU
-from datamodules.mimiciv import MIMICIV
-from datamodules.module import CARRY, Batches, ICUDataModule
+from datamodules.hospitals import EICU, MIMICIV
+from datamodules.module import Batches, ICUDataModule
 from datamodules.tasks import Task, check_statics
+from datamodules.views import CARRY
 
 HOURS = 6
 VARIABLES = ["heart_rate", "temperature", "lactate", "urine", "norepinephrine", "vasopressin"]

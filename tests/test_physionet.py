@@ -9,7 +9,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from datamodules.physionet import PhysioNet2012, PhysioNet2019, stays_2012, stays_2019
+from datamodules.hospitals import PhysioNet2012, PhysioNet2019
+from datamodules.physionet import stays_2012, stays_2019
 
 DESCRIPTORS = "00:00,RecordID,{0}\n00:00,Age,54\n00:00,Gender,0\n00:00,Height,-1\n00:00,ICUType,4\n00:00,Weight,-1\n"
 RECORDS_2012 = {
