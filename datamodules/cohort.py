@@ -14,7 +14,6 @@ A store is a folder, written once and then only memory-mapped::
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -72,18 +71,23 @@ class Store:
         """Write ``events.parquet`` (``stay_id, minute, concept, value``) into ``folder``, a piece at a time."""
         ids = self.stays["stay_id"].to_numpy()
         names = pl.Series(NAMES, dtype=CONCEPT)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".events-") as pieces:
-            cuts = _chunks(np.diff(self.offsets))
-            for number, (start, stop) in enumerate(pairwise(cuts)):
-                rows = slice(self.offsets[start], self.offsets[stop])
-                counts = np.diff(self.offsets[start : stop + 1])
-                frame = pl.DataFrame({"stay_id": np.repeat(ids[start:stop], counts), "minute": self.minute[rows]})
-                frame = frame.with_columns(
-                    names.gather(self.concept[rows].astype(np.uint32)).alias("concept"), pl.Series("value", self.value[rows])
-                )
-                frame.write_parquet(Path(pieces) / f"{number:06d}.parquet")
-            pl.scan_parquet(f"{pieces}/*.parquet").sink_parquet(Path(pieces) / "events.tmp")
-            (Path(pieces) / "events.tmp").replace(folder / "events.parquet")
+        pieces = folder / ".events.partial"
+        shutil.rmtree(pieces, ignore_errors=True)  # of a run that was killed
+        try:
+            with _writing(folder):
+                pieces.mkdir()
+                for number, (start, stop) in enumerate(pairwise(_chunks(np.diff(self.offsets)))):
+                    rows = slice(self.offsets[start], self.offsets[stop])
+                    counts = np.diff(self.offsets[start : stop + 1])
+                    frame = pl.DataFrame({"stay_id": np.repeat(ids[start:stop], counts), "minute": self.minute[rows]})
+                    frame = frame.with_columns(
+                        names.gather(self.concept[rows].astype(np.uint32)).alias("concept"), pl.Series("value", self.value[rows])
+                    )
+                    frame.write_parquet(pieces / f"{number:06d}.parquet")
+                pl.scan_parquet(pieces / "*.parquet").sink_parquet(pieces / "events.tmp")
+                (pieces / "events.tmp").replace(folder / "events.parquet")
+        finally:
+            shutil.rmtree(pieces, ignore_errors=True)
 
 
 def _mapped(path: Path, dtype: type) -> np.ndarray:

@@ -94,7 +94,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         self.statics = statics.split(",") if isinstance(statics, str) else list(STATICS if statics is None else statics)
         check_statics(self.statics)
         self.split, self.split_by, self.seed = split, split_by, seed
-        self.order_seed = seed  # of training batches; the seed of a training run replaces it
+        self.order_seed, self.order_epoch = seed, 0  # of training batches; a training run sets them
         if batch_size < 1:
             raise ValueError(f"--data.batch_size must be at least 1, found {batch_size}")
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -292,7 +292,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         rows = self.rows(split)
         if not len(rows):
             raise ValueError(f"no sample in split {split!r} of {self.root}; choose another --data.split (all takes every stay)")
-        batches = Batches(rows, self.batch_size, self.order_seed if shuffle else None)
+        batches = Batches(rows, self.batch_size, self.order_seed if shuffle else None, self.order_epoch)
         return DataLoader(
             Samples(self),
             sampler=batches,
@@ -386,10 +386,10 @@ class Samples(Dataset):
 class Batches(Sampler):
     """Rows in batches: in order, or shuffled by (seed, epoch) so that an epoch can be repeated after a restart."""
 
-    def __init__(self, rows: np.ndarray, size: int, seed: int | None):
-        self.data, self.size, self.seed, self.epoch = rows, size, seed, 0
+    def __init__(self, rows: np.ndarray, size: int, seed: int | None, epoch: int = 0):
+        self.data, self.size, self.seed, self.epoch = rows, size, seed, epoch
 
-    def set_epoch(self, epoch: int) -> None:  # called by Lightning before every epoch
+    def set_epoch(self, epoch: int) -> None:  # called by Lightning before every epoch but the first, whose batches it has begun by then
         self.epoch = epoch
 
     def __len__(self) -> int:

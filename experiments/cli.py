@@ -88,7 +88,7 @@ def _run(verb: str, arguments: list[str]) -> None:
     for transient in ("config", "resume"):
         kept.pop(transient, None)
     said = parser.dump(kept, skip_validation=True)
-    made = parser.instantiate_classes(configuration)
+    made = parser.instantiate(configuration)
     values = {name: value for name, value in vars(made).items() if name != "config"}
     if verb in ("train", "finetune"):
         values["trainer"] = configuration.trainer.as_dict()
@@ -171,8 +171,8 @@ def _classes(function: Callable[..., Any]) -> dict[str, dict[str, list[str]]]:
     from datamodules.module import ICUDataModule
     from ehrmodels.base import ICUModule
 
-    def below(base: type) -> list[type]:
-        return [c for sub in base.__subclasses__() for c in (sub, *below(sub))]
+    def below(base: Any) -> list[type]:
+        return [c for derived in base.__subclasses__() for c in (derived, *below(derived))]
 
     def parameters(kind: type) -> list[str]:
         ours = [c for c in kind.__mro__ if "__init__" in vars(c) and issubclass(c, (ICUModule, ICUDataModule))]
@@ -183,7 +183,7 @@ def _classes(function: Callable[..., Any]) -> dict[str, dict[str, list[str]]]:
     for name, hint in hints.items():
         base = next((h for h in (hint, *typing.get_args(hint)) if h in (ICUModule, ICUDataModule)), None)
         if base is not None:
-            found[name] = {below_it.__name__: parameters(below_it) for below_it in below(base)}
+            found[name] = {kind.__name__: parameters(kind) for kind in below(base)}
     return found
 
 

@@ -1,5 +1,6 @@
 """Predictions -> metrics with patient-clustered bootstrap intervals, tables and one picture."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,65 @@ def score(predictions: pl.DataFrame, threshold: float, replicates: int = REPLICA
         ``n_stays``, ``threshold``. ``min_re_pr`` is the largest over thresholds of the smaller of recall and precision
         (event 1 score of the 2012 challenge). A metric that needs both classes is null where only one occurs.
     """
-    known = predictions.drop_nulls("target").filter(pl.col("target").is_not_nan()).sort("probability", descending=True, maintain_order=True)
-    if known.is_empty():
-        raise ValueError("no row with a known outcome to score; use `ehr predict` for patients whose outcome is unknown")
-    p, y = known["probability"].to_numpy(), known["target"].to_numpy().astype(np.float64)
-    patient = known["patient_id"].rank("dense").to_numpy() - 1
-    first_of_stay = known["stay_id"].is_first_distinct().to_numpy()
-    last_of_tie = np.append(p[1:] != p[:-1], True)
-    measure = _Measure(p, y, first_of_stay, last_of_tie, threshold)
-    point = measure(np.ones(len(y)))
-    patients = int(patient.max()) + 1
-    rng = np.random.default_rng(0)
-    drawn = [measure(rng.multinomial(patients, np.full(patients, 1 / patients))[patient].astype(np.float64)) for _ in range(replicates)]
+    measure, patient = _measure(predictions, threshold)
+    point = measure(np.ones(len(patient)))
+    drawn = [measure(counts[patient]) for counts in _resamples(patient, replicates)]
     result: dict[str, Any] = {}
     for k, name in enumerate(METRICS):
         spread = np.array([d[k] for d in drawn])
         spread = spread[np.isfinite(spread)]
         low, high = np.percentile(spread, [2.5, 97.5]) if len(spread) else (np.nan, np.nan)
         result[name] = {"value": _plain(point[k]), "low": _plain(low), "high": _plain(high)}
-    result |= {"n": len(y), "n_positive": int(y.sum()), "n_patients": patients, "n_stays": int(first_of_stay.sum()), "threshold": threshold}
+    result |= {"n": len(patient), "n_positive": int(measure.y.sum())}
+    result |= {"n_patients": int(patient.max()) + 1, "n_stays": int(measure.first_of_stay.sum()), "threshold": threshold}
     return result
+
+
+def difference(first: pl.DataFrame, second: pl.DataFrame, replicates: int = REPLICATES) -> dict[str, dict[str, float | None]]:
+    """AUROC and AUPRC of ``second`` less those of ``first`` on the same samples, with paired intervals: both see the same resamples.
+
+    Args:
+        first: predictions as ``score`` takes them.
+        second: other predictions of the same stays and minutes.
+        replicates: bootstrap resamples of patients.
+
+    Returns:
+        ``{"auroc": {"value", "low", "high"}, "auprc": ...}``; an interval that excludes 0 is a difference.
+
+    Raises:
+        ValueError: the two tables are not of the same samples.
+    """
+    key = ["patient_id", "stay_id", "minute"]
+    if not first.select(key).sort(key).equals(second.select(key).sort(key)):
+        raise ValueError("two predictions can only be compared on the same samples; evaluate both on the same data and split")
+    (one, patient_one), (two, patient_two) = _measure(first, 0.5), _measure(second, 0.5)
+
+    def gap(counts: np.ndarray) -> list[float]:
+        return [b - a for a, b in zip(one(counts[patient_one])[:2], two(counts[patient_two])[:2], strict=True)]
+
+    drawn = np.array([gap(counts) for counts in _resamples(patient_one, replicates)])
+    spread = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
+    point = gap(np.ones(int(patient_one.max()) + 1))
+    return {m: {"value": _plain(point[k]), "low": _plain(spread[0, k]), "high": _plain(spread[1, k])} for k, m in enumerate(METRICS[:2])}
+
+
+def _measure(predictions: pl.DataFrame, threshold: float) -> tuple["_Measure", np.ndarray]:
+    """The measure of the rows with a known target, and the number of the patient that each belongs to."""
+    known = predictions.drop_nulls("target").filter(pl.col("target").is_not_nan()).sort("probability", descending=True, maintain_order=True)
+    if known.is_empty():
+        raise ValueError("no row with a known outcome to score; use `ehr predict` for patients whose outcome is unknown")
+    p, y = known["probability"].to_numpy(), known["target"].to_numpy().astype(np.float64)
+    last_of_tie = np.append(p[1:] != p[:-1], True)
+    return _Measure(p, y, known["stay_id"].is_first_distinct().to_numpy(), last_of_tie, threshold), known["patient_id"].rank(
+        "dense"
+    ).to_numpy() - 1
+
+
+def _resamples(patient: np.ndarray, replicates: int) -> Iterator[np.ndarray]:
+    """How often each patient is drawn, per replicate; the same for the same number of patients."""
+    patients = int(patient.max()) + 1
+    rng = np.random.default_rng(0)
+    return (rng.multinomial(patients, np.full(patients, 1 / patients)).astype(np.float64) for _ in range(replicates))
 
 
 class _Measure:

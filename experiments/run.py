@@ -98,7 +98,7 @@ def fit(
     arguments |= {"enable_progress_bar": bars, "enable_model_summary": False, "num_sanity_val_steps": 0, "plugins": [_Files()]}
     last = folder / "last.ckpt"
     if last.exists():
-        read_checkpoint(last)  # a damaged one is refused with a message
+        data.order_epoch = read_checkpoint(last)["epoch"] + 1
     fitting = lightning.Trainer(**arguments)
     fitting.fit(model.train(), data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     if not (folder / "best.ckpt").exists():

@@ -290,6 +290,10 @@ def _transfer(
         run.fit(folder, model, target, {**trainer, "max_epochs": epochs}, seed, "val_auroc_auprc", 5, _logger(wandb, folder, config))
     rows[f"{target.name} fine-tuned"] = run.conclude(folder, target)
     report.show({name: result for name, (_, result) in rows.items()}, console)
+    gap = report.difference(zero, rows[f"{target.name} fine-tuned"][0])
+    run.write_json(gap, folder / "difference.json")
+    said = ", ".join(f"{m.upper()} {g['value']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})" for m, g in gap.items() if g["low"] is not None)
+    console.print(f"fine-tuned less zero-shot, on the same patients: {said}", soft_wrap=True)
     report.draw({name: table for name, (table, _) in rows.items()}, folder / "report.png")
     console.print(
         f"picture: {folder / 'report.png'}\nnext: ehr predict --ckpt {folder / 'best.ckpt'} --data.root FOLDER --out predictions.parquet",
@@ -306,7 +310,8 @@ def _pos_weight(target: Any) -> float:
 
 def _description(data: ICUDataModule) -> dict[str, Any]:
     """Class and arguments as plain types, which a checkpoint may hold."""
-    return {"class": type(data).__name__, "arguments": {k: asdict(v) if is_dataclass(v) else v for k, v in data.hparams.items()}}
+    arguments = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in data.hparams.items()}
+    return {"class": type(data).__name__, "arguments": arguments}
 
 
 def _check_validation(data: ICUDataModule) -> None:

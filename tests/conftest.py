@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from datamodules import synthetic
 from experiments.cli import main
@@ -21,6 +22,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     del os.environ["EHR_CACHE"]
     if before is not None:
         os.environ["EHR_CACHE"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Threads of small models wait for each other more than they work, by a factor of ten where the machine is shared."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of child processes
 
 
 @pytest.fixture(scope="session")

@@ -196,3 +196,21 @@ def test_show_marks_what_is_too_few(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "fewer than 30 positives or negatives (few, none)" in said
     assert f"{few['auroc']['value']:.3f}" in said
+
+
+def test_difference_is_paired() -> None:
+    """Against itself: exactly 0; a better score on the same patients: above 0; other samples are refused."""
+    rng = np.random.default_rng(0)
+    target = (rng.random(600) < 0.3).astype(float)
+    base = pl.DataFrame({"patient_id": [str(i % 400) for i in range(600)], "stay_id": range(600), "minute": 1440, "target": target})
+    noise = rng.normal(size=600)
+    weak = base.with_columns(probability=1 / (1 + np.exp(-(target + 2 * noise))))
+    strong = base.with_columns(probability=1 / (1 + np.exp(-(2 * target + 2 * noise)))).sample(fraction=1, shuffle=True, seed=1)
+    same = report.difference(weak, weak.reverse(), replicates=200)
+    assert same["auroc"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    better = report.difference(weak, strong, replicates=200)
+    assert 0 < better["auroc"]["low"] < better["auroc"]["value"] < better["auroc"]["high"]
+    expected = report.score(strong, 0.5, 0)["auroc"]["value"] - report.score(weak, 0.5, 0)["auroc"]["value"]
+    assert better["auroc"]["value"] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="same samples"):
+        report.difference(weak, strong.head(10))

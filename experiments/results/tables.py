@@ -1,0 +1,25 @@
+"""Makes the README's tables from the CSV files beside this one: ``python -m experiments.results.tables``."""
+
+import re
+from pathlib import Path
+
+import polars as pl
+
+HERE = Path(__file__).parent
+README = HERE.parents[1] / "README.md"
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str) -> str:
+    """``text`` with every ``<!-- table: NAME --> ... <!-- end -->`` block made anew from ``NAME.csv``."""
+    return BLOCK.sub(lambda block: block[1] + markdown(HERE / f"{block[2]}.csv") + block[3], text)
+
+
+def markdown(path: Path) -> str:
+    table = pl.read_csv(path, infer_schema=False).fill_null("")
+    rows = [table.columns, ["---"] * table.width, *table.rows()]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text()))
