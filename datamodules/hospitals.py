@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from datamodules import eicu, eicu_sepsis, mimiciv, mimiciv_sepsis, physionet
+from datamodules import eicu, eicu_sepsis, eicu_sofa, mimiciv, mimiciv_sepsis, physionet
 from datamodules.module import ICUDataModule
 from datamodules.synthetic import write
 from datamodules.tasks import TaskName
@@ -66,6 +66,9 @@ class EICU(ICUDataModule):
 
     def infusions(self) -> pl.DataFrame:
         return eicu.vasopressors(self.root, self.open().stays)
+
+    def hospital_coverage(self) -> pl.DataFrame | None:
+        return eicu_sofa.hospitals(self.root, self.open().stays)
 
     def derive_sepsis(self) -> dict[str, pl.DataFrame]:
         return eicu_sepsis.derive(self.root, self.open().stays, self.definition, **self.sofa, **self.sepsis_switches())

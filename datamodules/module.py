@@ -48,6 +48,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         sofa: Switches of the SOFA score: gcs_intubated, fio2_missing, pressor_min_minutes, urine_min_hours.
         min_age: Youngest age in years.
         first_stay: Keep only each patient's first ICU stay.
+        min_icu_hours: Shortest ICU stay in hours, such as 30 (YAIB); a stay must reach the prediction in any case.
         treatment: Let models see treatment and its response (infusion rates, ventilation, FiO2, urine); false removes
             these variables, to measure what they are worth.
         statics: Features known at admission: any of age, sex, unit, admit_minute, such as age,sex.
@@ -75,6 +76,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         sofa: Switches | None = None,
         min_age: float = 18,
         first_stay: bool = True,
+        min_icu_hours: float = 0,
         treatment: bool = True,
         statics: list[str] | str | None = None,
         split: Split = "test",
@@ -90,7 +92,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         hourly = rolling or task == "sepsis_onset"
         self.task = Task(task, hours, (24 if hourly else hours) if window is None else window, rolling, sepsis)
         self.definition, self.sofa = definition or self.default_definition, Switches(**(sofa or {}))
-        self.min_age, self.first_stay, self.treatment = min_age, first_stay, treatment
+        self.min_age, self.first_stay, self.min_icu_hours, self.treatment = min_age, first_stay, min_icu_hours, treatment
         self.statics = statics.split(",") if isinstance(statics, str) else list(STATICS if statics is None else statics)
         check_statics(self.statics)
         self.split, self.split_by, self.seed = split, split_by, seed
@@ -140,6 +142,10 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
     def infusions(self) -> pl.DataFrame:
         """The table of schema ``schema.VASOPRESSORS``."""
         return pl.DataFrame(schema=VASOPRESSORS)
+
+    def hospital_coverage(self) -> pl.DataFrame | None:
+        """One row a hospital: which tables it fills at all, where hospitals differ in that; else None."""
+        return None
 
     def extraction(self) -> dict[str, Any]:
         """Arguments that change what is extracted; they are part of the store's key."""
@@ -225,7 +231,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         last = store.first_after(every, until)
         rules = [
             (sentence, stays.select(rule.fill_null(False)).to_series())
-            for sentence, rule in self.task.rules(self.min_age, self.first_stay, self.labelled)
+            for sentence, rule in self.task.rules(self.min_age, self.first_stay, self.min_icu_hours, self.labelled)
         ]
         if self.task.sepsis:
             found = self.sepsis_tables()["sepsis3"]

@@ -49,12 +49,13 @@ class Task:
     def hourly(self) -> bool:
         return self.rolling or self.name == "sepsis_onset"
 
-    def rules(self, min_age: float, first_stay: bool, labelled: bool) -> list[tuple[str, pl.Expr]]:
+    def rules(self, min_age: float, first_stay: bool, min_icu_hours: float, labelled: bool) -> list[tuple[str, pl.Expr]]:
         """Inclusion rules in order: a sentence and what must hold of a row of the stays table.
 
         Args:
             min_age: youngest age in years.
             first_stay: keep only a patient's first ICU stay.
+            min_icu_hours: shortest ICU stay in hours; a stay must reach the prediction in any case.
             labelled: require a known outcome; without it (prediction on new patients) every admitted stay is kept.
         """
         after = self.hours * 60
@@ -64,7 +65,8 @@ class Task:
             rules.append((f"age of at least {min_age:g} years", pl.col("age") >= min_age))
         if first_stay:
             rules.append(("first ICU stay of the patient", pl.col("stay_number") == 1))
-        rules.append((f"at least {self.hours} h in the ICU", end.is_null() | (end >= after)))
+        least = max(min_icu_hours, self.hours)
+        rules.append((f"at least {least:g} h in the ICU", end.is_null() | (end >= least * 60)))
         rules.append((f"alive {self.hours} h after admission", death.is_null() | (death > after)))
         if labelled and self.name == "mortality_hospital":
             rules.append(("hospital outcome known", pl.col("hospital_death").is_not_null()))

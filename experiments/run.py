@@ -133,8 +133,9 @@ class _Epochs(Callback):
         # a run that was killed after its last epoch must not train one more: Lightning keeps the count, not the decision
         trainer.should_stop = any(c.wait_count >= c.patience for c in trainer.early_stopping_callbacks)
 
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        torch.manual_seed(int(np.random.SeedSequence((self.seed, trainer.current_epoch)).generate_state(1)[0]))
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:  # not on_train_epoch_start: loaders draw a number after it, except in the first epoch of a process
+            torch.manual_seed(int(np.random.SeedSequence((self.seed, trainer.current_epoch)).generate_state(1)[0]))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         row: dict[str, float] = {"epoch": trainer.current_epoch, "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}

@@ -45,7 +45,8 @@ def prepare(data: ICUDataModule, out: str | None = None, compare_definitions: bo
     With ``--out``, also write there: ``stays.parquet`` (one row per ICU stay, ``excluded_by`` names the rule that leaves it out),
     ``events.parquet`` (``stay_id, minute`` since ICU admission, ``concept, value``), ``attrition.csv``, ``coverage.csv``,
     ``units.csv`` and ``concepts.csv``; for MIMIC-IV and eICU also ``sofa.parquet`` (hourly, ``end_minute`` and 24-hour worst scores),
-    ``suspicion.parquet``, ``sepsis3.parquet`` (one row a septic stay) and ``vasopressors.parquet`` (infusion intervals).
+    ``suspicion.parquet``, ``sepsis3.parquet`` (one row a septic stay) and ``vasopressors.parquet`` (infusion intervals); for eICU also
+    ``hospitals.parquet`` (which tables each hospital fills).
 
     Args:
         data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, SyntheticMIMICIV or SyntheticEICU.
@@ -73,6 +74,9 @@ def prepare(data: ICUDataModule, out: str | None = None, compare_definitions: bo
     if data.default_definition:
         for name, table in {**data.sepsis_tables(), "vasopressors": data.infusions()}.items():
             run.write_parquet(table, folder / f"{name}.parquet")
+    coverage_of_hospitals = data.hospital_coverage()
+    if coverage_of_hospitals is not None:
+        run.write_parquet(coverage_of_hospitals, folder / "hospitals.parquet")
     if compared is not None:
         run.write_text(folder / "definitions.csv", compared.write_csv())
     for name, table in (("attrition", attrition), ("coverage", coverage), ("units", store.units()), ("concepts", report.concepts())):
