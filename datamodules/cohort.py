@@ -126,9 +126,13 @@ def build(
                 if not folder.exists():
                     partial = folder.with_name(folder.name + ".partial")
                     partial.mkdir(exist_ok=True)
-                    table = check_stays(stays())
-                    _extract(partial, table, events(table), root)
-                    _assemble(partial, table)
+                    try:
+                        table = check_stays(stays())
+                        _extract(partial, table, events(table), root)
+                        _assemble(partial, table)
+                    except (ValueError, FileNotFoundError):  # the raw files must change, and with them the name of the store
+                        shutil.rmtree(partial)
+                        raise
                     shutil.rmtree(partial / "parts")
                     partial.replace(folder)
     return Store(folder)

@@ -51,6 +51,7 @@ def write_chunk(patients: Patients, hospitals: Hospitals, base: int, extra: int,
     treatment.urine(patients, hospitals, rng, rows)
     treatment.infection(patients, hospitals, orders, rng, rows)
     treatment.day_one(patients, rng, rows)
+    treatment.fluids(patients, hospitals, rng, rows)
     for start in range(0, extra, 1_000_000):
         _extra(patients, min(1_000_000, extra - start), rng, rows)
 

@@ -135,6 +135,24 @@ def urine(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, ro
     rows.put("intakeOutput", frame["stay"], frame, intaketotal="0.0000", dialysistotal="0.0000")
 
 
+def fluids(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
+    """intakeOutput: a bolus of half a litre in some hours of low pressure, as in the other system."""
+    h = patients.hours
+    stay = h["stay"]
+    charted = ~patients.stays["silent"][stay] & hospitals.fills["intakeOutput"][patients.stays["hospital"][stay]]
+    at = np.flatnonzero(charted & (h["map"] < 62) & (rng.random(len(stay)) < 0.15))
+    cell = "Crystalloids (ml)|NS "
+    frame = pl.DataFrame({"stay": stay[at], "intakeoutputoffset": h["hour"][at] * 60 + 30}).with_columns(
+        intakeoutputentryoffset="intakeoutputoffset",
+        celllabel=pl.lit(cell),
+        cellvaluenumeric=pl.lit("500.0000"),
+        cellvaluetext=pl.lit("500"),
+        intaketotal=pl.lit("500.0000"),
+        cellpath=pl.lit("flowsheet|Flowsheet Cell Labels|I&O|Intake (ml)|" + cell),
+    )
+    rows.put("intakeOutput", frame["stay"], frame, outputtotal="0.0000", dialysistotal="0.0000")
+
+
 def infection(patients: Patients, hospitals: Hospitals, orders: Orders, rng: np.random.Generator, rows: Rows) -> None:
     """Antibiotics in medication and treatment, diagnoses, and the cultures of the few hospitals that report them."""
     p = patients.stays

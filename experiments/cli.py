@@ -59,10 +59,13 @@ def main(arguments: list[str] | None = None) -> None:
         _stop(f"the disk said: {error}; make room (or choose another folder) and run the same command again" if error.errno else str(error))
     except MemoryError:
         _stop(NO_MEMORY)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's own class: torch is not imported here
-            raise
-        _stop(NO_MEMORY)
+    except Exception as error:
+        name = type(error).__name__  # classes of torch and lightning, which are not imported here
+        if name == "OutOfMemoryError":
+            _stop(NO_MEMORY)
+        if name == "MisconfigurationException":
+            _stop(f"{error}; change --trainer.*, see: ehr {verb} --help")
+        raise
 
 
 def _run(verb: str, arguments: list[str]) -> None:
