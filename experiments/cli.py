@@ -119,16 +119,22 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
             options = [option for action in parser._actions for option in action.option_strings]  # ``self`` may be that of a class
             _stop(f"{_explain(message, arguments, options, _classes(function))}\nsee: ehr {verb} --help")
 
-    parser = Parser(prog=f"ehr {verb}", description=(function.__doc__ or "").split("Args:")[0].strip(), allow_abbrev=False)
+    parser = Parser(prog=f"ehr {verb}", description=_description(function.__doc__ or "", verb), allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="YAML file with any of these options; flags override it.")
+    parser.add_function_arguments(function, skip={"trainer", "config", "resume"}, as_group=False)
     if verb in ("train", "finetune"):
         import lightning
 
+        parser.add_argument("--resume", action="store_true", help="Continue a run that was interrupted.")
         parser.add_class_arguments(lightning.Trainer, "trainer", skip=set(OURS), instantiate=False)
         parser.set_defaults({"trainer.max_epochs": 30, "trainer.gradient_clip_val": 1.0, "trainer.use_distributed_sampler": False})
-        parser.add_argument("--resume", action="store_true", help="Continue a run that was interrupted.")
-    parser.add_function_arguments(function, skip={"trainer", "config", "resume"}, as_group=False)
     return parser
+
+
+def _description(doc: str, verb: str) -> str:
+    hints = [] if verb == "synthesize" else [f"`ehr {verb} --data.help MIMICIV` lists the options of the data"]
+    hints += [f"`ehr {verb} --model.help Fusion` those of the model"] if verb == "train" else []
+    return "\n\n".join([doc.split("Args:")[0].strip(), ", ".join(hints) + "." * bool(hints)])
 
 
 def _ordered(arguments: list[str]) -> list[str]:

@@ -100,7 +100,7 @@ def fit(
     if last.exists():
         data.order_epoch = read_checkpoint(last)["epoch"] + 1
     fitting = lightning.Trainer(**arguments)
-    fitting.fit(model.train(), data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    fitting.fit(model, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     if not (folder / "best.ckpt").exists():
         raise ValueError(f"training ended without a checkpoint: {monitor} was never a number; is there a sample in the validation split?")
 
@@ -170,7 +170,9 @@ def predict(model: ICUModule, data: ICUDataModule, split: Split) -> pl.DataFrame
 
     loader = data.predict_dataloader()
     with torch.inference_mode():
-        for batch in track(loader, f"scoring {split}", console=Console(stderr=True), transient=True, disable=len(loader) < 50):
+        for batch in track(
+            loader, f"scoring {split}", console=Console(stderr=True), transient=True, disable=len(loader) < 50 or not sys.stderr.isatty()
+        ):
             moved = type(batch)(*(t.to(device) for t in batch))
             row, probability = model.predict_step(moved, 0)
             rows.append(row.cpu().numpy())
