@@ -10,6 +10,8 @@ from typing import Literal
 
 import polars as pl
 
+from datamodules import mimiciv
+from datamodules.mimiciv import IRRIGANT_IN, URINE
 from datamodules.sofa import HOURS_BEFORE, TUBE, Inputs, gcs_total
 from datamodules.tables import reading, scan
 
@@ -25,9 +27,7 @@ TEXT_ITEMS = (223900, OXYGEN_DEVICE, *OXYGEN_FLOWS, *VENTILATOR_MODES)
 CHARTED = (HEART_RATE, *MEAN_BP, *GCS, FIO2, OXYGEN_DEVICE, *OXYGEN_FLOWS, *VENTILATOR_MODES)
 PLATELETS, BILIRUBIN, CREATININE, PAO2, LAB_FIO2, SPECIMEN = 51265, 50885, 50912, 50821, 50816, 52033
 CREATININE_MAX = 150  # mg/dL
-URINE = (226559, 226560, 226561, 226584, 226563, 226564, 226565, 226567, 226557, 226558, 227488, 227489)
-IRRIGANT_IN = 227488  # given, so it is taken off what came out
-PRESSORS = {221906: "norepinephrine", 221289: "epinephrine", 221662: "dopamine", 221653: "dobutamine"}
+SCORED = ("norepinephrine", "epinephrine", "dopamine", "dobutamine")  # vasopressin and phenylephrine are not
 
 STATUSES = ("Tracheostomy", "InvasiveVent", "NonInvasiveVent", "HFNC", "SupplementalOxygen", "None")  # the first that is charted holds
 VENTILATION_GAP_HOURS = 14
@@ -66,7 +66,7 @@ def sofa_inputs(root: Path, stays: pl.DataFrame, gcs_intubated: Literal["normal"
         "platelets": lab(PLATELETS),
         "bilirubin": lab(BILIRUBIN),
         "mean_bp": _mean_bp(charted).join(own, on="stay_id").select("stay_id", "value", minute=minutes("charttime")),
-        "pressors": _pressors(root, icu),
+        "pressors": _pressors(root, stays),
         "gcs": gcs_total(_gcs(charted).join(own, on="stay_id").with_columns(minute=minutes("charttime")), gcs_intubated),
         "creatinine": lab(CREATININE, CREATININE_MAX),
         "urine": _urine(root, icu),
@@ -219,30 +219,13 @@ def _ventilation(charted: pl.LazyFrame) -> pl.LazyFrame:
     )
 
 
-def _pressors(root: Path, icu: pl.LazyFrame) -> pl.LazyFrame:
-    """Infusions in mcg/kg/min (``medication/norepinephrine.sql`` and its three neighbours).
+def _pressors(root: Path, stays: pl.DataFrame) -> pl.LazyFrame:
+    """Infusions in mcg/kg/min (``medication/norepinephrine.sql`` and its three neighbours), by the unit rules of ``mimiciv.py``.
 
-    Norepinephrine in mg/kg/min counts x 1000 unless the weight is charted as 1 kg. The SQL takes any other unit for
-    mcg/kg/min; here such a rate becomes null and is not scored. No unit but these two is known to occur.
+    The SQL takes a unit that it does not know for mcg/kg/min; here such a rate is not scored.
     """
-    columns = {
-        "stay_id": "int",
-        "itemid": "int",
-        "starttime": "time",
-        "endtime": "time",
-        "rate": "float",
-        "rateuom": "str",
-        "patientweight": "float",
-    }
-    milligram = (pl.col("rateuom") == "mg/kg/min") & (pl.col("itemid") == 221906)
-    rate = (
-        pl.when(milligram & (pl.col("patientweight") == 1)).then("rate")
-        .when(milligram).then(pl.col("rate") * 1000)
-        .when(pl.col("rateuom") == "mcg/kg/min").then("rate")
-    )  # fmt: skip
-    rows = scan(root, "icu/inputevents", columns).filter(pl.col("itemid").is_in(list(PRESSORS))).join(icu, on="stay_id")
-    drug = pl.col("itemid").replace_strict(PRESSORS, return_dtype=pl.String)
-    return rows.select("stay_id", drug=drug, rate=rate, start_minute=minutes("starttime"), end_minute=minutes("endtime"))
+    rows = mimiciv.vasopressors(root, stays).lazy().filter(pl.col("drug").is_in(SCORED))
+    return rows.select("stay_id", "drug", "rate", "start_minute", "end_minute")
 
 
 def _urine(root: Path, icu: pl.LazyFrame) -> pl.LazyFrame:

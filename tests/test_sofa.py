@@ -263,7 +263,8 @@ def test_mimic_no_heart_rate_no_score(tmp_path: Path) -> None:
 
 
 def test_mimic_pressor_units(tmp_path: Path) -> None:
-    """[2] norepinephrine.sql: mg/kg/min x 1000 unless the weight is 1 kg. A rate per kg needs no weight; an unknown unit is no rate."""
+    """[2] norepinephrine.sql: mg/kg/min x 1000 unless the weight is 1 kg. A rate per kg needs no weight;
+    mcg/min is divided by it; an unknown unit is no rate, vasopressin is not scored."""
     cells = [
         ("221906", "0.2", "mcg/kg/min", ""),
         ("221906", "0.0002", "mg/kg/min", ""),
@@ -273,9 +274,9 @@ def test_mimic_pressor_units(tmp_path: Path) -> None:
         ("222315", "2.4", "units/hour", "80"),
     ]
     rows = [f"1,{item},2150-01-01 11:00:00,2150-01-01 12:00:00,{rate},{unit},{weight}" for item, rate, unit, weight in cells]
-    found = mimic(tmp_path, inputevents=rows)["pressors"].collect()
-    assert found["drug"].to_list() == ["norepinephrine"] * 3 + ["dopamine", "epinephrine"]
-    assert found["rate"].to_list() == pytest.approx([0.2, 0.2, 0.2, None, None])
+    found = mimic(tmp_path, inputevents=rows)["pressors"].collect().sort("drug")
+    assert found["drug"].to_list() == ["dopamine", *["norepinephrine"] * 3]
+    assert found["rate"].to_list() == pytest.approx([0.25, 0.2, 0.2, 0.2])
     assert found.select("start_minute", "end_minute").row(0) == (59, 119)
 
 
