@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _run(verb, rest)
     except KeyboardInterrupt:
-        _stop("interrupted; `ehr train ... --resume` continues a training run", 130)
+        _stop("interrupted; the same command continues, with --resume where it was training", 130)
     except (ValueError, FileNotFoundError) as error:
         _stop(str(error))
     except PermissionError as error:
@@ -127,7 +127,9 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
 
         parser.add_argument("--resume", action="store_true", help="Continue a run that was interrupted.")
         parser.add_class_arguments(lightning.Trainer, "trainer", skip=set(OURS), instantiate=False)
-        parser.set_defaults({"trainer.max_epochs": 30, "trainer.gradient_clip_val": 1.0, "trainer.use_distributed_sampler": False})
+        parser.set_defaults(
+            {"trainer.devices": 1, "trainer.max_epochs": 30, "trainer.gradient_clip_val": 1.0, "trainer.use_distributed_sampler": False}
+        )
     return parser
 
 

@@ -82,6 +82,8 @@ def fit(
     The random numbers of an epoch depend on ``seed`` and the epoch alone and a checkpoint is written after every epoch, so a
     run that was killed and continued ends at the same weights as an unbroken one.
     """
+    if str(trainer.get("devices", 1)) != "1" or trainer.get("num_nodes", 1) != 1:
+        raise ValueError(f"--trainer.devices {trainer.get('devices')}: training on several devices is not supported yet; expected 1")
     data.order_seed = seed
     model.train()  # ``load`` gives it in evaluation mode, in which fine-tuning would go without dropout
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=MONITORS[monitor], enable_version_counter=False)
@@ -100,7 +102,10 @@ def fit(
     if last.exists():
         data.order_epoch = read_checkpoint(last)["epoch"] + 1
     fitting = lightning.Trainer(**arguments)
-    fitting.fit(model, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    try:
+        fitting.fit(model, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from stopped
     if not (folder / "best.ckpt").exists():
         raise ValueError(f"training ended without a checkpoint: {monitor} was never a number; is there a sample in the validation split?")
 
