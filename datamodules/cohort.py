@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,9 +27,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from datamodules.concepts import BY_NAME, CONCEPT, CONCEPTS, CONVERSIONS, NAMES, SPELLINGS
 from datamodules.schema import check_stays
 from datamodules.tables import reading
-from datamodules.treatment import derived
+from datamodules.treatment import NOREPINEPHRINE_EQUIVALENT, derived
 
 VERSION = 2  # raised whenever the extraction or the layout changes, so that old caches are not read
+LOW, HIGH = np.array([c.low for c in CONCEPTS], np.float32), np.array([c.high for c in CONCEPTS], np.float32)
+FIO2 = NAMES.index("fio2")
+DERIVED_FROM = [NAMES.index(name) for name in (*NOREPINEPHRINE_EQUIVALENT, "urine", "weight")]
 CHUNK_ROWS = 3_000_000  # events sorted at a time: bounds memory to well under 2 GB
 
 
@@ -185,90 +188,113 @@ def _extract(partial: Path, stays: pl.DataFrame, events: dict[str, pl.LazyFrame]
 
 def _assemble(partial: Path, stays: pl.DataFrame) -> None:
     files = sorted((partial / "parts").glob("*.parquet"))
-    parts = pl.concat([pl.scan_parquet(f).with_columns(pl.col("unit").cast(pl.String)) for f in files])
-    pairs = parts.group_by("concept", "unit").len("rows").collect(engine="streaming").sort("concept", "unit")
-    units = _conversions(pairs)
+    parts = pl.concat([pl.scan_parquet(f) for f in files])
+    pairs = parts.group_by("concept", "unit").len("rows").collect(engine="streaming")
+    units = _conversions(pairs.with_columns(pl.col("unit").cast(pl.String)).sort("concept", "unit"))
     per_stay = np.zeros(len(stays), np.int64)
     counted = parts.group_by("stay").len().collect(engine="streaming")
     per_stay[counted["stay"].to_numpy()] = counted["len"].to_numpy()
     bounds = _chunks(per_stay)
-    low = pl.Series([c.low for c in CONCEPTS], dtype=pl.Float32)
-    high = pl.Series([c.high for c in CONCEPTS], dtype=pl.Float32)
-    limits = pl.DataFrame({"concept": pl.Series(NAMES, dtype=CONCEPT), "low": low, "high": high})
-    factors = units.select("concept", "unit", "factor", "offset").cast({"factor": pl.Float32, "offset": pl.Float32})
-    kept_per_stay = np.zeros(len(stays), np.int64)
-    tallies = []
-    out = {name: (partial / name).open("wb") for name in ("minute.i4", "concept.u1", "value.f4")}
-    try:
-        with progress() as bar:
-            task = bar.add_task("sorting events by stay", total=len(bounds) - 1)
-            for start, stop in pairwise(bounds):
-                chunk = parts.filter(pl.col("stay").is_between(start, stop, closed="left")).collect(engine="streaming")
-                chunk = (
-                    chunk.join(factors, on=["concept", "unit"], how="left", nulls_equal=True)
-                    .join(limits, on="concept")
-                    .with_columns(value=pl.col("value") * pl.col("factor") + pl.col("offset"))
-                    # FiO2 is charted as a percentage or as a fraction, often without a unit (mimic-code bg.sql)
-                    .with_columns(
-                        value=pl.when((pl.col("concept") == "fio2") & pl.col("value").is_between(0.2, 1))
-                        .then(pl.col("value") * 100)
-                        .otherwise("value")
-                    )
-                    .with_columns(
-                        state=pl.when(pl.col("factor").is_null())
-                        .then(pl.lit("unmapped unit"))
-                        .when(pl.col("value").is_null() | ~pl.col("value").is_finite())
-                        .then(pl.lit("not a number"))
-                        .when(~pl.col("value").is_between("low", "high"))
-                        .then(pl.lit("out of range"))
-                        .otherwise(pl.lit("kept"))
-                    )
-                )
-                good = chunk.filter(pl.col("state") == "kept").select("stay", "minute", "concept", "value")
-                good = good.unique().sort("stay", "minute", "concept", "value")  # nothing is derived from a duplicate
-                extra = derived(good).join(limits, on="concept").filter(pl.col("value").is_between("low", "high")).select(good.columns)
-                tallies.append(_tally(extra.group_by("concept").agg(rows=pl.len()), "kept"))
-                once = pl.concat([good, extra]).unique().sort("stay", "minute", "concept", "value")
-                tallies.append(chunk.group_by("concept", "state").len("rows"))
-                tallies.append(_tally(once.group_by("concept").agg(rows=pl.len()), "events"))
-                tallies.append(_tally(once.group_by("concept").agg(rows=pl.col("stay").n_unique()), "stays"))
-                once["minute"].to_numpy().astype(np.int32, copy=False).tofile(out["minute.i4"])
-                once["concept"].to_physical().to_numpy().astype(np.uint8).tofile(out["concept.u1"])
-                once["value"].to_numpy().astype(np.float32, copy=False).tofile(out["value.f4"])
-                kept_per_stay[: len(stays)] += np.bincount(once["stay"].to_numpy(), minlength=len(stays))
-                bar.advance(task)
-    finally:
-        for file in out.values():
-            file.close()
-    if not kept_per_stay.sum():
+    counts = _Counts(len(stays))
+    table = units.with_row_index("pair").select(pl.col("pair").cast(pl.Int32), "concept", pl.col("unit").cast(pl.Categorical))
+    factor, offset = (units[c].fill_null(np.nan).to_numpy().astype(np.float32) for c in ("factor", "offset"))
+    with ExitStack() as stack, progress() as bar:
+        out = {name: stack.enter_context((partial / name).open("wb")) for name in ("minute.i4", "concept.u1", "value.f4")}
+        task = bar.add_task("sorting events by stay", total=len(bounds) - 1)
+        for start, stop in pairwise(bounds):
+            rows = parts.filter(pl.col("stay").is_between(start, stop, closed="left"))
+            chunk = rows.join(table.lazy(), on=["concept", "unit"], nulls_equal=True).collect(engine="streaming")
+            concept, pair = chunk["concept"].to_physical().to_numpy().astype(np.int64), chunk["pair"].to_numpy()
+            value = chunk["value"].fill_null(np.nan).to_numpy() * factor[pair] + offset[pair]
+            # FiO2 is charted as a percentage or as a fraction, often without a unit (mimic-code bg.sql)
+            value = np.where((concept == FIO2) & (value >= 0.2) & (value <= 1), value * 100, value)
+            inside = (value >= LOW[concept]) & (value <= HIGH[concept])
+            state = np.where(np.isnan(factor[pair]), 1, np.where(~np.isfinite(value), 2, np.where(inside, 0, 3)))
+            counts.read(concept, state)
+            columns = (chunk["stay"].to_numpy(), chunk["minute"].to_numpy(), concept, value)
+            good = _once(*(c[state == 0] for c in columns))  # nothing is derived from a duplicate
+            extra = _derived(*good)
+            counts.read(extra[2], np.zeros(len(extra[2]), np.int64))
+            stay, minute, concept, value = _once(*(np.concatenate(both) for both in zip(good, extra, strict=True)))
+            counts.kept(stay, concept)
+            minute.astype(np.int32).tofile(out["minute.i4"])
+            concept.astype(np.uint8).tofile(out["concept.u1"])
+            value.astype(np.float32).tofile(out["value.f4"])
+            bar.advance(task)
+    if not counts.events.sum():
         raise ValueError("no event found in any stay: expected rows of known items with a time inside a stay")
-    np.concatenate([[0], np.cumsum(kept_per_stay)]).astype(np.int64).tofile(partial / "offsets.i8")
-    coverage(pl.concat(tallies), len(stays)).write_csv(partial / "coverage.csv")
+    np.concatenate([[0], np.cumsum(counts.per_stay)]).astype(np.int64).tofile(partial / "offsets.i8")
+    counts.table().write_csv(partial / "coverage.csv")
     units.write_csv(partial / "units.csv")
     stays.write_parquet(partial / "stays.parquet")
 
 
-def _tally(frame: pl.DataFrame, state: str) -> pl.DataFrame:
-    return frame.select("concept", pl.lit(state).alias("state"), pl.col("rows").cast(pl.get_index_type()))
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # stay, minute, concept, value
 
 
-def coverage(tallies: pl.DataFrame, stays: int) -> pl.DataFrame:
-    """Per concept: rows read and kept, share of stays with a value, rows dropped and why."""
-    counted = tallies.group_by("concept", "state").agg(pl.col("rows").sum())
-    states = ["kept", "unmapped unit", "not a number", "out of range", "events", "stays"]
-    wide = counted.pivot("state", on_columns=states, index="concept", values="rows").fill_null(0)
-    return wide.sort("concept").select(
-        pl.col("concept").cast(pl.String),
-        pl.col("concept").cast(pl.String).replace_strict({c.name: c.unit for c in CONCEPTS}).alias("unit"),
-        rows=pl.sum_horizontal("kept", "unmapped unit", "not a number", "out of range"),
-        events="events",
-        stays="stays",
-        stays_percent=(100 * pl.col("stays") / stays).round(1),
-        duplicate=pl.col("kept") - pl.col("events"),
-        unmapped_unit="unmapped unit",
-        not_a_number="not a number",
-        out_of_range="out of range",
-    )
+def _once(stay: np.ndarray, minute: np.ndarray, concept: np.ndarray, value: np.ndarray) -> Columns:
+    """Rows sorted by stay, minute, concept and value, each once."""
+    key = (stay.astype(np.int64) << 40) + ((minute.astype(np.int64) + 2**31) << 8) + concept
+    order = np.argsort(key)
+    key, value = key[order], value[order].astype(np.float32) + 0  # -0.0 becomes 0.0
+    tie = np.flatnonzero(np.diff(key, prepend=key[:1] - 1) == 0)
+    tie = np.union1d(tie, tie - 1)  # rows that share stay, minute and concept: few, so only these are sorted by value
+    value[tie] = value[tie][np.lexsort((value[tie], key[tie]))]
+    first = np.ones(len(key), bool)
+    first[1:] = (key[1:] != key[:-1]) | (value[1:] != value[:-1])
+    key = key[first]
+    return key >> 40, ((key >> 8) & 0xFFFFFFFF) - 2**31, key & 0xFF, value[first]
+
+
+def _derived(stay: np.ndarray, minute: np.ndarray, concept: np.ndarray, value: np.ndarray) -> Columns:
+    """``treatment.derived`` of these rows, within the plausible ranges."""
+    source = np.isin(concept, DERIVED_FROM)
+    named = pl.Series(NAMES, dtype=CONCEPT).gather(concept[source].astype(np.uint32))
+    columns = {"stay": stay[source].astype(np.int32), "minute": minute[source].astype(np.int32), "concept": named, "value": value[source]}
+    made = derived(pl.DataFrame(columns))
+    which, what = made["concept"].to_physical().to_numpy().astype(np.int64), made["value"].to_numpy()
+    inside = (what >= LOW[which]) & (what <= HIGH[which])
+    return made["stay"].to_numpy()[inside], made["minute"].to_numpy()[inside], which[inside], what[inside]
+
+
+class _Counts:
+    """What was read, kept and dropped, per concept, over all chunks."""
+
+    def __init__(self, stays: int):
+        self.states = np.zeros((len(NAMES), 4), np.int64)  # kept, unmapped unit, not a number, out of range
+        self.events, self.stays = np.zeros(len(NAMES), np.int64), np.zeros(len(NAMES), np.int64)
+        self.per_stay = np.zeros(stays, np.int64)
+
+    def read(self, concept: np.ndarray, state: np.ndarray) -> None:
+        self.states += np.bincount(concept * 4 + state, minlength=self.states.size).reshape(self.states.shape)
+
+    def kept(self, stay: np.ndarray, concept: np.ndarray) -> None:
+        self.events += np.bincount(concept, minlength=len(NAMES))
+        self.per_stay += np.bincount(stay, minlength=len(self.per_stay))
+        if len(stay):
+            first = int(stay.min())
+            seen = np.zeros((int(stay.max()) - first + 1, len(NAMES)), bool)
+            seen[stay - first, concept] = True
+            self.stays += seen.sum(0)
+
+    def table(self) -> pl.DataFrame:
+        """Rows read, events kept, stays with an event, and rows dropped by reason; only concepts that were charted."""
+        kept, unmapped, number, outside = self.states.T
+        table = pl.DataFrame(
+            {
+                "concept": NAMES,
+                "unit": [c.unit for c in CONCEPTS],
+                "rows": self.states.sum(1),
+                "events": self.events,
+                "stays": self.stays,
+                "stays_percent": np.round(100 * self.stays / max(len(self.per_stay), 1), 1),
+                "duplicate": kept - self.events,
+                "unmapped_unit": unmapped,
+                "not_a_number": number,
+                "out_of_range": outside,
+            }
+        )
+        return table.filter(pl.col("rows") > 0)
 
 
 def _conversions(pairs: pl.DataFrame) -> pl.DataFrame:

@@ -283,7 +283,7 @@ def _chartevents(root: Path, times: pl.LazyFrame) -> pl.LazyFrame:
     return (
         charted.join(items.join(units, on="itemid", how="left"), on="itemid")
         .join(times.select("stay_id", "intime"), on="stay_id")
-        .with_columns(pl.col("value").str.strip_chars().alias("text"))
+        .with_columns(text=pl.when(pl.col("concept") == "ventilation").then(pl.col("value")).str.strip_chars())
         .join(text.lazy(), on=["itemid", "text"], how="left")
         .select(
             stay_id="stay_id",

@@ -1,6 +1,7 @@
 """The ``ehr`` command: ``ehr VERB --help``. Nothing heavy is imported before the verb is known."""
 
 import difflib
+import importlib
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 VERBS = {
@@ -96,9 +98,13 @@ def _run(verb: str, arguments: list[str]) -> None:
     if verb in ("train", "finetune"):
         values["trainer"] = configuration.trainer.as_dict()
         values["config"] = said
-    from experiments import verbs
+    verbs = _verbs(verb)
 
     getattr(verbs, verb)(**values)
+
+
+def _verbs(verb: str) -> ModuleType:
+    return importlib.import_module("experiments.prepare" if verb in ("synthesize", "prepare") else "experiments.verbs")
 
 
 def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
@@ -110,7 +116,7 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
     """
     from jsonargparse import ArgumentParser
 
-    from experiments import verbs
+    verbs = _verbs(verb)
 
     function = getattr(verbs, verb)
 

@@ -1,7 +1,5 @@
 """A training run: its directory, its callbacks, and what is measured at its end."""
 
-import io
-import json
 import math
 import platform
 import sys
@@ -21,9 +19,9 @@ from rich.console import Console
 
 from datamodules.module import ICUDataModule, Split
 from ehrmodels.base import ICUModule, load, read_checkpoint
+from experiments.files import console, save, write_json, write_parquet, write_text
 from experiments.report import choose_threshold, score
 
-console = Console(width=None if sys.stdout.isatty() else 160)
 MONITORS = {"val_auroc_auprc": "max", "val_auroc": "max", "val_auprc": "max", "val_loss": "min"}
 
 
@@ -207,33 +205,3 @@ def conclude(folder: Path, data: ICUDataModule) -> tuple[pl.DataFrame, dict[str,
     result: dict[str, Any] = {"val": score(validation, threshold), **({chosen: score(scored, threshold)} if held_out else {})}
     write_json(result, folder / "metrics.json")
     return scored, result[chosen if held_out else "val"]
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the new one, also when the run is killed or the disk is full."""
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    write(path, text.encode())
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_parquet(table: pl.DataFrame, path: Path) -> None:
-    content = io.BytesIO()
-    table.write_parquet(content)
-    write(path, content.getvalue())
-
-
-def save(checkpoint: dict[str, Any], path: Path) -> None:
-    content = io.BytesIO()  # on a full disk torch.save itself raises a RuntimeError without the reason
-    torch.save(checkpoint, content)
-    write(path, content.getvalue())

@@ -8,80 +8,16 @@ from typing import Any, Literal
 import polars as pl
 import torch
 
-from datamodules.cohort import progress
 from datamodules.hospitals import EICU, MIMICIV, PhysioNet2012, PhysioNet2019, SyntheticEICU, SyntheticMIMICIV
 from datamodules.module import ICUDataModule
 from ehrmodels.base import ICUModule, load
 from ehrmodels.fusion import Fusion
-from experiments import report, run
-from experiments.run import MONITORS, console
+from experiments import files, report, run
+from experiments.files import console
+from experiments.run import MONITORS
 
 __all__ = ["EICU", "MIMICIV", "Fusion", "PhysioNet2012", "PhysioNet2019", "SyntheticEICU", "SyntheticMIMICIV"]
 Monitor = Literal["val_auroc_auprc", "val_auroc", "val_auprc", "val_loss"]
-
-
-def synthesize(out: str, system: Literal["MIMICIV", "EICU"] = "MIMICIV", stays: int = 2000, seed: int = 0, extra_rows: int = 0) -> None:
-    """Write raw files of a simulated hospital system, shaped as MIMIC-IV or eICU publish theirs.
-
-    Args:
-        out: New folder for the files.
-        system: Whose layout, units and habits of charting.
-        stays: Number of ICU stays.
-        seed: The same seed writes the same files.
-        extra_rows: Further rows in the largest table, to try out speed and memory.
-    """
-    from datamodules.synthetic import write
-
-    with progress() as bar:
-        task = bar.add_task(f"{stays} simulated stays", total=stays)
-        write(system, Path(out), stays, seed, extra_rows, progress=lambda done, _: bar.update(task, completed=done))
-    data = f"--data Synthetic{system} --data.root {out}"
-    console.print(f"wrote {out}\nnext: ehr prepare {data}", soft_wrap=True)
-
-
-def prepare(data: ICUDataModule, out: str | None = None, compare_definitions: bool = False) -> None:
-    """Extract raw tables into the cache, print who is left after each rule and how much of each variable was found.
-
-    With ``--out``, also write there: ``stays.parquet`` (one row per ICU stay, ``excluded_by`` names the rule that leaves it out),
-    ``events.parquet`` (``stay_id, minute`` since ICU admission, ``concept, value``), ``attrition.csv``, ``coverage.csv``,
-    ``units.csv`` and ``concepts.csv``; for MIMIC-IV and eICU also ``sofa.parquet`` (hourly, ``end_minute`` and 24-hour worst scores),
-    ``suspicion.parquet``, ``sepsis3.parquet`` (one row a septic stay) and ``vasopressors.parquet`` (infusion intervals); for eICU also
-    ``hospitals.parquet`` (which tables each hospital fills).
-
-    Args:
-        data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, SyntheticMIMICIV or SyntheticEICU.
-        out: Folder for the tables.
-        compare_definitions: Also show stays, hospitals, prevalence and mortality under every definition of Sepsis-3.
-    """
-    store = data.open()
-    excluded_by, attrition = data.cohort()
-    coverage = store.coverage()
-    report.print_table(attrition, f"{data.name}: stays, patients and deaths after each rule", console)
-    report.print_table(coverage, f"{data.name}: what was charted ({len(store.minute):,} events of {len(store.stays):,} stays)", console)
-    unmapped = store.units().filter(pl.col("factor").is_null())
-    if len(unmapped):
-        said = ", ".join(f"{c} in {u or 'no unit'} ({n} rows)" for c, u, n in unmapped.select("concept", "unit", "rows").iter_rows())
-        console.print(f"[yellow]dropped, unit not known: {said}; see CONVERSIONS in datamodules/concepts.py[/]")
-    compared = data.compare_definitions() if compare_definitions else None
-    if compared is not None:
-        report.print_table(compared, f"{data.name}: Sepsis-3 by definition", console)
-    if out is None:
-        return
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    run.write_parquet(store.stays.with_columns(excluded_by), folder / "stays.parquet")
-    store.export(folder)
-    if data.default_definition:
-        for name, table in {**data.sepsis_tables(), "vasopressors": data.infusions()}.items():
-            run.write_parquet(table, folder / f"{name}.parquet")
-    coverage_of_hospitals = data.hospital_coverage()
-    if coverage_of_hospitals is not None:
-        run.write_parquet(coverage_of_hospitals, folder / "hospitals.parquet")
-    if compared is not None:
-        run.write_text(folder / "definitions.csv", compared.write_csv())
-    for name, table in (("attrition", attrition), ("coverage", coverage), ("units", store.units()), ("concepts", report.concepts())):
-        run.write_text(folder / f"{name}.csv", table.write_csv())
-    console.print(f"wrote to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}", soft_wrap=True)
 
 
 def train(
@@ -188,8 +124,8 @@ def evaluate(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
     predictions = run.predict(model, data, data.split)
     result = report.score(predictions, model.facts.get("threshold", 0.5))
     folder.mkdir(parents=True, exist_ok=True)
-    run.write_parquet(predictions, folder / "predictions.parquet")
-    run.write_json({**result, "data": data.name, "split": data.split, "checkpoint": str(ckpt)}, folder / "metrics.json")
+    files.write_parquet(predictions, folder / "predictions.parquet")
+    files.write_json({**result, "data": data.name, "split": data.split, "checkpoint": str(ckpt)}, folder / "metrics.json")
     name = f"{data.name} {data.split}"
     report.show({name: result}, console)
     report.draw({name: predictions}, folder / "report.png")
@@ -245,7 +181,7 @@ def predict(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
     table = table.select("stay_id", "patient_id", "minute", "probability", alert=pl.col("probability") >= model.facts.get("threshold", 0.5))
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    run.write_parquet(table, path)
+    files.write_parquet(table, path)
     console.print(
         f"wrote {len(table):,} predictions of {table['stay_id'].n_unique():,} stays, {table['alert'].sum():,} alerts, to {path}",
         soft_wrap=True,
@@ -280,8 +216,8 @@ def _transfer(
     )
     zero = run.predict(model, target, target.split)
     rows[f"{target.name} zero-shot"] = (zero, report.score(zero, threshold))
-    run.write_parquet(zero, folder / "zero_shot.parquet")
-    run.write_json(rows[f"{target.name} zero-shot"][1], folder / "zero_shot.json")
+    files.write_parquet(zero, folder / "zero_shot.parquet")
+    files.write_json(rows[f"{target.name} zero-shot"][1], folder / "zero_shot.json")
     if not (folder / "metrics.json").exists():
         model = load(ckpt)
         model.learning_rate = learning_rate or model.learning_rate / 5
@@ -295,7 +231,7 @@ def _transfer(
     rows[f"{target.name} fine-tuned"] = run.conclude(folder, target)
     report.show({name: result for name, (_, result) in rows.items()}, console)
     gap = report.difference(zero, rows[f"{target.name} fine-tuned"][0])
-    run.write_json(gap, folder / "difference.json")
+    files.write_json(gap, folder / "difference.json")
     said = ", ".join(f"{m.upper()} {g['value']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})" for m, g in gap.items() if g["low"] is not None)
     console.print(f"fine-tuned less zero-shot, on the same patients: {said}", soft_wrap=True)
     report.draw({name: table for name, (table, _) in rows.items()}, folder / "report.png")

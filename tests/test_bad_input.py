@@ -17,7 +17,7 @@ import torch
 
 from ehrmodels.base import read_checkpoint
 from experiments.cli import main
-from experiments.run import save
+from experiments.files import save
 
 TRAIN = "train --model Fusion --model.width 16 --trainer.max_epochs 2 --data MIMICIV --data.root {root} --runs {out} --name run"
 PREPARE = "prepare --data MIMICIV --data.root {root} --data.cache {out}/cache --out {out}/tables"

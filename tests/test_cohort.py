@@ -229,7 +229,7 @@ def half(path):
 
 if moment == "first table": Path.replace = die("replace", Path.replace, 1)
 if moment == "third table": Path.replace = die("replace", Path.replace, 3, after=True)
-if moment == "sorting": cohort._tally = die("tally", cohort._tally, 5)
+if moment == "sorting": cohort._once = die("once", cohort._once, 3)
 if moment == "clearing": cohort.shutil.rmtree = half
 if moment == "last rename": Path.replace = die("replace", Path.replace, 5)
 if moment == "nobody": os.setuid(65534)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from datamodules.batch import Batch, Grid, Spec, Triplets
 from ehrmodels.base import ICUModule, load, read_checkpoint
 from ehrmodels.fusion import Fusion
-from experiments.run import save
+from experiments.files import save
 
 MODELS: dict[str, tuple[type[ICUModule], dict[str, Any]]] = {
     "fusion gated": (Fusion, {"fusion": "gated"}),
