@@ -84,7 +84,13 @@ def _run(verb: str, arguments: list[str]) -> None:
         warnings.filterwarnings("ignore", f".*{noise}.*")
     arguments = _ordered(arguments)
     if verb in FROM_CHECKPOINT:
-        arguments = [*_data_of_checkpoint(arguments), *arguments]
+        inherited = _data_of_checkpoint(arguments)
+        named = inherited or any(a.partition("=")[0] == "--data" for a in arguments)
+        everyone = ["--data.split=all"] if verb == "predict" and named else []  # new patients belong to no split
+        arguments = _ordered([*inherited, *everyone, *arguments])
+    names = [a.partition("=")[0] for a in arguments]
+    if verb == "finetune" and any(n.startswith("--data.") for n in names) and not {"--data", "-c", "--config"} & set(names):
+        arguments = ["--data=EICU", *arguments]  # the default of ``verbs.finetune``, whose arguments these are
     parser = make_parser(verb, arguments)
     for name in ("lightning.pytorch", "lightning.fabric"):  # imported by now: the import sets another level
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -343,6 +343,23 @@ def rewrite(path: Path, change: Any) -> None:
     path.write_bytes(gzip.compress(table.write_csv().encode()))
 
 
+def test_finetune_takes_eicu_when_only_its_root_is_given(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ehr(f"finetune --ckpt {trained / 'best.ckpt'} --data.root {tmp_path / 'nowhere'} --out {tmp_path / 'tuned'}")
+    assert "expected the files of EICU" in capsys.readouterr().err
+
+
+def test_predict_scores_every_stay_unless_told_otherwise(trained: Path, tmp_path: Path) -> None:
+    """New patients belong to no split: with the data of the checkpoint, with named data and with another root, all are scored."""
+    source = read_checkpoint(trained / "best.ckpt")["ehr"]["data"]["arguments"]["root"]
+    table = tmp_path / "risk.parquet"
+    sizes = []
+    for data in ("", f"--data.root {source}", f"--data MIMICIV --data.root {source}", "--data.split test"):
+        ehr(f"predict --ckpt {trained / 'best.ckpt'} {data} --out {table}")
+        sizes.append(pl.read_parquet(table)["stay_id"].n_unique())
+    assert sizes[0] == sizes[1] == sizes[2] > 2 * sizes[3] > 0
+
+
 def test_predict_needs_no_outcomes(trained: Path, mimic: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     shutil.copytree(mimic, new)
