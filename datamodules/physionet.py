@@ -17,6 +17,7 @@ import polars as pl
 
 from datamodules.concepts import CONCEPT
 from datamodules.schema import STAYS, conform
+from datamodules.tasks import LABEL_LEAD
 
 # 2012: the publisher's 37 time series -> concepts. Arterial and cuff pressures are the publisher's own, separate, variables.
 VARIABLES_2012 = {
@@ -42,7 +43,6 @@ VARIABLES_2019 = {
     "Platelets": "platelets",
 }  # fmt: skip
 COLUMNS_2019 = [*VARIABLES_2019, "Age", "Gender", "Unit1", "Unit2", "HospAdmTime", "ICULOS"]
-LABEL_LEAD = 6 * 60  # 2019: the label turns 1 six hours before the onset of sepsis and stays 1
 
 
 def files_2012(root: Path, sets: list[str] | None) -> dict[str, list[Path]]:

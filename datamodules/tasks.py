@@ -12,7 +12,7 @@ import polars as pl
 TaskName = Literal["mortality_hospital", "mortality_24h", "sepsis_onset"]
 OUTCOMES = ("icu_minutes", "discharge_minute", "death_minute", "hospital_death", "icu_death", "sepsis_minute")
 STATICS = ("age", "sex", "unit", "admit_minute")
-LABEL_LEAD = 6 * 60  # sepsis_onset: positive from six hours before onset (PhysioNet 2019)
+LABEL_LEAD = 6 * 60  # sepsis_onset, as PhysioNet 2019: the label turns 1 six hours before the onset and stays 1
 
 
 @dataclass(frozen=True)

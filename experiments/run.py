@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 from rich.console import Console
+from rich.progress import track
 
 from datamodules.module import ICUDataModule, Split
 from ehrmodels.base import ICUModule, load, read_checkpoint
@@ -169,8 +170,6 @@ def predict(model: ICUModule, data: ICUDataModule, split: Split) -> pl.DataFrame
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     rows, probabilities = [], []
-    from rich.progress import track
-
     loader = data.predict_dataloader()
     with torch.inference_mode():
         for batch in track(
