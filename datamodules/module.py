@@ -28,6 +28,8 @@ from datamodules.views import CLIP, Views
 Split = Literal["train", "val", "test", "all"]
 View = Literal["grid", "triplets"]
 CARE_UNITS = ("medical", "surgical", "cardiac", "cardiac_surgery", "neuro", "mixed", "other")
+BATCH_EVENTS = 2**17  # events in a batch with their padding, over which a batch of long stays is made smaller
+JITTER = 0.08  # by which the logarithm of a length is shuffled
 FIT_SAMPLES = 8192  # training samples from which the scaler is fitted
 
 
@@ -298,7 +300,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         rows = self.rows(split)
         if not len(rows):
             raise ValueError(f"no sample in split {split!r} of {self.root}; choose another --data.split (all takes every stay)")
-        batches = Batches(rows, self.batch_size, self.order_seed if shuffle else None, self.order_epoch)
+        lengths = self._views.lengths(self._stay[rows], self._minute[rows]) if self.view == "triplets" else None
+        batches = Batches(rows, self.batch_size, self.order_seed if shuffle else None, self.order_epoch, lengths)
         return DataLoader(
             Samples(self),
             sampler=batches,
@@ -390,22 +393,50 @@ class Samples(Dataset):
 
 
 class Batches(Sampler):
-    """Rows in batches: in order, or shuffled by (seed, epoch) so that an epoch can be repeated after a restart."""
+    """Rows in batches: in order, or shuffled by (seed, epoch) so that an epoch can be repeated after a restart.
 
-    def __init__(self, rows: np.ndarray, size: int, seed: int | None, epoch: int = 0):
+    With lengths, samples of like length share a batch, so that little of it is padding, and a batch of long ones holds fewer. Training
+    shuffles lengths by a few percent first, so that batches are composed anew in every epoch, and then the order of the batches; how
+    many there are is the same in every epoch.
+
+    Args:
+        rows: (N,) row numbers of samples.
+        size: most samples in a batch.
+        seed: of the shuffling; None: no shuffling.
+        epoch: the epoch.
+        lengths: (N,) events of each row.
+    """
+
+    def __init__(self, rows: np.ndarray, size: int, seed: int | None, epoch: int = 0, lengths: np.ndarray | None = None):
         self.data, self.size, self.seed, self.epoch = rows, size, seed, epoch
+        self.log_length = None if lengths is None else np.log(np.maximum(lengths, 1))
+        self.starts = np.arange(0, len(rows), size)
+        if lengths is not None:
+            self.starts = np.array(_cuts(np.sort(lengths)[::-1], size))
 
     def set_epoch(self, epoch: int) -> None:  # called by Lightning before every epoch but the first, whose batches it has begun by then
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.data) // self.size)
+        return len(self.starts)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        rows = self.data
-        if self.seed is not None:
-            rows = np.random.default_rng((self.seed, self.epoch)).permutation(rows)
-        return (rows[i : i + self.size] for i in range(0, len(rows), self.size))
+        rng = None if self.seed is None else np.random.default_rng((self.seed, self.epoch))
+        rows = self.data if rng is None else rng.permutation(self.data)
+        if self.log_length is None:
+            return iter(np.split(rows, self.starts[1:]))
+        key = self.log_length if rng is None else self.log_length + rng.uniform(-JITTER, JITTER, len(rows))
+        batches = np.split(self.data[np.argsort(-key, kind="stable")], self.starts[1:])
+        return iter(batches if rng is None else [batches[i] for i in rng.permutation(len(batches))])
+
+
+def _cuts(longest_first: np.ndarray, size: int) -> list[int]:
+    """Where batches start so that each holds at most ``size`` samples and ``BATCH_EVENTS`` events with their padding."""
+    cuts, start = [], 0
+    while start < len(longest_first):
+        cuts.append(start)
+        start += min(size, max(int(BATCH_EVENTS // max(longest_first[start], 1)), 1))
+    return cuts
 
 
 def _count(rule: str, left: pl.DataFrame) -> dict[str, Any]:

@@ -52,6 +52,16 @@ class Views:
         what.numpy()[owner, place] = self._standard(spec, value, variable)
         return when, which, what, torch.from_numpy(length)
 
+    def lengths(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
+        """(B,) events in each sample's window, of any variable: what ``triplets`` gives is at most that long."""
+        low, high = self._rows(stay, minute, self.hours)
+        return high - low
+
+    def _rows(self, stay: np.ndarray, minute: np.ndarray, hours: int) -> np.ndarray:
+        """First row of the store of each sample's last ``hours``, and the first after them."""
+        times = np.concatenate([minute - 60 * hours, minute])
+        return self.store.first_after(np.tile(stay, 2), times).reshape(2, -1)
+
     def _standard(self, spec: Spec, value: np.ndarray, which: np.ndarray | slice) -> np.ndarray:
         center, scale = np.array(spec.center, np.float32), np.array(spec.scale, np.float32)
         return np.clip((value - center[which]) / scale[which], -CLIP, CLIP)
@@ -64,7 +74,7 @@ class Views:
         """
         store = self.store
         start = minute - 60 * (self.hours + carry)
-        low, high = store.first_after(np.tile(stay, 2), np.concatenate([start, minute])).reshape(2, -1)
+        low, high = self._rows(stay, minute, self.hours + carry)
         count = high - low
         owner = np.repeat(np.arange(len(stay)), count)
         row = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + low[owner]

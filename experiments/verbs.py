@@ -12,11 +12,12 @@ from datamodules.hospitals import EICU, MIMICIV, PhysioNet2012, PhysioNet2019, S
 from datamodules.module import ICUDataModule
 from ehrmodels.base import ICUModule, load
 from ehrmodels.fusion import Fusion
+from ehrmodels.hymate import HyMaTE, HyMaTEForecast
 from experiments import files, report, run
 from experiments.files import console
 from experiments.run import MONITORS
 
-__all__ = ["EICU", "MIMICIV", "Fusion", "PhysioNet2012", "PhysioNet2019", "SyntheticEICU", "SyntheticMIMICIV"]
+__all__ = ["EICU", "MIMICIV", "Fusion", "HyMaTE", "HyMaTEForecast", "PhysioNet2012", "PhysioNet2019", "SyntheticEICU", "SyntheticMIMICIV"]
 Monitor = Literal["val_auroc_auprc", "val_auroc", "val_auprc", "val_loss"]
 
 

@@ -1,0 +1,211 @@
+"""HyMaTE: Mamba blocks, then attention, over the observations of a stay as triplets (time, variable, value).
+
+References:
+  [1] Mottalib, Phan, Beheshti 2025, arXiv:2509.24118 (HyMaTE). No table and no code are public; what the text leaves open is
+      decided here and marked "ours".
+  [2] Tipirneni & Reddy 2022, doi:10.1145/3516367 (STraTS): triplet embedding, fusion pooling, forecasting before training.
+  [3] Gu & Dao 2023, arXiv:2312.00752 (Mamba).
+  [4] Ali et al. 2021, arXiv:2106.09681 (XCiT): attention between channels.
+
+Shape letters: B samples, N observations, V variables, S static features, D width. Observations are in order of time, then variable,
+and padded on the right, where nothing that follows can reach them.
+"""
+
+import logging
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from datamodules.batch import Spec, Triplets
+from ehrmodels.base import ICUModule
+from ehrmodels.mamba import Mamba
+
+WINDOW = 2048  # observations that attend to one another; longer stays are attended to in windows of this length
+FORECAST_AFTER, FORECAST_HOURS = 12, 2  # [2]: what happens in 2 hours is forecast from at least 12
+log = logging.getLogger(__name__)
+
+
+class HyMaTE(ICUModule):
+    """HyMaTE over event triplets: Mamba blocks, attention, fusion pooling.
+
+    Args:
+        width: D, width of the embedding.
+        layers: Mamba blocks.
+        state: State of each channel in a Mamba block.
+        attention: What attends to what after the Mamba blocks: "token" every observation to every other (in windows of 2,048 where
+            a stay has more), "variable" every variable to every other after its observations are pooled, "channel" every channel of
+            the embedding to every other. The last two cost the same per observation however long the stay is.
+        heads: Attention heads.
+        dropout: Dropout of the embedding, the attention and the pooled vector.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Weight decay of AdamW; biases, normalisation and the Mamba blocks' A and D are exempt.
+        warmup: Share of all steps over which the learning rate rises; it falls along a cosine afterwards.
+        pos_weight: Weight of a positive sample; default: N_neg / N_pos of the training split.
+    """
+
+    view = "triplets"
+
+    def __init__(
+        self,
+        width: int = 64,
+        layers: int = 4,
+        state: int = 16,
+        attention: Literal["token", "variable", "channel"] = "token",
+        heads: int = 4,
+        dropout: float = 0.2,
+        learning_rate: float = 5e-4,
+        weight_decay: float = 1e-2,
+        warmup: float = 0.05,
+        pos_weight: float | None = None,
+    ):
+        super().__init__(learning_rate, weight_decay, warmup, pos_weight)
+        if width % heads:
+            raise ValueError(f"--model.width must be a multiple of --model.heads ({heads}), found {width}")
+        self.width, self.layers, self.state, self.attention, self.heads, self.dropout = width, layers, state, attention, heads, dropout
+        self.save_hyperparameters()
+
+    def build(self, spec: Spec) -> None:
+        d = self.width
+        self.variable = nn.Embedding(len(spec.variables) + 1, d, padding_idx=0)
+        self.value, self.time = _scalar(d), _scalar(d)
+        self.drop = nn.Dropout(self.dropout)
+        self.blocks = nn.ModuleList(Mamba(d, self.state) for _ in range(self.layers))
+        self.norms = nn.ModuleList(nn.RMSNorm(d) for _ in range(self.layers + 1))
+        if self.attention == "variable":
+            self.of_variable = nn.Linear(2 * d, d)
+        self.attention_norm = nn.RMSNorm(d)
+        self.query_key_value, self.attended = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        if self.attention == "channel":
+            self.temperature = nn.Parameter(torch.ones(self.heads, 1, 1))
+        self.pool = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 1, bias=False))
+        self.static = nn.Sequential(nn.Linear(len(spec.statics), 2 * d), nn.Tanh(), nn.Linear(2 * d, d), nn.Tanh())
+        self.head = nn.Linear(2 * d, 1)
+
+    def forward(self, batch: Triplets) -> Tensor:
+        """Logits (B,) from ``Triplets``."""
+        return self.head(self.represent(batch)[0]).squeeze(-1)
+
+    def represent(self, batch: Triplets) -> tuple[Tensor, Tensor]:
+        """The sample as one vector (B, 2D), and the fusion weights: (B, N) of observations, with ``attention`` "variable" (B, V)."""
+        real = torch.arange(batch.time.shape[1], device=batch.time.device) < batch.length[:, None]  # (B, N)
+        x = self.variable(batch.variable) + self.value(batch.value[..., None]) + self.time(batch.time[..., None])  # (B, N, D)
+        x = self.drop(x)
+        for block, norm in zip(self.blocks, self.norms, strict=False):
+            x = x + block(norm(x))
+        x = self.norms[-1](x)
+        if self.attention == "variable":
+            x, real = self._by_variable(x, batch.variable, real)  # (B, V, D), (B, V)
+        x = x + self.drop(self.attended(self._attend(self.attention_norm(x), real)))
+        score = self.pool(x).squeeze(-1).float().masked_fill(~real, torch.finfo(torch.float32).min)
+        weight = torch.softmax(score, 1) * real  # a stay without observations has no weight anywhere
+        pooled = (weight.unsqueeze(1).to(x.dtype) @ x).squeeze(1)
+        return torch.cat([self.drop(pooled), self.static(batch.static)], -1), weight
+
+    def _by_variable(self, x: Tensor, variable: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and last observation of each variable, joined (ours): (B, V, D), and which variables occur (B, V)."""
+        count, width, variables = len(x), x.shape[-1], len(self.spec.variables)
+        slot = torch.arange(count, device=x.device)[:, None] * (variables + 1) + variable * real  # padding goes to slot 0 of its sample
+        slot = slot.flatten()
+        number = x.new_zeros(count * (variables + 1)).index_add(0, slot, torch.ones_like(slot, dtype=x.dtype))
+        total = x.new_zeros(count * (variables + 1), width).index_add(0, slot, x.flatten(0, 1))
+        place = torch.arange(len(slot), device=x.device)
+        last = place.new_zeros(count * (variables + 1)).scatter_reduce(0, slot, place, "amax")
+        both = torch.cat([total / number.clamp(min=1)[:, None], x.flatten(0, 1)[last]], -1)
+        present = (number > 0).view(count, -1)[:, 1:]
+        return self.of_variable(both.view(count, variables + 1, -1)[:, 1:]) * present[..., None], present
+
+    def _attend(self, x: Tensor, real: Tensor) -> Tensor:
+        """Multi-head attention (B, M, D) among the M items, or among the channels; padded items are not attended to."""
+        count, items, width = x.shape
+        if self.attention != "channel" and items > WINDOW:
+            _warn_long(items)
+            padding = -items % WINDOW
+            x, real = F.pad(x, (0, 0, 0, padding)).view(-1, WINDOW, width), F.pad(real, (0, padding)).view(-1, WINDOW)
+        q, k, v = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, M, D / heads)
+        if self.attention == "channel":  # [4]
+            q, k = (F.normalize(t * real[:, None, :, None], dim=2) for t in (q, k))
+            weight = torch.softmax(self.temperature * (q.transpose(2, 3) @ k), -1)
+            out = v @ weight.transpose(2, 3)
+        else:
+            some = real | (torch.arange(real.shape[1], device=x.device) == 0)  # nothing at all to attend to would be no number
+            out = F.scaled_dot_product_attention(q, k, v, some[:, None, None, :])
+        return out.transpose(1, 2).flatten(2).reshape(count, -1, width)[:, :items]
+
+
+class HyMaTEForecast(HyMaTE):
+    """HyMaTE's forecasting stage, before training: from all observations before a random time, the first value of each variable in
+    the next two hours [2]. Needs no outcomes; continue with `ehr train --init-from`.
+    """
+
+    supervised = False
+
+    def build(self, spec: Spec) -> None:
+        super().build(spec)
+        self.head = nn.Linear(2 * self.width, len(spec.variables))
+
+    def training_step(self, batch: Triplets, index: int) -> Tensor:  # type: ignore[override]
+        loss = self._error(batch, torch.rand(len(batch.row), device=batch.time.device))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.row))
+        return loss
+
+    def validation_step(self, batch: Triplets, index: int) -> None:  # type: ignore[override]
+        place = torch.frac(batch.row.double() * 0.6180339887498949).float()  # the same times in every epoch, spread evenly
+        self.log("val_loss", self._error(batch, place), on_step=False, on_epoch=True, batch_size=len(batch.row))
+
+    def on_validation_epoch_end(self) -> None:
+        pass
+
+    def _error(self, batch: Triplets, place: Tensor) -> Tensor:
+        """Mean squared error of the forecast values, in standard deviations; ``place`` (B,) in [0, 1) chooses the times."""
+        past, value, known = forecast_task(batch, place, self.spec.hours, len(self.spec.variables))
+        error = (self.head(self.represent(past)[0]).float() - value) ** 2 * known
+        return error.sum() / known.sum().clamp(min=1)
+
+
+def forecast_task(batch: Triplets, place: Tensor, hours: int, variables: int) -> tuple[Triplets, Tensor, Tensor]:
+    """Cuts a batch at a time of each sample into the past and what is to be forecast.
+
+    Args:
+        batch: whole windows.
+        place: (B,) in [0, 1): the cut, from the earliest that leaves 12 hours of past (a third of a window shorter than 36 hours)
+            to the latest that leaves 2 hours to forecast.
+        hours: length of the window.
+        variables: V.
+
+    Returns:
+        The past, padded anew; the first value of each variable in the next 2 hours, and 1 where there is one, both (B, V).
+    """
+    earliest = min(FORECAST_AFTER, hours / 3)
+    cut = earliest + place * max(hours - FORECAST_HOURS - earliest, 0)
+    when = (batch.time + 1) * hours / 2  # hours since the start of the window
+    order = torch.arange(when.shape[1], device=when.device)
+    real = order < batch.length[:, None]
+    before, soon = real & (when < cut[:, None]), real & (when >= cut[:, None]) & (when < cut[:, None] + FORECAST_HOURS)
+    length = before.sum(1)  # observations are in order of time: the past is the first of them
+    longest = max(int(length.max()), 1)
+    past = [(t * before)[:, :longest] for t in (batch.time, batch.variable, batch.value)]
+    first = torch.full((len(when), variables + 1), when.shape[1], device=when.device)
+    first = first.scatter_reduce(1, batch.variable * soon, torch.where(soon, order, when.shape[1]), "amin")[:, 1:]
+    known = first < when.shape[1]
+    value = batch.value.gather(1, first.clamp(max=when.shape[1] - 1)) * known
+    return batch._replace(time=past[0], variable=past[1], value=past[2], length=length), value, known.float()
+
+
+def _scalar(width: int) -> nn.Sequential:
+    """Embedding of one number [2]."""
+    return nn.Sequential(nn.Linear(1, math.isqrt(width)), nn.Tanh(), nn.Linear(math.isqrt(width), width))
+
+
+def _warn_long(items: int) -> None:
+    if not getattr(_warn_long, "said", False):
+        _warn_long.said = True  # type: ignore[attr-defined]
+        log.warning(
+            "a stay has more than %d observations (padded %d): they attend to one another in windows of %d; "
+            "--model.attention variable or channel has no windows",
+            WINDOW,
+            items,
+            WINDOW,
+        )
