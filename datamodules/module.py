@@ -362,6 +362,10 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
             names, units, static_names, center.tolist(), scale.tolist(), static_center.tolist(), static_scale.tolist(), asdict(self.task)
         )
 
+    def static_names(self) -> list[str]:
+        """Names of the static features as a ``Spec`` lists them."""
+        return self._static_columns(self.open().stays[:0], self.statics)[0]
+
     @staticmethod
     def _static_columns(stays: pl.DataFrame, statics: list[str]) -> tuple[list[str], np.ndarray]:
         """Names and raw values (stays, S); ``unit`` becomes one column per kind of unit."""

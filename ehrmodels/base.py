@@ -30,6 +30,7 @@ class ICUModule(lightning.LightningModule, ABC):
     """
 
     view: Literal["grid", "triplets"]
+    supervised = True  # False: learns from the records alone and predicts no outcome
 
     def __init__(self, learning_rate: float, weight_decay: float, warmup: float, pos_weight: float | None):
         super().__init__()
@@ -50,6 +51,23 @@ class ICUModule(lightning.LightningModule, ABC):
         if self.pos_weight is None:
             self.pos_weight = pos_weight
         self.build(spec)
+
+    def begin_with(self, path: Path) -> None:
+        """Take the weights of a checkpoint of the same layers; those of the head only where it has the same shape.
+
+        Raises:
+            ValueError: any other layer is absent there, has another shape, or has no place here.
+        """
+        given, mine = read_checkpoint(path)["state_dict"], self.state_dict()
+        fits = {name: weight for name, weight in given.items() if name in mine and weight.shape == mine[name].shape}
+        wrong = [name for name in {**given, **mine} if name not in fits and not name.startswith("head.")]
+        if wrong:
+            shapes = [str(tuple(t[wrong[0]].shape)) if wrong[0] in t else "none" for t in (mine, given)]
+            raise ValueError(
+                f"{path} cannot start this model: {wrong[0]} has the shape {shapes[0]} here and {shapes[1]} there, and {len(wrong) - 1} more "
+                "differ; give --model the same class of layers and arguments as the checkpoint's, shown by config.yaml beside it"
+            )
+        self.load_state_dict(fits, strict=False)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss = self._loss(batch)[0]

@@ -40,6 +40,7 @@ class HyMaTE(ICUModule):
             the embedding to every other. The last two cost the same per observation however long the stay is.
         heads: Attention heads.
         dropout: Dropout of the embedding, the attention and the pooled vector.
+        thinning: Share of a stay's observations that training leaves out, other ones each time.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Weight decay of AdamW; biases, normalisation and the Mamba blocks' A and D are exempt.
         warmup: Share of all steps over which the learning rate rises; it falls along a cosine afterwards.
@@ -56,6 +57,7 @@ class HyMaTE(ICUModule):
         attention: Literal["token", "variable", "channel"] = "token",
         heads: int = 4,
         dropout: float = 0.2,
+        thinning: float = 0.0,
         learning_rate: float = 5e-4,
         weight_decay: float = 1e-2,
         warmup: float = 0.05,
@@ -65,6 +67,9 @@ class HyMaTE(ICUModule):
         if width % heads:
             raise ValueError(f"--model.width must be a multiple of --model.heads ({heads}), found {width}")
         self.width, self.layers, self.state, self.attention, self.heads, self.dropout = width, layers, state, attention, heads, dropout
+        if not 0 <= thinning < 1:
+            raise ValueError(f"--model.thinning must be at least 0 and below 1, found {thinning}")
+        self.thinning = thinning
         self.save_hyperparameters()
 
     def build(self, spec: Spec) -> None:
@@ -75,7 +80,7 @@ class HyMaTE(ICUModule):
         self.blocks = nn.ModuleList(Mamba(d, self.state) for _ in range(self.layers))
         self.norms = nn.ModuleList(nn.RMSNorm(d) for _ in range(self.layers + 1))
         if self.attention == "variable":
-            self.of_variable = nn.Linear(2 * d, d)
+            self.of_variable = nn.Linear(3 * d + 1, d)
         self.attention_norm = nn.RMSNorm(d)
         self.query_key_value, self.attended = nn.Linear(d, 3 * d), nn.Linear(d, d)
         if self.attention == "channel":
@@ -86,10 +91,33 @@ class HyMaTE(ICUModule):
 
     def forward(self, batch: Triplets) -> Tensor:
         """Logits (B,) from ``Triplets``."""
-        return self.head(self.represent(batch)[0]).squeeze(-1)
+        return self.head(self.represent(batch)).squeeze(-1)
 
-    def represent(self, batch: Triplets) -> tuple[Tensor, Tensor]:
-        """The sample as one vector (B, 2D), and the fusion weights: (B, N) of observations, with ``attention`` "variable" (B, V)."""
+    def represent(self, batch: Triplets) -> Tensor:
+        """Samples as vectors (B, 2D)."""
+        x, weight = self._items(batch)
+        pooled = (weight.unsqueeze(1).to(x.dtype) @ x).squeeze(1)
+        return torch.cat([self.drop(pooled), self.static(batch.static)], -1)
+
+    def attribute(self, batch: Triplets) -> tuple[Tensor, Tensor]:
+        """How much a prediction rests on each variable; column k is ``spec.variables[k]``.
+
+        Returns:
+            (B, V) fusion weight, summed over the observations of a variable: 0 where it was not observed, 1 in all.
+            (B, V) part of the logit: the head is linear in the weighted sum, so it is a sum over variables, statics and a constant.
+        """
+        x, weight = self._items(batch)
+        part = weight * (x @ self.head.weight[0, : self.width])
+        if self.attention == "variable":
+            return weight, part
+        columns = len(self.spec.variables) + 1
+        sums = [t.new_zeros(len(t), columns).scatter_add(1, batch.variable, t)[:, 1:] for t in (weight, part)]
+        return sums[0], sums[1]
+
+    def _items(self, batch: Triplets) -> tuple[Tensor, Tensor]:
+        """What fusion pooling sums, (B, M, D), and its weights (B, M): M observations or, with ``attention`` "variable", variables."""
+        if self.training and self.thinning:
+            batch = chosen(batch, torch.rand_like(batch.time) >= self.thinning)
         real = torch.arange(batch.time.shape[1], device=batch.time.device) < batch.length[:, None]  # (B, N)
         x = self.variable(batch.variable) + self.value(batch.value[..., None]) + self.time(batch.time[..., None])  # (B, N, D)
         x = self.drop(x)
@@ -100,22 +128,21 @@ class HyMaTE(ICUModule):
             x, real = self._by_variable(x, batch.variable, real)  # (B, V, D), (B, V)
         x = x + self.drop(self.attended(self._attend(self.attention_norm(x), real)))
         score = self.pool(x).squeeze(-1).float().masked_fill(~real, torch.finfo(torch.float32).min)
-        weight = torch.softmax(score, 1) * real  # a stay without observations has no weight anywhere
-        pooled = (weight.unsqueeze(1).to(x.dtype) @ x).squeeze(1)
-        return torch.cat([self.drop(pooled), self.static(batch.static)], -1), weight
+        return x, torch.softmax(score, 1) * real  # a stay without observations has no weight anywhere
 
     def _by_variable(self, x: Tensor, variable: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and last observation of each variable, joined (ours): (B, V, D), and which variables occur (B, V)."""
         count, width, variables = len(x), x.shape[-1], len(self.spec.variables)
         slot = torch.arange(count, device=x.device)[:, None] * (variables + 1) + variable * real  # padding goes to slot 0 of its sample
-        slot = slot.flatten()
-        number = x.new_zeros(count * (variables + 1)).index_add(0, slot, torch.ones_like(slot, dtype=x.dtype))
-        total = x.new_zeros(count * (variables + 1), width).index_add(0, slot, x.flatten(0, 1))
+        slot, tokens, slots = slot.flatten(), x.flatten(0, 1), count * (variables + 1)
+        number = x.new_zeros(slots).index_add(0, slot, torch.ones_like(slot, dtype=x.dtype))
+        mean = x.new_zeros(slots, width).index_add(0, slot, tokens) / number.clamp(min=1)[:, None]
+        most = torch.full_like(mean, -torch.inf).scatter_reduce(0, slot[:, None].expand_as(tokens), tokens, "amax")
         place = torch.arange(len(slot), device=x.device)
-        last = place.new_zeros(count * (variables + 1)).scatter_reduce(0, slot, place, "amax")
-        both = torch.cat([total / number.clamp(min=1)[:, None], x.flatten(0, 1)[last]], -1)
+        last = tokens[place.new_zeros(slots).scatter_reduce(0, slot, place, "amax")]
+        pooled = torch.cat([mean, most, last, number.log1p()[:, None]], -1).view(count, variables + 1, -1)[:, 1:]
         present = (number > 0).view(count, -1)[:, 1:]
-        return self.of_variable(both.view(count, variables + 1, -1)[:, 1:]) * present[..., None], present
+        return self.of_variable(pooled.masked_fill(~present[..., None], 0)) * present[..., None], present
 
     def _attend(self, x: Tensor, real: Tensor) -> Tensor:
         """Multi-head attention (B, M, D) among the M items, or among the channels; padded items are not attended to."""
@@ -137,7 +164,7 @@ class HyMaTE(ICUModule):
 
 class HyMaTEForecast(HyMaTE):
     """HyMaTE's forecasting stage, before training: from all observations before a random time, the first value of each variable in
-    the next two hours [2]. Needs no outcomes; continue with `ehr train --init-from`.
+    the next two hours [2]. Needs no outcomes; continue with `ehr train --init_from`.
     """
 
     supervised = False
@@ -158,10 +185,13 @@ class HyMaTEForecast(HyMaTE):
     def on_validation_epoch_end(self) -> None:
         pass
 
+    def predict_step(self, batch: Triplets, index: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        raise ValueError("a HyMaTEForecast checkpoint predicts no outcome: train a HyMaTE from it with `ehr train --init_from`")
+
     def _error(self, batch: Triplets, place: Tensor) -> Tensor:
         """Mean squared error of the forecast values, in standard deviations; ``place`` (B,) in [0, 1) chooses the times."""
         past, value, known = forecast_task(batch, place, self.spec.hours, len(self.spec.variables))
-        error = (self.head(self.represent(past)[0]).float() - value) ** 2 * known
+        error = (self.head(self.represent(past)).float() - value) ** 2 * known
         return error.sum() / known.sum().clamp(min=1)
 
 
@@ -183,15 +213,22 @@ def forecast_task(batch: Triplets, place: Tensor, hours: int, variables: int) ->
     when = (batch.time + 1) * hours / 2  # hours since the start of the window
     order = torch.arange(when.shape[1], device=when.device)
     real = order < batch.length[:, None]
-    before, soon = real & (when < cut[:, None]), real & (when >= cut[:, None]) & (when < cut[:, None] + FORECAST_HOURS)
-    length = before.sum(1)  # observations are in order of time: the past is the first of them
-    longest = max(int(length.max()), 1)
-    past = [(t * before)[:, :longest] for t in (batch.time, batch.variable, batch.value)]
+    soon = real & (when >= cut[:, None]) & (when < cut[:, None] + FORECAST_HOURS)
     first = torch.full((len(when), variables + 1), when.shape[1], device=when.device)
     first = first.scatter_reduce(1, batch.variable * soon, torch.where(soon, order, when.shape[1]), "amin")[:, 1:]
     known = first < when.shape[1]
     value = batch.value.gather(1, first.clamp(max=when.shape[1] - 1)) * known
-    return batch._replace(time=past[0], variable=past[1], value=past[2], length=length), value, known.float()
+    return chosen(batch, when < cut[:, None]), value, known.float()
+
+
+def chosen(batch: Triplets, keep: Tensor) -> Triplets:
+    """The batch with those of its observations only where ``keep`` (B, N) is true, in their order, padded anew on the right."""
+    keep = keep & (torch.arange(keep.shape[1], device=keep.device) < batch.length[:, None])
+    length = keep.sum(1)
+    order = (~keep).byte().argsort(dim=1, stable=True)[:, : max(int(length.max()), 1)]
+    real = torch.arange(order.shape[1], device=keep.device) < length[:, None]
+    time, variable, value = (t.gather(1, order) * real for t in (batch.time, batch.variable, batch.value))
+    return batch._replace(time=time, variable=variable, value=value, length=length)
 
 
 def _scalar(width: int) -> nn.Sequential:

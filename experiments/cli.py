@@ -19,12 +19,13 @@ VERBS = {
     "evaluate": "score a checkpoint on any hospital system",
     "finetune": "transfer a checkpoint: zero-shot score, fine-tuning, score",
     "predict": "write probabilities for patients whose outcome is unknown",
+    "explain": "show which variables the predictions of a HyMaTE model rest on, and test that",
 }
 HELP = "usage: ehr VERB [options]\n\nPrediction from ICU records.\n\n" + "".join(f"  {v:<12}{text}\n" for v, text in VERBS.items())
 HELP += "\nOptions come from flags over a YAML file (-c FILE). `ehr VERB --help` explains them, `--print_config` shows them filled in.\n"
 HELP += "`ehr train --model.help Fusion` and `ehr train --data.help EICU` explain those of a model and of a hospital system.\n"
 HELP += "Start with: ehr train -c experiments/configs/demo.yaml --finetune SyntheticEICU\n"
-FROM_CHECKPOINT = ("evaluate", "predict")  # verbs whose data default to those of the checkpoint
+FROM_CHECKPOINT = ("evaluate", "predict", "explain")  # verbs whose data default to those of the checkpoint
 OURS = (  # arguments of lightning.Trainer that are not offered: ``run.fit`` sets them, or they would break --resume
     *("logger", "callbacks", "default_root_dir", "plugins", "profiler", "enable_progress_bar", "enable_model_summary"),
     *("enable_checkpointing", "num_sanity_val_steps", "max_time", "fast_dev_run", "inference_mode", "model_registry"),
@@ -110,7 +111,8 @@ def _run(verb: str, arguments: list[str]) -> None:
 
 
 def _verbs(verb: str) -> ModuleType:
-    return importlib.import_module("experiments.prepare" if verb in ("synthesize", "prepare") else "experiments.verbs")
+    files = {"synthesize": "prepare", "prepare": "prepare", "explain": "explain"}
+    return importlib.import_module(f"experiments.{files.get(verb, 'verbs')}")
 
 
 def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
@@ -158,7 +160,10 @@ def _ordered(arguments: list[str]) -> list[str]:
     others: list[str] = []
     rest = iter(arguments)
     for argument in rest:
-        name, equals, _ = argument.partition("=")
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            argument = name = "--" + name[2:].replace("-", "_")  # --init-from is --init_from
+            argument += equals + value
         place = first if name in ("-c", "--config") else second if name in ("--data", "--model", "--finetune") else others
         place.append(argument)
         if place is not others and not equals:

@@ -1,6 +1,7 @@
 """Predictions -> metrics with patient-clustered bootstrap intervals, tables and one picture."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +154,28 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
 
 def draw(predictions: dict[str, pl.DataFrame], path: Path) -> None:
     """ROC, precision-recall and calibration curves of one or more predictions tables as one PNG."""
+    with figure(path, (13, 4.2)) as drawn:
+        _draw_curves(predictions, drawn)
+
+
+@contextmanager
+def figure(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """A matplotlib figure of ``size`` inches to draw on, which becomes a PNG afterwards."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    drawn = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(drawn)
+    yield drawn
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        drawn.savefig(unfinished, dpi=110, format="png")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _draw_curves(predictions: dict[str, pl.DataFrame], figure: Any) -> None:
     roc, pr, calibration = figure.subplots(1, 3)
     top = 0.0
     for colour, (name, table) in enumerate(predictions.items()):
@@ -181,12 +199,6 @@ def draw(predictions: dict[str, pl.DataFrame], path: Path) -> None:
     calibration.set(title="Calibration (equal groups of samples)", xlabel="predicted probability", ylabel="observed share")
     if len(roc.lines) > 1:  # none has both outcomes otherwise
         roc.legend(loc="lower right", fontsize=9)
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        figure.savefig(unfinished, dpi=110, format="png")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def print_table(table: pl.DataFrame, title: str, console: Console) -> None:

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import polars as pl
 import torch
 
+from datamodules.batch import Spec
 from datamodules.hospitals import EICU, MIMICIV, PhysioNet2012, PhysioNet2019, SyntheticEICU, SyntheticMIMICIV
 from datamodules.module import ICUDataModule
-from ehrmodels.base import ICUModule, load
+from ehrmodels.base import ICUModule, load, read_checkpoint
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast
 from experiments import files, report, run
@@ -32,6 +33,7 @@ def train(
     monitor: Monitor = "val_auroc_auprc",
     patience: int = 10,
     resume: bool = False,
+    init_from: str | None = None,
     finetune: ICUDataModule | None = None,
     finetune_learning_rate: float | None = None,
     finetune_epochs: int = 10,
@@ -40,7 +42,7 @@ def train(
     """Train a model, score its best checkpoint on the test split, and, with ``--finetune EICU``, transfer it.
 
     Args:
-        model: The network: Fusion.
+        model: The network: Fusion or HyMaTE; HyMaTEForecast trains HyMaTE's layers without outcomes, for --init_from.
         data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, SyntheticMIMICIV or SyntheticEICU.
         trainer: Arguments of lightning.Trainer.
         config: The whole configuration as YAML, kept in the run directory.
@@ -50,6 +52,7 @@ def train(
         monitor: Validation metric that chooses the best checkpoint and stops training; val_auroc_auprc is their sum.
         patience: Epochs without improvement after which training stops.
         resume: Continue a run that was interrupted.
+        init_from: Checkpoint whose weights, variables and scaler training starts from, such as one of HyMaTEForecast.
         finetune: Second hospital system: scored zero-shot, then fine-tuned and scored again on the same held-out patients.
         finetune_learning_rate: Peak learning rate of fine-tuning; default: a fifth of the model's.
         finetune_epochs: Most epochs of fine-tuning.
@@ -60,12 +63,18 @@ def train(
         if finetune is not None:
             finetune.raw_files()  # say at once, not after training, that the second system is not there
         torch.manual_seed(seed)
-        data.view = model.view
+        data.view, data.labelled = model.view, model.supervised
+        if not model.supervised and (monitor != "val_loss" or finetune is not None):
+            raise ValueError(f"{type(model).__name__} predicts no outcome: set --monitor val_loss, leave out --finetune")
         data.prepare_data()
+        if init_from is not None:
+            _adopt_variables(data, Path(init_from))
         data.setup()
         target = data.targets("train")
         assert data.spec is not None
-        model.start(data.spec, _pos_weight(target))
+        model.start(data.spec, _pos_weight(target) if model.supervised else 1.0)
+        if init_from is not None:
+            model.begin_with(Path(init_from))
         if monitor != "val_loss":
             _check_validation(data)
         model.facts = {
@@ -73,13 +82,18 @@ def train(
             "split_hash": data.split_hash(),
             "seed": seed,
         }
+        positive = f", {int(target.sum()):,} positive" if model.supervised else ""
         console.print(
             f"{folder}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(data.spec.variables)} variables; "
-            f"{len(target):,} training samples, {int(target.sum()):,} positive",
+            f"{len(target):,} training samples{positive}",
             soft_wrap=True,
         )
         if not (folder / "metrics.json").exists():
             run.fit(folder, model, data, trainer, seed, monitor, patience, _logger(wandb, folder, config))
+        if not model.supervised:
+            files.write_json({"val_loss": pl.read_csv(folder / "metrics.csv")["val_loss"].min()}, folder / "metrics.json")
+            console.print(f"next: ehr train -c FILE --init_from {folder / 'best.ckpt'}", soft_wrap=True)
+            return
         predictions, result = run.conclude(folder, data)
         if finetune is None:
             report.show({data.name: result}, console)
@@ -240,6 +254,34 @@ def _transfer(
         f"picture: {folder / 'report.png'}\nnext: ehr predict --ckpt {folder / 'best.ckpt'} --data.root FOLDER --out predictions.parquet",
         soft_wrap=True,
     )
+
+
+def _adopt_variables(data: ICUDataModule, ckpt: Path) -> None:
+    """Let ``data`` use variables and scaler of a checkpoint, for its own task.
+
+    Raises:
+        ValueError: the samples of ``data`` do not look like those of the checkpoint, or its validation patients were trained on.
+    """
+    facts = read_checkpoint(ckpt)["ehr"]
+    spec, source = Spec(**facts["spec"]), facts.get("data", {})
+    mine = {"hours of a window": data.task.window, "static features": data.static_names(), "treatment": data.treatment}
+    theirs = {
+        "hours of a window": spec.hours,
+        "static features": spec.statics,
+        "treatment": source.get("arguments", {}).get("treatment", True),
+    }
+    if source.get("class") == type(data).__name__:  # patients of one hospital system: those held out here must have been held out there
+        for name in ("seed", "split_by"):
+            mine[f"--data.{name}"], theirs[f"--data.{name}"] = (
+                getattr(data, name),
+                source.get("arguments", {}).get(name, getattr(data, name)),
+            )
+    for name, expected in theirs.items():
+        if mine[name] != expected:
+            raise ValueError(f"--init_from {ckpt} was trained with {name} {expected}, these data have {mine[name]}: give both the same")
+    task = data.task
+    data.adopt(spec)
+    data.task, data.spec = task, spec._replace(task=asdict(task))
 
 
 def _pos_weight(target: Any) -> float:

@@ -1,0 +1,208 @@
+"""``ehr explain``: which variables a model's predictions rest on, and whether that is true: the deletion test.
+
+Reference: Samek et al. 2017, doi:10.1109/TNNLS.2016.2599820: leaving out what an attribution calls important must hurt sooner than
+leaving out at random.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+
+import datamodules.hospitals  # noqa: F401 (its classes are the choices of --data)
+from datamodules.batch import Triplets, unlabelled
+from datamodules.module import ICUDataModule
+from ehrmodels.base import load
+from ehrmodels.hymate import HyMaTE, chosen
+from experiments import files, report
+from experiments.files import console
+
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of a stay's observations that the deletion test leaves out
+REPEATS = 5  # random orders
+MOST = 2000  # stays of the deletion test
+SHOWN = 15  # variables in a figure
+BAR: Any = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
+
+
+def explain(ckpt: str, out: str, data: ICUDataModule | None = None, stay: str | None = None) -> None:
+    """Show which variables the predictions of a HyMaTE checkpoint rest on, for a cohort and for one stay, and test it.
+
+    Writes ``attribution.csv`` (a row a variable: its share of the fusion weights, the weight of one observation of it, its part of the
+    log odds in absolute value, means over stays), ``deletion.csv`` and ``cohort.png`` (the same, and AUROC when a stay's observations
+    are left out, those of the variable with the greatest weight per observation first, beside random orders of variables), and ``stay.png``.
+
+    Args:
+        ckpt: Checkpoint of HyMaTE, such as runs/NAME/best.ckpt.
+        out: Folder for the results.
+        data: Hospital system; default: the one that the checkpoint was trained on. --data.split chooses train, val, test or all.
+        stay: stay_id of the stay to draw; default: the one with the highest predicted probability.
+    """
+    assert data is not None  # the parser fills it in from the checkpoint
+    model = load(Path(ckpt))
+    if not isinstance(model, HyMaTE) or not model.supervised:
+        raise ValueError(f"{ckpt} holds a {type(model).__name__}: expected a HyMaTE, whose fusion weights are explained")
+    data.view = model.view
+    data.adopt(model.spec)
+    data.prepare_data()
+    data.setup()
+    batches = list(track(data.predict_dataloader(), "reading", **BAR))
+    with torch.inference_mode():
+        result = pl.concat([_attribution(model, batch) for batch in track(batches, "attributing", **BAR)])
+        deletion = _deletion(model, batches)
+        variables = _per_variable(result, model)
+        ids = data.samples["stay_id"].cast(pl.String)
+        probability = result.unique("row", keep="first").sort("probability", descending=True)
+        row = int(probability["row"][0])
+        if stay is not None:
+            known = probability.filter(pl.col("row").is_in(np.flatnonzero((ids == stay).to_numpy())))
+            if known.is_empty():
+                raise ValueError(f"stay {stay} is not in split {data.split!r} of {data.root}; choose another --stay or --data.split")
+            row = int(known["row"].max())  # type: ignore[arg-type]
+        one: Triplets = data.batch(np.array([row]))  # type: ignore[assignment]
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_text(folder / "attribution.csv", variables.write_csv(float_precision=5))
+    files.write_text(folder / "deletion.csv", deletion.write_csv(float_precision=5))
+    _draw_cohort(variables, deletion, f"{data.name} {data.split}, {result['row'].n_unique():,} samples", folder / "cohort.png")
+    _draw_stay(one, result.filter(pl.col("row") == row), model, ids[row], data.task.window, folder / "stay.png")
+    report.print_table(variables.head(SHOWN).with_columns(pl.col(pl.Float64).round(4)), "what predictions rest on", console)
+    console.print(f"wrote attribution.csv, deletion.csv, cohort.png and stay.png ({ids[row]}) to {folder}", soft_wrap=True)
+
+
+def _attribution(model: HyMaTE, batch: Triplets) -> pl.DataFrame:
+    """A row for each variable that a sample has: ``row, variable, weight, part, observations, probability``."""
+    weight, part = model.attribute(batch)
+    count = _count(batch, len(model.spec.variables))
+    probability = model.predict_step(batch, 0)[1]
+    sample, variable = count.nonzero(as_tuple=True)
+    names = pl.Series(model.spec.variables)[variable.numpy()]
+    columns = {"row": batch.row[sample], "weight": weight[sample, variable], "part": part[sample, variable]}
+    columns |= {"observations": count[sample, variable], "probability": probability[sample]}
+    return pl.DataFrame({k: v.numpy() for k, v in columns.items()}).with_columns(names.alias("variable"))
+
+
+def _count(batch: Triplets, variables: int) -> Tensor:
+    """(B, V) observations of each variable."""
+    real = (batch.variable > 0).float()
+    return torch.zeros(len(real), variables + 1).scatter_add(1, batch.variable, real)[:, 1:]
+
+
+def _per_variable(result: pl.DataFrame, model: HyMaTE) -> pl.DataFrame:
+    """Means over samples, the variable with the greatest weight first."""
+    n = result["row"].n_unique()
+    unit = pl.col("variable").replace_strict(model.spec.variables, model.spec.units).alias("unit")
+    return (
+        result.group_by("variable")
+        .agg(
+            weight=pl.col("weight").cast(pl.Float64).sum() / n,
+            weight_per_observation=pl.col("weight").cast(pl.Float64).sum() / pl.col("observations").sum(),
+            log_odds=pl.col("part").cast(pl.Float64).abs().sum() / n,
+            observations=pl.col("observations").cast(pl.Float64).sum() / n,
+            charted=pl.len() / n,
+        )
+        .sort("weight", descending=True)
+        .select("variable", unit, pl.exclude("variable"))
+    )
+
+
+def _deletion(model: HyMaTE, batches: list[Triplets]) -> pl.DataFrame:
+    """``order, share, auroc, change``: what is left of AUROC without a share of each stay's observations, and how far log odds move."""
+    generator = torch.Generator().manual_seed(0)
+    kept, samples = [], 0
+    for place in torch.randperm(len(batches), generator=generator).tolist():
+        if samples < MOST:
+            kept.append(batches[place])
+            samples += len(batches[place].row)
+    target = torch.cat([b.target for b in kept])
+    known = ~unlabelled(target)
+    whole = torch.cat([model(b) for b in kept])
+    variables = len(model.spec.variables)
+
+    def attributed(batch: Triplets) -> Tensor:
+        return model.attribute(batch)[0] / _count(batch, variables).clamp(min=1)
+
+    def random(batch: Triplets) -> Tensor:
+        return torch.rand(len(batch.row), variables, generator=generator)
+
+    def left(order: Callable[[Triplets], Tensor], share: float) -> tuple[float | None, float]:
+        logit = torch.cat([model(_without(b, order(b), share)) for b in kept])
+        both = 0 < target[known].sum() < known.sum()
+        auroc = float(binary_auroc(logit[known], target[known].long())) if both else None
+        return auroc, float((logit - whole).abs().mean())
+
+    plan: list[tuple[str, Callable[[Triplets], Tensor], float]] = [("attribution", attributed, share) for share in (0.0, *SHARES)]
+    plan += [("random", random, share) for share in (0.0, *SHARES) for _ in range(REPEATS)]
+    rows: list[dict[str, Any]] = []
+    for name, order, share in track(plan, "deleting", **BAR):
+        auroc, change = left(order, share)
+        rows.append({"order": name, "share": share, "auroc": auroc, "change": change})
+    return pl.DataFrame(rows, schema={"order": pl.String, "share": pl.Float64, "auroc": pl.Float64, "change": pl.Float64})
+
+
+def _without(batch: Triplets, importance: Tensor, share: float) -> Triplets:
+    """The batch less a share of each sample's observations: those of the variable of greatest ``importance`` (B, V) first."""
+    padded = torch.cat([importance.new_full((len(importance), 1), -torch.inf), importance], 1)
+    place = padded.gather(1, batch.variable).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return chosen(batch, place >= (share * batch.length[:, None]).round())
+
+
+def _draw_cohort(variables: pl.DataFrame, deletion: pl.DataFrame, title: str, path: Path) -> None:
+    """Bars of the fusion weight of variables beside how often they are charted, and the deletion test."""
+    top = variables.head(SHOWN).reverse()
+    with report.figure(path, (13, 5.2)) as figure:
+        bars, curve = figure.subplots(1, 2, width_ratios=(1.3, 1))
+        place = np.arange(len(top))
+        bars.barh(place + 0.2, top["weight"], 0.38, label="share of fusion weight")
+        bars.barh(place - 0.2, top["observations"] / variables["observations"].sum(), 0.38, color="0.75", label="share of observations")
+        bars.set_yticks(place, top["variable"])
+        bars.set(title=title, xlabel="mean over samples")
+        bars.legend(loc="lower right", fontsize=9)
+        measure = "auroc" if deletion["auroc"].null_count() == 0 else "change"
+        for colour, (order, label) in enumerate((("attribution", "greatest weight first"), ("random", "random order"))):
+            mine = deletion.filter(pl.col("order") == order).group_by("share", maintain_order=True)
+            spread = mine.agg(pl.col(measure).mean().alias("mean"), pl.col(measure).min().alias("low"), pl.col(measure).max().alias("high"))
+            curve.plot(spread["share"] * 100, spread["mean"], marker="o", markersize=4, color=f"C{colour}", label=label)
+            curve.fill_between(spread["share"] * 100, spread["low"], spread["high"], color=f"C{colour}", alpha=0.2)
+        name = "AUROC" if measure == "auroc" else "mean change of log odds"
+        curve.set(title="Deletion test", xlabel="% of a stay's observations left out", ylabel=name)
+        curve.legend(fontsize=9)
+
+
+def _draw_stay(one: Triplets, result: pl.DataFrame, model: HyMaTE, stay: str, hours: int, path: Path) -> None:
+    """A stay's observations of the variables that its prediction rests on most, and their parts of the log odds."""
+    top = result.sort("weight", descending=True).head(SHOWN).reverse()
+    when, which = (one.time[0].numpy() + 1) * hours / 2, one.variable[0].numpy()
+    target = float(one.target[0])
+    outcome = "outcome unknown" if np.isnan(target) else f"outcome {'yes' if target else 'no'}"
+    with report.figure(path, (13, 5.2)) as figure:
+        events, weights, parts = figure.subplots(1, 3, width_ratios=(2.2, 1, 1), sharey=True)
+        place = np.arange(len(top))
+        for k, variable in enumerate(top["variable"]):
+            mine = which == model.spec.variables.index(variable) + 1
+            seen = events.scatter(
+                when[mine],
+                np.full(mine.sum(), k),
+                c=one.value[0].numpy()[mine],
+                cmap="coolwarm",
+                vmin=-3,
+                vmax=3,
+                s=22,
+                edgecolors="0.4",
+                linewidths=0.3,
+            )
+        figure.colorbar(seen, ax=events, label="standard deviations from the mean", pad=0.01)
+        events.set_yticks(place, top["variable"])
+        events.set(title=f"stay {stay}: predicted {result['probability'][0]:.2f}, {outcome}", xlabel="hour of the window", xlim=(0, hours))
+        weights.barh(place, top["weight"])
+        weights.set(title="fusion weight")
+        parts.barh(place, top["part"], color=np.where(top["part"].to_numpy() > 0, "C3", "C0"))
+        parts.axvline(0, color="0.4", linewidth=0.8)
+        parts.set(title="part of the log odds")
