@@ -142,7 +142,7 @@ class HyMaTE(ICUModule):
         last = tokens[place.new_zeros(slots).scatter_reduce(0, slot, place, "amax")]
         pooled = torch.cat([mean, most, last, number.log1p()[:, None]], -1).view(count, variables + 1, -1)[:, 1:]
         present = (number > 0).view(count, -1)[:, 1:]
-        return self.of_variable(pooled.masked_fill(~present[..., None], 0)) * present[..., None], present
+        return self.of_variable(pooled.masked_fill(~present[..., None], 0)).to(x.dtype) * present[..., None], present
 
     def _attend(self, x: Tensor, real: Tensor) -> Tensor:
         """Multi-head attention (B, M, D) among the M items, or among the channels; padded items are not attended to."""

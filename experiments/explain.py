@@ -139,7 +139,7 @@ def _deletion(model: HyMaTE, batches: list[Triplets]) -> pl.DataFrame:
         return auroc, float((logit - whole).abs().mean())
 
     plan: list[tuple[str, Callable[[Triplets], Tensor], float]] = [("attribution", attributed, share) for share in (0.0, *SHARES)]
-    plan += [("random", random, share) for share in (0.0, *SHARES) for _ in range(REPEATS)]
+    plan += [("random", random, share) for share in (0.0, *SHARES) for _ in range(REPEATS if share else 1)]
     rows: list[dict[str, Any]] = []
     for name, order, share in track(plan, "deleting", **BAR):
         auroc, change = left(order, share)

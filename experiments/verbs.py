@@ -60,12 +60,12 @@ def train(
     """
     folder = Path(runs) / (name or f"{data.name}-{type(model).__name__}-{seed}".lower())
     with run.opened(folder, config, resume, "--name"):
+        if not model.supervised and (monitor != "val_loss" or finetune is not None):
+            raise ValueError(f"{type(model).__name__} predicts no outcome: set --monitor val_loss, leave out --finetune")
         if finetune is not None:
             finetune.raw_files()  # say at once, not after training, that the second system is not there
         torch.manual_seed(seed)
         data.view, data.labelled = model.view, model.supervised
-        if not model.supervised and (monitor != "val_loss" or finetune is not None):
-            raise ValueError(f"{type(model).__name__} predicts no outcome: set --monitor val_loss, leave out --finetune")
         data.prepare_data()
         if init_from is not None:
             _adopt_variables(data, Path(init_from))

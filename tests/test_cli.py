@@ -74,7 +74,11 @@ def test_every_option_of_a_verb_is_explained(verb: str, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    "line", ["train --model.help Fusion", *(f"prepare --data.help {c}" for c in ("EICU", "PhysioNet2019", "SyntheticMIMICIV"))]
+    "line",
+    [
+        *(f"train --model.help {m}" for m in ("Fusion", "HyMaTE")),
+        *(f"prepare --data.help {c}" for c in ("EICU", "PhysioNet2019", "SyntheticMIMICIV")),
+    ],
 )
 def test_every_argument_of_a_class_is_explained(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = printed(line, capsys)

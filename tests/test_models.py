@@ -13,12 +13,16 @@ from torch.utils.data import DataLoader
 from datamodules.batch import Batch, Grid, Spec, Triplets
 from ehrmodels.base import ICUModule, load, read_checkpoint
 from ehrmodels.fusion import Fusion
+from ehrmodels.hymate import HyMaTE
 from experiments.files import save
 
 MODELS: dict[str, tuple[type[ICUModule], dict[str, Any]]] = {
     "fusion gated": (Fusion, {"fusion": "gated"}),
     "fusion concat": (Fusion, {"fusion": "concat"}),
     "fusion cross_attention": (Fusion, {"fusion": "cross_attention"}),
+    "hymate token": (HyMaTE, {"attention": "token"}),
+    "hymate variable": (HyMaTE, {"attention": "variable"}),
+    "hymate channel": (HyMaTE, {"attention": "channel"}),
 }
 # Lightning's advice on loaders, and torch's on Lightning's own use of it
 quiet = pytest.mark.filterwarnings(
