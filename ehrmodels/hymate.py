@@ -33,12 +33,12 @@ class HyMaTE(ICUModule):
 
     Args:
         width: D, width of the embedding.
-        layers: Mamba blocks.
+        layers: Number of Mamba blocks.
         state: State of each channel in a Mamba block.
         attention: What attends to what after the Mamba blocks: "token" every observation to every other (in windows of 2,048 where
             a stay has more), "variable" every variable to every other after its observations are pooled, "channel" every channel of
             the embedding to every other. The last two cost the same per observation however long the stay is.
-        heads: Attention heads.
+        heads: Attention heads, each of width D / heads.
         dropout: Dropout of the embedding, the attention and the pooled vector.
         thinning: Share of a stay's observations that training leaves out, other ones each time.
         learning_rate: Peak learning rate of AdamW.
