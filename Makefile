@@ -8,7 +8,7 @@ export EHR_CACHE ?= $(CURDIR)/.cache
 	.venv/bin/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo test lint format bench clean help
+.PHONY: install demo test lint format bench gpu-check clean help
 
 install: .venv/.installed ## set up .venv with pinned packages (the other targets do it themselves)
 
@@ -30,10 +30,13 @@ format: .venv/.installed ## let ruff sort imports and lay out the code
 bench: .venv/.installed ## time and memory of `ehr prepare` on 20 million rows beside a bare polars scan, in one run
 	.venv/bin/python -m experiments.bench
 
+gpu-check: .venv/.installed ## on a CUDA machine: build Mamba's kernels, compare them with the PyTorch scan, time both, train
+	.venv/bin/python -m experiments.gpu_check
+
 clean: ## remove the environment, caches and the demo's run and data
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache runs/demo data/synthetic-mimiciv data/synthetic-eicu
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .DEFAULT_GOAL := help

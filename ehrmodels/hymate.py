@@ -83,6 +83,8 @@ class HyMaTE(ICUModule):
             self.of_variable = nn.Linear(3 * d + 1, d)
         self.attention_norm = nn.RMSNorm(d)
         self.query_key_value, self.attended = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.context = nn.Linear(len(spec.statics), d)
+        self.feedforward = nn.Sequential(nn.RMSNorm(d), nn.Linear(d, 2 * d), nn.GELU(), nn.Dropout(self.dropout), nn.Linear(2 * d, d))
         if self.attention == "channel":
             self.temperature = nn.Parameter(torch.ones(self.heads, 1, 1))
         self.pool = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 1, bias=False))
@@ -126,7 +128,9 @@ class HyMaTE(ICUModule):
         x = self.norms[-1](x)
         if self.attention == "variable":
             x, real = self._by_variable(x, batch.variable, real)  # (B, V, D), (B, V)
+        x = x + self.context(batch.static).unsqueeze(1)  # ours: what an observation means depends on age and the like
         x = x + self.drop(self.attended(self._attend(self.attention_norm(x), real)))
+        x = x + self.drop(self.feedforward(x))  # ours
         score = self.pool(x).squeeze(-1).float().masked_fill(~real, torch.finfo(torch.float32).min)
         return x, torch.softmax(score, 1) * real  # a stay without observations has no weight anywhere
 

@@ -45,8 +45,9 @@ def selective_scan(
 ) -> Any:
     """Mamba-1's selective scan with the signature and meaning of mamba-ssm's ``selective_scan_fn`` [2].
 
-    Runs mamba-ssm's CUDA kernel on CUDA tensors where it is installed, else PyTorch. ``EHR_SCAN=cuda`` makes a missing kernel an
-    error, ``EHR_SCAN=torch`` never uses it.
+    Runs mamba-ssm's CUDA kernel on CUDA tensors where it is installed, else PyTorch, which also does what the kernel cannot: float64,
+    more than 256 states, gradients through the last state. ``EHR_SCAN=cuda`` makes a missing kernel an error, ``EHR_SCAN=torch`` never
+    uses it.
 
     Args:
         u: (B, D, L) input.
@@ -68,9 +69,12 @@ def selective_scan(
         RuntimeError: ``EHR_SCAN=cuda`` and there is no kernel.
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
-    kernel = _kernel("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface", u)
+    follows_state = return_last_state and torch.is_grad_enabled()  # whose gradient the kernel would take for 0
+    suits = u.dtype != torch.float64 and A.shape[1] <= 256 and not follows_state
+    kernel = _kernel("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface", u) if suits else None
     if kernel is not None:
-        return kernel.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+        delta, B, C, z = (None if t is None else t.to(u.dtype) for t in (delta, B, C, z))  # it takes one type only
+        return kernel.selective_scan_fn(u, delta, A.float(), B, C, D, z, delta_bias, delta_softplus, return_last_state)
     wide = torch.promote_types(u.dtype, torch.float32)
     x, step = (t.permute(2, 0, 1).to(wide) for t in (u, delta))  # (L, B, D)
     if delta_bias is not None:
@@ -117,9 +121,9 @@ def selective_scan_reference(
     if delta_softplus:
         step = F.softplus(step)
     b, c = (_of_channels(t.to(wide), u) for t in (B, C))  # (B, D, N, L)
-    state, outputs = torch.zeros_like(x[..., 0, None] * A), []
+    moved, state, outputs = step * x, torch.zeros_like(x[..., 0, None] * A), []
     for t in range(u.shape[2]):
-        state = torch.exp(step[:, :, t, None] * A) * state + (step * x)[:, :, t, None] * b[..., t]
+        state = torch.exp(step[:, :, t, None] * A) * state + moved[:, :, t, None] * b[..., t]
         outputs.append((state * c[..., t]).sum(-1))
     y = torch.stack(outputs, 2)
     if D is not None:
@@ -154,8 +158,10 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
         raise ValueError(
             f"expected x (B, D, L), weight (D, K), bias (D,), found {tuple(x.shape)}, {tuple(weight.shape)}, {None if bias is None else tuple(bias.shape)}"
         )
-    kernel = _kernel("causal_conv1d_cuda", "causal_conv1d", x) if weight.shape[1] in (2, 3, 4) else None  # widths that it knows
+    suits = weight.shape[1] in (2, 3, 4) and x.dtype != torch.float64  # what the kernel knows
+    kernel = _kernel("causal_conv1d_cuda", "causal_conv1d", x) if suits else None
     if kernel is not None:
+        x = x if x.shape[1] % 8 == 0 else x.contiguous()  # it reads (B, L, D) in memory only for such D
         return kernel.causal_conv1d_fn(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation=activation)
     if torch.compiler.is_exporting():
         y = F.conv1d(
@@ -188,7 +194,7 @@ def _kernel(extension: str, interface: str, x: Tensor) -> ModuleType | None:
 
 @cache
 def _found(extension: str, interface: str) -> tuple[ModuleType | None, str]:
-    """The interface, or why not: since 2.3 mamba_ssm itself imports without its Mamba-1 kernel, so the kernel is asked for first."""
+    """The interface, or why not: mamba_ssm may import where its Mamba-1 kernel was not built, so the kernel is asked for first."""
     try:
         importlib.import_module(extension)
         return importlib.import_module(interface), ""

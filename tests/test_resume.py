@@ -194,6 +194,21 @@ def test_killed_twice(killed: Run, whole: Path, mimic: Path, eicu: Path, tmp_pat
     same(whole, tmp_path / "runs")
 
 
+def test_killed_training_on_triplets(killed: Run, trained: Path, mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches gathered by length and observations left out at random are the same after a restart."""
+    model = "--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --model.thinning 0.3"
+    line = f"train {model} --data SyntheticMIMICIV --data.root {mimic} --trainer.max_epochs 4 --name run --data.batch_size 32"
+    folders = [tmp_path / name for name in ("whole", "broken")]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.chdir(folders[0])
+    main(line.split())
+    assert killed(folders[1], line, lambda: rows(folders[1] / "runs" / "run" / "metrics.csv") >= 2) == -signal.SIGKILL
+    monkeypatch.chdir(folders[1])
+    main([*line.split(), "--resume"])
+    same(folders[0] / "runs", folders[1] / "runs")
+
+
 def test_resume_of_nothing_starts_anew(whole: Path, mimic: Path, eicu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     main([*(LINE + TRANSFER).format(mimic, eicu).split(), "--resume"])
