@@ -121,10 +121,10 @@ def selective_scan_reference(
     if delta_softplus:
         step = F.softplus(step)
     b, c = (_of_channels(t.to(wide), u) for t in (B, C))  # (B, D, N, L)
-    moved, state, outputs = step * x, torch.zeros_like(x[..., 0, None] * A), []
-    for t in range(u.shape[2]):
-        state = torch.exp(step[:, :, t, None] * A) * state + moved[:, :, t, None] * b[..., t]
-        outputs.append((state * c[..., t]).sum(-1))
+    state, outputs = torch.zeros_like(x[..., 0, None] * A), []
+    for now, moved, b_t, c_t in zip(step.unbind(2), (step * x).unbind(2), b.unbind(3), c.unbind(3), strict=True):
+        state = torch.exp(now.unsqueeze(2) * A) * state + moved.unsqueeze(2) * b_t
+        outputs.append((state * c_t).sum(-1))
     y = torch.stack(outputs, 2)
     if D is not None:
         y = y + x * D.to(wide)[:, None]

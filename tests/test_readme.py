@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import VERBS, make_parser
+from experiments.cli import VERBS, _ordered, make_parser
 from experiments.results.tables import README, fill
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +31,6 @@ def test_every_command_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(ROOT)
     verb, *arguments = shlex.split(line, comments=True)[1:]
     assert verb in VERBS
-    if "--data.root" in arguments and "--data" not in arguments and "-c" not in arguments:
+    if any(a.startswith("--data.") for a in arguments) and "--data" not in arguments and "-c" not in arguments:
         arguments = ["--data", "MIMICIV", *arguments]  # what the command itself takes from the checkpoint
-    make_parser(verb).parse_args(arguments)
+    make_parser(verb).parse_args(_ordered(arguments))
