@@ -27,14 +27,23 @@ format: .venv/.installed ## let ruff sort imports and lay out the code
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: .venv/.installed ## time and memory of `ehr prepare` on 20 million rows beside a bare polars scan, in one run
+.venv-bench/.installed: pyproject.toml constraints.txt # what the scan is compared with; mamba-ssm without its CUDA kernels, for its reference
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install -q -c constraints.txt -e '.[bench]'
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE .venv-bench/bin/pip install -q --no-deps --no-build-isolation -c constraints.txt mamba-ssm \
+		|| echo 'mamba-ssm does not install: the comparison with it is left out'
+	touch $@
+
+bench: .venv/.installed .venv-bench/.installed ## time and memory of `ehr prepare`, of the scan and of training, beside others (ROOT=folder of PhysioNet 2012)
 	.venv/bin/python -m experiments.bench
+	.venv-bench/bin/python -m experiments.bench_scan
+	.venv/bin/python -m experiments.bench_models $(if $(ROOT),--root $(ROOT))
 
 gpu-check: .venv/.installed ## on a CUDA machine: build Mamba's kernels, compare them with the PyTorch scan, time both, train
 	.venv/bin/python -m experiments.gpu_check
 
 clean: ## remove the environment, caches and the demo's run and data
-	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache runs/demo data/synthetic-mimiciv data/synthetic-eicu
+	rm -rf .venv .venv-bench .cache .mypy_cache .ruff_cache .pytest_cache runs/demo data/synthetic-mimiciv data/synthetic-eicu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -1,0 +1,212 @@
+"""`make bench`: training throughput of the models on batches of PhysioNet 2012, beside a Transformer encoder and an LSTM.
+
+``--root`` names the folder with the published files. Without it stays are simulated that are as long as those of 2012, which is all
+that the time depends on. Results go to ``experiments/results/throughput.csv``.
+
+Shape letters: B samples, N observations, D width.
+"""
+
+import argparse
+import math
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from datamodules.batch import Batch, Spec, Triplets
+from datamodules.concepts import BY_NAME, CONCEPT
+from datamodules.hospitals import PhysioNet2012
+from datamodules.module import ICUDataModule
+from datamodules.physionet import HOURS_2012, VARIABLES_2012
+from ehrmodels.base import ICUModule
+from ehrmodels.fusion import Fusion
+from ehrmodels.hymate import HyMaTE
+from experiments.bench_scan import console, record, seconds, training_step
+
+WIDTH, LAYERS, STATE, HEADS = 64, 3, 16, 4
+BATCH, BATCHES = 32, 25  # stays in a batch; batches of an epoch that are timed
+# Quantiles of the observations of a stay in sets b and c (7,991 stays, mean 468): what simulated stays are drawn from.
+QUANTILES = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
+LENGTHS = (3, 57, 273, 384, 460, 545, 700, 832, 1208)
+
+
+class Simulated(PhysioNet2012):
+    """Stays as long as those of PhysioNet 2012, with random observations."""
+
+    name = "SimulatedLengths2012"
+
+    def __init__(self, stays: int = 6000, **kwargs: object):
+        super().__init__(str(Path(__file__).parent), **kwargs)  # type: ignore[arg-type]
+        self.count = stays
+
+    def raw_files(self) -> list[Path]:
+        return [Path(__file__)]
+
+    def extraction(self) -> dict[str, int]:
+        return {"stays": self.count}
+
+    def stays(self) -> pl.DataFrame:
+        rng = np.random.default_rng(0)
+        length = np.interp(rng.random(self.count), QUANTILES, LENGTHS).round().astype(int)
+        owner, names = np.repeat(np.arange(self.count), length), sorted(set(VARIABLES_2012.values()))
+        low, high = (np.array([getattr(BY_NAME[n], side) for n in names]) for side in ("low", "high"))
+        which = rng.integers(len(names), size=len(owner))
+        self._events_table = pl.DataFrame(
+            {
+                "stay_id": owner,
+                "minute": rng.integers(HOURS_2012 * 60, size=len(owner)).astype(np.int32),
+                "concept": pl.Series(names, dtype=CONCEPT).gather(which),
+                "value": rng.uniform(low[which], high[which]),
+            }
+        ).with_columns(unit=pl.lit(None, pl.String))
+        stays = pl.DataFrame({"stay_id": np.arange(self.count), "hospital_death": rng.random(self.count) < 0.14})
+        return stays.with_columns(
+            patient_id=pl.col("stay_id").cast(pl.String), hospital_id=pl.lit("b"), stay_number=1, age=60.0, icu_minutes=HOURS_2012 * 60
+        )
+
+
+class Baseline(nn.Module):
+    """The triplet embedding of HyMaTE, a layer of its own, the mean over the observations, a linear head. No dropout: with it the
+    Transformer would take torch's slower attention.
+    """
+
+    def __init__(self, spec: Spec):
+        super().__init__()
+        self.variable = nn.Embedding(len(spec.variables) + 1, WIDTH, padding_idx=0)
+        self.value, self.time = (
+            nn.Sequential(nn.Linear(1, math.isqrt(WIDTH)), nn.Tanh(), nn.Linear(math.isqrt(WIDTH), WIDTH)) for _ in range(2)
+        )
+        self.static, self.head = nn.Linear(len(spec.statics), WIDTH), nn.Linear(2 * WIDTH, 1)
+
+    def mix(self, x: Tensor, padded: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D); ``padded`` (B, N) is True where there is no observation."""
+        raise NotImplementedError
+
+    def forward(self, batch: Triplets) -> Tensor:
+        padded = torch.arange(batch.time.shape[1]) >= batch.length.clamp(min=1)[:, None]
+        x = self.variable(batch.variable) + self.value(batch.value[..., None]) + self.time(batch.time[..., None])
+        x = self.mix(x, padded).masked_fill(padded[..., None], 0).sum(1) / (~padded).sum(1, keepdim=True)
+        return self.head(torch.cat([x, self.static(batch.static)], -1)).squeeze(-1)
+
+
+class Transformer(Baseline):
+    def __init__(self, spec: Spec):
+        super().__init__(spec)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+
+    def mix(self, x: Tensor, padded: Tensor) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=padded)
+
+
+class LSTM(Baseline):
+    """Not packed: padding is on the right and little, and packing costs more on a CPU than it saves."""
+
+    def __init__(self, spec: Spec):
+        super().__init__(spec)
+        self.lstm = nn.LSTM(WIDTH, WIDTH, LAYERS, batch_first=True)
+
+    def mix(self, x: Tensor, padded: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench_models", description="training throughput")
+    parser.add_argument("--root", help="folder with the files of PhysioNet 2012; default: simulated stays of the same lengths")
+    root = parser.parse_args().root
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    data: PhysioNet2012 = PhysioNet2012(root, batch_size=BATCH) if root else Simulated(batch_size=BATCH)
+    what = "PhysioNet 2012" if root else "simulated stays as long as those of PhysioNet 2012"
+    if not root:
+        console.print("no --root: lengths of stays are simulated")
+    record("throughput", throughput(data), f"Training, {what}: forward, backward, optimiser step; {BATCH} stays a batch")
+
+
+def throughput(data: ICUDataModule, count: int = BATCHES) -> list[dict[str, str]]:
+    """One row a model, timed in turns on the same stays: ``count`` batches that lie evenly between the longest and the shortest."""
+    data.view = "triplets"
+    data.prepare_data()
+    data.setup()
+    assert data.spec is not None
+    epoch, load = loaded(data)
+    length = torch.cat([batch.length for batch in epoch]).numpy()
+    unsorted = np.random.default_rng(0).permutation(length)
+    bucketed = padding([batch.length.numpy() for batch in epoch])
+    mixed = padding(np.split(unsorted, np.arange(data.batch_size, len(unsorted), data.batch_size)))
+    epoch.sort(key=lambda batch: batch.time.shape[1])
+    sample = [epoch[i] for i in np.linspace(0, len(epoch) - 1, min(count, len(epoch))).round().astype(int)]
+    data.view = "grid"
+    loading = {"triplets": load, "grid": loaded(data)[1]}  # seconds a stay
+    grids = [data.batch(batch.row.numpy()) for batch in sample]
+    models = named(data.spec)
+    taken = timed(models, {"triplets": list(sample), "grid": grids})
+    stays = sum(len(batch.target) for batch in sample)
+    speed = {name: stays / s for name, s in taken.items()}
+    rows = []
+    for name, model in models.items():
+        view = getattr(model, "view", "triplets")
+        row = {"model": name, "parameters": f"{sum(p.numel() for p in model.parameters()):,}", "stays a second": f"{speed[name]:.1f}"}
+        row |= {
+            "/ Transformer": f"{speed[name] / speed['Transformer encoder']:.2f}",
+            "minutes an epoch": f"{len(length) / speed[name] / 60:.1f}",
+        }
+        row |= {"loader % of the time": f"{100 * loading[view] / (loading[view] + 1 / speed[name]):.2f}"}
+        of_tokens = view == "triplets"
+        row |= {"padding %": f"{100 * bucketed:.1f}" if of_tokens else "", "padding % unsorted": f"{100 * mixed:.1f}" if of_tokens else ""}
+        rows.append(row)
+    console.print(f"{len(length):,} training stays of {length.mean():.0f} observations in the mean, {length.max()} at most")
+    return rows
+
+
+def named(spec: Spec) -> dict[str, nn.Module]:
+    """The models by name, built and in training mode."""
+    models: dict[str, nn.Module] = {
+        f"HyMaTE, attention between {plural}": HyMaTE(width=WIDTH, layers=LAYERS, state=STATE, attention=kind, heads=HEADS)  # type: ignore[arg-type]
+        for kind, plural in (("variable", "variables"), ("channel", "channels"), ("token", "observations"))
+    }
+    models |= {"Transformer encoder": Transformer(spec), "LSTM": LSTM(spec), "Fusion (hourly grid)": Fusion(width=WIDTH)}
+    for model in models.values():
+        if isinstance(model, ICUModule):
+            model.start(spec, 1.0)
+        model.train()
+    return models
+
+
+def loaded(data: ICUDataModule) -> tuple[list, float]:
+    """The batches of one epoch from the training loader, and the seconds that it takes for one stay."""
+    loader = data.train_dataloader()
+    next(iter(loader))  # opens files
+    start = time.perf_counter()
+    batches = list(loader)
+    return batches, (time.perf_counter() - start) / sum(len(batch.target) for batch in batches)
+
+
+def padding(batches: list[np.ndarray]) -> float:
+    """Share of padding among the tokens of batches of so many observations each."""
+    tokens = sum(len(batch) * max(int(batch.max()), 1) for batch in batches)
+    return 1 - sum(int(batch.sum()) for batch in batches) / tokens
+
+
+def timed(models: dict[str, nn.Module], batches: dict[str, list[Batch]]) -> dict[str, float]:
+    """Seconds that each model trains on all batches of its view, the models in turns, after two steps that do not count."""
+    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-4) for name, model in models.items()}
+    taken = dict.fromkeys(models, 0.0)
+    number = len(batches["triplets"])
+    with console.status("training") as status:
+        for turn in range(-2, number):
+            for name, model in models.items():
+                status.update(f"batch {max(turn + 1, 0)} of {number}: {name}")
+                batch = batches[getattr(model, "view", "triplets")][turn]
+                spent = seconds(partial(training_step, model, optimizers[name], batch))
+                taken[name] += spent if turn >= 0 else 0
+    return taken
+
+
+if __name__ == "__main__":
+    main()
