@@ -17,6 +17,7 @@ import importlib
 import logging
 import math
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -69,9 +70,12 @@ def selective_scan(
         RuntimeError: ``EHR_SCAN=cuda`` and there is no kernel.
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
-    follows_state = return_last_state and torch.is_grad_enabled()  # whose gradient the kernel would take for 0
-    suits = u.dtype != torch.float64 and A.shape[1] <= 256 and not follows_state
-    kernel = _kernel("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface", u) if suits else None
+    beyond = {
+        "float64": u.dtype == torch.float64,
+        "more than 256 states": A.shape[1] > 256,
+        "a gradient through the last state": return_last_state and torch.is_grad_enabled(),  # the kernel would take it for 0
+    }
+    kernel = _kernel("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface", u, [what for what, asked in beyond.items() if asked])
     if kernel is not None:
         delta, B, C, z = (None if t is None else t.to(u.dtype) for t in (delta, B, C, z))  # it takes one type only
         return kernel.selective_scan_fn(u, delta, A.float(), B, C, D, z, delta_bias, delta_softplus, return_last_state)
@@ -82,8 +86,8 @@ def selective_scan(
     if delta_softplus:
         step = F.softplus(step)
     b, c = _grouped(B, u, wide), _grouped(C, u, wide)  # (L, B, G, N)
-    groups = max(b.shape[2], c.shape[2])
-    b, c = (t.expand(-1, -1, groups, -1).contiguous() for t in (b, c))
+    groups = math.lcm(b.shape[2], c.shape[2])
+    b, c = (t.contiguous() if t.shape[2] == groups else t.repeat_interleave(groups // t.shape[2], 2) for t in (b, c))
     a = A.to(wide).unflatten(0, (groups, -1)).transpose(1, 2).contiguous()  # (G, N, D / G)
     x5, step5 = (t.unflatten(2, (groups, -1)).contiguous() for t in (x, step))  # (L, B, G, D / G)
     if torch.compiler.is_exporting():
@@ -158,33 +162,40 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
         raise ValueError(
             f"expected x (B, D, L), weight (D, K), bias (D,), found {tuple(x.shape)}, {tuple(weight.shape)}, {None if bias is None else tuple(bias.shape)}"
         )
-    suits = weight.shape[1] in (2, 3, 4) and x.dtype != torch.float64  # what the kernel knows
-    kernel = _kernel("causal_conv1d_cuda", "causal_conv1d", x) if suits else None
+    beyond = {"float64": x.dtype == torch.float64, "a width other than 2, 3 or 4": weight.shape[1] not in (2, 3, 4)}
+    kernel = _kernel("causal_conv1d_cuda", "causal_conv1d", x, [what for what, asked in beyond.items() if asked])
     if kernel is not None:
         x = x if x.shape[1] % 8 == 0 else x.contiguous()  # it reads (B, L, D) in memory only for such D
         return kernel.causal_conv1d_fn(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation=activation)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight, given = weight.to(wide), torch.zeros(len(weight), dtype=wide, device=x.device) if bias is None else bias.to(wide)
     if torch.compiler.is_exporting():
-        y = F.conv1d(
-            F.pad(x, (weight.shape[1] - 1, 0)), weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), groups=len(weight)
-        )
+        y = F.conv1d(F.pad(x.to(wide), (weight.shape[1] - 1, 0)), weight[:, None], given, groups=len(weight))
     else:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        given = torch.zeros(len(weight), dtype=wide, device=x.device) if bias is None else bias.to(wide)
-        y = _convolve(x.permute(2, 0, 1).to(wide).contiguous(), weight.to(wide), given).to(x.dtype).permute(1, 2, 0)
-    return F.silu(y) if activation else y
+        y = _convolve(x.permute(2, 0, 1).to(wide).contiguous(), weight, given).permute(1, 2, 0)
+    return (F.silu(y) if activation else y).to(x.dtype)
 
 
 # ---- choice of the kernel ---------------------------------------------------------------------------------------------------
 
 
-def _kernel(extension: str, interface: str, x: Tensor) -> ModuleType | None:
-    """The module ``interface`` for tensors on CUDA where its compiled ``extension`` imports; None: use PyTorch."""
+def _kernel(extension: str, interface: str, x: Tensor, beyond: Sequence[str] = ()) -> ModuleType | None:
+    """The module ``interface`` for tensors on CUDA where its compiled ``extension`` imports; None: use PyTorch.
+
+    ``beyond`` names what is asked for that the kernel cannot do.
+    """
     wanted = os.environ.get("EHR_SCAN", "")
     if wanted not in ("", "cuda", "torch"):
         raise ValueError(f"EHR_SCAN={wanted} is not known; expected cuda or torch, or leave it unset")
     if wanted == "torch" or (not x.is_cuda and wanted != "cuda") or torch.compiler.is_exporting():
         return None
-    module, reason = _found(extension, interface) if x.is_cuda else (None, f"the tensors are on {x.device.type}")
+    module: ModuleType | None = None
+    if not x.is_cuda:
+        reason = f"the tensors are on {x.device.type}"
+    elif beyond:
+        reason = f"it cannot do {', '.join(beyond)}"
+    else:
+        module, reason = _found(extension, interface)
     if module is None and wanted == "cuda":
         raise RuntimeError(
             f"EHR_SCAN=cuda, but {extension} cannot be used: {reason}; `make gpu-check` builds it, EHR_SCAN=torch does without"
