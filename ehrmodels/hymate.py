@@ -135,7 +135,7 @@ class HyMaTE(ICUModule):
         return x, torch.softmax(score, 1) * real  # a stay without observations has no weight anywhere
 
     def _by_variable(self, x: Tensor, variable: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and last observation of each variable, joined (ours): (B, V, D), and which variables occur (B, V)."""
+        """Mean, maximum, last and number of each variable's observations, joined (ours): (B, V, D), and which variables occur (B, V)."""
         count, width, variables = len(x), x.shape[-1], len(self.spec.variables)
         slot = torch.arange(count, device=x.device)[:, None] * (variables + 1) + variable * real  # padding goes to slot 0 of its sample
         slot, tokens, slots = slot.flatten(), x.flatten(0, 1), count * (variables + 1)

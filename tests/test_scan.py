@@ -140,8 +140,8 @@ def test_one_step_wider_than_a_chunk_equals_the_loop(monkeypatch: pytest.MonkeyP
 
 
 def test_the_default_chunk_equals_the_loop() -> None:
-    given = inputs(4, 64, 150, 16)
-    assert 2 * ehrmodels.scan._chunk(4 * 64 * 16) < 150  # three chunks, the last of them not full
+    given = inputs(4, 64, 300, 16)
+    assert 2 * ehrmodels.scan._chunk(4 * 64 * 16) < 300  # three chunks, the last of them not full
     same(given, delta_softplus=True, return_last_state=True)
 
 
@@ -542,6 +542,49 @@ def test_the_kernel_of_the_convolution_serves_the_widths_that_it_knows(monkeypat
     for width in range(1, 7):
         causal_conv1d(torch.zeros(2, 3, 5), torch.zeros(3, width), activation="silu")
     assert asked == [(width, None, "silu") for width in (2, 3, 4)]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Arguments of every call of a kernel that seems to be there."""
+    calls: list[tuple[Any, ...]] = []
+
+    def keep(*each: Any, activation: str | None = None) -> Any:
+        calls.append(each)
+        return each[0]
+
+    fake = SimpleNamespace(selective_scan_fn=keep, causal_conv1d_fn=keep)
+    monkeypatch.setattr(ehrmodels.scan, "_kernel", lambda extension, interface, x, beyond: None if beyond else fake)
+    return calls
+
+
+def test_the_kernels_get_one_type(calls: list[tuple[Any, ...]]) -> None:
+    given = {name: t.float() for name, t in inputs(2, 4, 5, 2).items()}
+    selective_scan(**{**given, "u": given["u"].bfloat16(), "A": given["A"].double()})
+    u, delta, A, B, C, _, z, *_ = calls[0]
+    assert {t.dtype for t in (u, delta, B, C, z)} == {torch.bfloat16}
+    assert A.dtype == torch.float32
+    causal_conv1d(torch.zeros(2, 8, 5, dtype=torch.bfloat16), torch.zeros(8, 4), torch.zeros(8))
+    assert {t.dtype for t in calls[1]} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("width", "as_it_is"), [(8, True), (6, False)])
+def test_the_kernel_of_the_convolution_gets_memory_in_an_order_that_it_knows(
+    width: int, as_it_is: bool, calls: list[tuple[Any, ...]]
+) -> None:
+    x = torch.zeros(5, 2, width).permute(1, 2, 0)  # channels last
+    causal_conv1d(x, torch.zeros(width, 4))
+    assert (calls[0][0].stride() == x.stride()) == as_it_is
+    assert calls[0][0].is_contiguous() != as_it_is
+
+
+def test_a_kernel_is_not_used_for_what_it_cannot_do(
+    kernel: tuple[str, str], installed: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ehrmodels.scan._kernel(*kernel, on_cuda, ["float64"]) is None
+    monkeypatch.setenv("EHR_SCAN", "cuda")
+    with pytest.raises(RuntimeError, match="it cannot do float64"):
+        ehrmodels.scan._kernel(*kernel, on_cuda, ["float64"])
 
 
 # ---- the convolution --------------------------------------------------------------------------------------------------------
