@@ -34,7 +34,9 @@ def refused(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
         ehr(line)
     assert stopped.value.code == 2
-    return capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
 
 
 def printed(line: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -13,10 +13,13 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from test_cli import refused
+from test_models import spec
 from torch import Tensor
 
 import ehrmodels.hymate as hymate
 from datamodules.batch import Spec, Triplets
+from datamodules.concepts import NAMES
 from datamodules.hospitals import MIMICIV, PhysioNet2012
 from datamodules.module import Batches
 from ehrmodels.base import load, read_checkpoint
@@ -29,25 +32,10 @@ ATTENTION = ("token", "variable", "channel")
 SMALL = {"width": 16, "layers": 2, "state": 4, "heads": 2}
 
 
-def spec(variables: int = 6, hours: int = 48, statics: int = 3) -> Spec:
-    task = {"name": "mortality_hospital", "hours": hours, "window": hours, "rolling": False}
-    ones, zeros = [1.0] * variables, [0.0] * variables
-    return Spec(
-        [f"v{i}" for i in range(variables)],
-        ["mmHg"] * variables,
-        [f"s{i}" for i in range(statics)],
-        zeros,
-        ones,
-        [0.0] * statics,
-        [1.0] * statics,
-        task,
-    )
-
-
 def make(attention: str = "token", kind: type[HyMaTE] = HyMaTE, facts: Spec | None = None, **arguments: Any) -> HyMaTE:
     torch.manual_seed(0)
     model = kind(**{**SMALL, "attention": attention, **arguments})
-    model.start(facts or spec(), 2.0)
+    model.start(facts or spec(6, 48, 3), 2.0)
     return model.eval()
 
 
@@ -316,14 +304,8 @@ def test_names_of_the_attribution_are_those_of_the_raw_tables(attention: str, mi
         said = {name for name, w in zip(data.spec.variables, weight[i], strict=True) if w > 0}
         stay, end = int(data._stay[row]), int(data._minute[row])
         low, high = data.store.first_after(np.array([stay, stay]), np.array([end - 60 * data.task.window, end]))
-        charted = {hymate_name(code) for code in data.store.concept[low:high].tolist()}
+        charted = {NAMES[code] for code in data.store.concept[low:high].tolist()}
         assert said == charted & set(data.spec.variables)
-
-
-def hymate_name(code: int) -> str:
-    from datamodules.concepts import NAMES
-
-    return NAMES[code]
 
 
 def test_deletion_takes_the_most_important_first() -> None:
@@ -382,15 +364,6 @@ def test_the_future_does_not_reach_the_forecast() -> None:
 
 
 # ---- training from a checkpoint -------------------------------------------------------------------------------------------
-
-
-def refused(line: str, capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(line.split())
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return " ".join(said.split())
 
 
 def command(model: str, mimic: Path, runs: Path, name: str) -> str:
