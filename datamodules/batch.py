@@ -34,6 +34,11 @@ class Triplets(NamedTuple):
     target: Tensor  # (B,)
     row: Tensor  # (B,)
 
+    @property
+    def real(self) -> Tensor:
+        """(B, N) True where there is an event, False where there is padding."""
+        return torch.arange(self.time.shape[1], device=self.time.device) < self.length[:, None]
+
 
 Batch = Grid | Triplets
 

@@ -75,7 +75,7 @@ class HyMaTE(ICUModule):
     def build(self, spec: Spec) -> None:
         d = self.width
         self.variable = nn.Embedding(len(spec.variables) + 1, d, padding_idx=0)
-        self.value, self.time = _scalar(d), _scalar(d)
+        self.value, self.time = scalar_embedding(d), scalar_embedding(d)
         self.drop = nn.Dropout(self.dropout)
         self.blocks = nn.ModuleList(Mamba(d, self.state) for _ in range(self.layers))
         self.norms = nn.ModuleList(nn.RMSNorm(d) for _ in range(self.layers + 1))
@@ -112,15 +112,13 @@ class HyMaTE(ICUModule):
         part = weight * (x @ self.head.weight[0, : self.width])
         if self.attention == "variable":
             return weight, part
-        columns = len(self.spec.variables) + 1
-        sums = [t.new_zeros(len(t), columns).scatter_add(1, batch.variable, t)[:, 1:] for t in (weight, part)]
-        return sums[0], sums[1]
+        return sums(weight, batch, len(self.spec.variables)), sums(part, batch, len(self.spec.variables))
 
     def _items(self, batch: Triplets) -> tuple[Tensor, Tensor]:
         """What fusion pooling sums, (B, M, D), and its weights (B, M): M observations or, with ``attention`` "variable", variables."""
         if self.training and self.thinning:
             batch = chosen(batch, torch.rand_like(batch.time) >= self.thinning)
-        real = torch.arange(batch.time.shape[1], device=batch.time.device) < batch.length[:, None]  # (B, N)
+        real = batch.real
         x = self.variable(batch.variable) + self.value(batch.value[..., None]) + self.time(batch.time[..., None])  # (B, N, D)
         x = self.drop(x)
         for block, norm in zip(self.blocks, self.norms, strict=False):
@@ -216,8 +214,7 @@ def forecast_task(batch: Triplets, place: Tensor, hours: int, variables: int) ->
     cut = earliest + place * max(hours - FORECAST_HOURS - earliest, 0)
     when = (batch.time + 1) * hours / 2  # hours since the start of the window
     order = torch.arange(when.shape[1], device=when.device)
-    real = order < batch.length[:, None]
-    soon = real & (when >= cut[:, None]) & (when < cut[:, None] + FORECAST_HOURS)
+    soon = batch.real & (when >= cut[:, None]) & (when < cut[:, None] + FORECAST_HOURS)
     first = torch.full((len(when), variables + 1), when.shape[1], device=when.device)
     first = first.scatter_reduce(1, batch.variable * soon, torch.where(soon, order, when.shape[1]), "amin")[:, 1:]
     known = first < when.shape[1]
@@ -227,16 +224,20 @@ def forecast_task(batch: Triplets, place: Tensor, hours: int, variables: int) ->
 
 def chosen(batch: Triplets, keep: Tensor) -> Triplets:
     """The batch with those of its observations only where ``keep`` (B, N) is true, in their order, padded anew on the right."""
-    keep = keep & (torch.arange(keep.shape[1], device=keep.device) < batch.length[:, None])
+    keep = keep & batch.real
     length = keep.sum(1)
     order = (~keep).byte().argsort(dim=1, stable=True)[:, : max(int(length.max()), 1)]
-    real = torch.arange(order.shape[1], device=keep.device) < length[:, None]
-    time, variable, value = (t.gather(1, order) * real for t in (batch.time, batch.variable, batch.value))
+    time, variable, value = (t.gather(1, order) * keep.gather(1, order) for t in (batch.time, batch.variable, batch.value))
     return batch._replace(time=time, variable=variable, value=value, length=length)
 
 
-def _scalar(width: int) -> nn.Sequential:
-    """Embedding of one number [2]."""
+def sums(values: Tensor, batch: Triplets, variables: int) -> Tensor:
+    """``values`` (B, N) of observations summed per variable, (B, V)."""
+    return values.new_zeros(len(values), variables + 1).scatter_add(1, batch.variable, values * batch.real)[:, 1:]
+
+
+def scalar_embedding(width: int) -> nn.Sequential:
+    """Embedding of one number, (..., 1) to (..., D) [2]."""
     return nn.Sequential(nn.Linear(1, math.isqrt(width)), nn.Tanh(), nn.Linear(math.isqrt(width), width))
 
 

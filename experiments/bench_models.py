@@ -7,7 +7,6 @@ Shape letters: B samples, N observations, D width.
 """
 
 import argparse
-import math
 import os
 import time
 from functools import partial
@@ -25,7 +24,7 @@ from datamodules.module import ICUDataModule
 from datamodules.physionet import HOURS_2012, VARIABLES_2012
 from ehrmodels.base import ICUModule
 from ehrmodels.fusion import Fusion
-from ehrmodels.hymate import HyMaTE
+from ehrmodels.hymate import HyMaTE, scalar_embedding
 from experiments.bench_scan import console, record, seconds, training_step
 
 WIDTH, LAYERS, STATE, HEADS = 64, 3, 16, 4
@@ -78,9 +77,7 @@ class Baseline(nn.Module):
     def __init__(self, spec: Spec):
         super().__init__()
         self.variable = nn.Embedding(len(spec.variables) + 1, WIDTH, padding_idx=0)
-        self.value, self.time = (
-            nn.Sequential(nn.Linear(1, math.isqrt(WIDTH)), nn.Tanh(), nn.Linear(math.isqrt(WIDTH), WIDTH)) for _ in range(2)
-        )
+        self.value, self.time = scalar_embedding(WIDTH), scalar_embedding(WIDTH)
         self.static, self.head = nn.Linear(len(spec.statics), WIDTH), nn.Linear(2 * WIDTH, 1)
 
     def mix(self, x: Tensor, padded: Tensor) -> Tensor:

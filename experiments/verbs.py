@@ -264,21 +264,17 @@ def _adopt_variables(data: ICUDataModule, ckpt: Path) -> None:
     """
     facts = read_checkpoint(ckpt)["ehr"]
     spec, source = Spec(**facts["spec"]), facts.get("data", {})
-    mine = {"hours of a window": data.task.window, "static features": data.static_names(), "treatment": data.treatment}
-    theirs = {
-        "hours of a window": spec.hours,
-        "static features": spec.statics,
-        "treatment": source.get("arguments", {}).get("treatment", True),
+    arguments = source.get("arguments", {})
+    pairs = {
+        "hours of a window": (spec.hours, data.task.window),
+        "static features": (spec.statics, data.static_names()),
+        "treatment": (arguments.get("treatment", True), data.treatment),
     }
     if source.get("class") == type(data).__name__:  # patients of one hospital system: those held out here must have been held out there
-        for name in ("seed", "split_by"):
-            mine[f"--data.{name}"], theirs[f"--data.{name}"] = (
-                getattr(data, name),
-                source.get("arguments", {}).get(name, getattr(data, name)),
-            )
-    for name, expected in theirs.items():
-        if mine[name] != expected:
-            raise ValueError(f"--init_from {ckpt} was trained with {name} {expected}, these data have {mine[name]}: give both the same")
+        pairs |= {f"--data.{n}": (arguments.get(n, getattr(data, n)), getattr(data, n)) for n in ("seed", "split_by")}
+    for name, (theirs, mine) in pairs.items():
+        if mine != theirs:
+            raise ValueError(f"--init_from {ckpt} was trained with {name} {theirs}, these data have {mine}: give both the same")
     task = data.task
     data.adopt(spec)
     data.task, data.spec = task, spec._replace(task=asdict(task))
