@@ -5,7 +5,6 @@ leaving out at random.
 """
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import datamodules.hospitals  # noqa: F401 (its classes are the choices of --dat
 from datamodules.batch import Triplets, unlabelled
 from datamodules.module import ICUDataModule
 from ehrmodels.base import load
-from ehrmodels.hymate import HyMaTE, chosen
+from ehrmodels.hymate import HyMaTE, chosen, sums
 from experiments import files, report
 from experiments.files import console
 
@@ -53,26 +52,26 @@ def explain(ckpt: str, out: str, data: ICUDataModule | None = None, stay: str | 
     data.adopt(model.spec)
     data.prepare_data()
     data.setup()
-    batches = list(track(data.predict_dataloader(), "reading", **BAR))
+    ids, shown = data.samples["stay_id"].cast(pl.String), data.rows(data.split)
+    if stay is not None:
+        shown = shown[(ids.gather(shown) == stay).to_numpy()]
+        if not len(shown):
+            raise ValueError(f"stay {stay} is not in split {data.split!r} of {data.root}; choose another --stay or --data.split")
     with torch.inference_mode():
-        result = pl.concat([_attribution(model, batch) for batch in track(batches, "attributing", **BAR)])
-        deletion = _deletion(model, batches)
-        variables = _per_variable(result, model)
-        ids = data.samples["stay_id"].cast(pl.String)
-        probability = result.unique("row", keep="first").sort("probability", descending=True)
-        row = int(probability["row"][0])
-        if stay is not None:
-            known = probability.filter(pl.col("row").is_in(np.flatnonzero((ids == stay).to_numpy())))
-            if known.is_empty():
-                raise ValueError(f"stay {stay} is not in split {data.split!r} of {data.root}; choose another --stay or --data.split")
-            row = int(known["row"].max())  # type: ignore[arg-type]
-        one: Triplets = data.batch(np.array([row]))  # type: ignore[assignment]
+        result = pl.concat([_attribution(model, batch) for batch in track(data.predict_dataloader(), "attributing", **BAR)])
+        deletion = _deletion(model, data)
+    variables = _per_variable(result, model)
+    drawn = result.filter(pl.col("row").is_in(shown)).sort("probability" if stay is None else "row", descending=True)
+    if drawn.is_empty():
+        raise ValueError("no observation to draw in " + (f"stay {stay}" if stay else f"split {data.split!r}") + "; choose another")
+    row = int(drawn["row"][0])
+    one: Triplets = data.batch(np.array([row]))  # type: ignore[assignment]
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "attribution.csv", variables.write_csv(float_precision=5))
     files.write_text(folder / "deletion.csv", deletion.write_csv(float_precision=5))
     _draw_cohort(variables, deletion, f"{data.name} {data.split}, {result['row'].n_unique():,} samples", folder / "cohort.png")
-    _draw_stay(one, result.filter(pl.col("row") == row), model, ids[row], data.task.window, folder / "stay.png")
+    _draw_stay(one, drawn.filter(pl.col("row") == row), model, ids[row], data.task.window, folder / "stay.png")
     report.print_table(variables.head(SHOWN).with_columns(pl.col(pl.Float64).round(4)), "what predictions rest on", console)
     console.print(f"wrote attribution.csv, deletion.csv, cohort.png and stay.png ({ids[row]}) to {folder}", soft_wrap=True)
 
@@ -80,19 +79,13 @@ def explain(ckpt: str, out: str, data: ICUDataModule | None = None, stay: str | 
 def _attribution(model: HyMaTE, batch: Triplets) -> pl.DataFrame:
     """A row for each variable that a sample has: ``row, variable, weight, part, observations, probability``."""
     weight, part = model.attribute(batch)
-    count = _count(batch, len(model.spec.variables))
+    count = sums(torch.ones_like(batch.value), batch, len(model.spec.variables))
     probability = model.predict_step(batch, 0)[1]
     sample, variable = count.nonzero(as_tuple=True)
     names = pl.Series(model.spec.variables)[variable.numpy()]
     columns = {"row": batch.row[sample], "weight": weight[sample, variable], "part": part[sample, variable]}
     columns |= {"observations": count[sample, variable], "probability": probability[sample]}
     return pl.DataFrame({k: v.numpy() for k, v in columns.items()}).with_columns(names.alias("variable"))
-
-
-def _count(batch: Triplets, variables: int) -> Tensor:
-    """(B, V) observations of each variable."""
-    real = (batch.variable > 0).float()
-    return torch.zeros(len(real), variables + 1).scatter_add(1, batch.variable, real)[:, 1:]
 
 
 def _per_variable(result: pl.DataFrame, model: HyMaTE) -> pl.DataFrame:
@@ -113,38 +106,33 @@ def _per_variable(result: pl.DataFrame, model: HyMaTE) -> pl.DataFrame:
     )
 
 
-def _deletion(model: HyMaTE, batches: list[Triplets]) -> pl.DataFrame:
+def _deletion(model: HyMaTE, data: ICUDataModule) -> pl.DataFrame:
     """``order, share, auroc, change``: what is left of AUROC without a share of each stay's observations, and how far log odds move."""
     generator = torch.Generator().manual_seed(0)
-    kept, samples = [], 0
-    for place in torch.randperm(len(batches), generator=generator).tolist():
-        if samples < MOST:
-            kept.append(batches[place])
-            samples += len(batches[place].row)
-    target = torch.cat([b.target for b in kept])
+    rows = list(data.predict_dataloader().sampler)
+    batches: list[Triplets] = []
+    for place in torch.randperm(len(rows), generator=generator).tolist():
+        if sum(len(b.row) for b in batches) < MOST:
+            batches.append(data.batch(rows[place]))  # type: ignore[arg-type]
+    target = torch.cat([b.target for b in batches])
     known = ~unlabelled(target)
-    whole = torch.cat([model(b) for b in kept])
+    both = 0 < target[known].sum() < known.sum()
+    whole = torch.cat([model(b) for b in batches])
     variables = len(model.spec.variables)
+    attributed = [model.attribute(b)[0] / sums(torch.ones_like(b.value), b, variables).clamp(min=1) for b in batches]
+    measures: list[dict[str, Any]] = []
 
-    def attributed(batch: Triplets) -> Tensor:
-        return model.attribute(batch)[0] / _count(batch, variables).clamp(min=1)
-
-    def random(batch: Triplets) -> Tensor:
-        return torch.rand(len(batch.row), variables, generator=generator)
-
-    def left(order: Callable[[Triplets], Tensor], share: float) -> tuple[float | None, float]:
-        logit = torch.cat([model(_without(b, order(b), share)) for b in kept])
-        both = 0 < target[known].sum() < known.sum()
+    def measure(order: str, share: float, logit: Tensor) -> None:
         auroc = float(binary_auroc(logit[known], target[known].long())) if both else None
-        return auroc, float((logit - whole).abs().mean())
+        measures.append({"order": order, "share": share, "auroc": auroc, "change": float((logit - whole).abs().mean())})
 
-    plan: list[tuple[str, Callable[[Triplets], Tensor], float]] = [("attribution", attributed, share) for share in (0.0, *SHARES)]
-    plan += [("random", random, share) for share in (0.0, *SHARES) for _ in range(REPEATS if share else 1)]
-    rows: list[dict[str, Any]] = []
-    for name, order, share in track(plan, "deleting", **BAR):
-        auroc, change = left(order, share)
-        rows.append({"order": name, "share": share, "auroc": auroc, "change": change})
-    return pl.DataFrame(rows, schema={"order": pl.String, "share": pl.Float64, "auroc": pl.Float64, "change": pl.Float64})
+    for order in ("attribution", "random"):
+        measure(order, 0.0, whole)
+    plan = [("attribution", share) for share in SHARES] + [("random", share) for share in SHARES for _ in range(REPEATS)]
+    for order, share in track(plan, "deleting", **BAR):
+        by = attributed if order == "attribution" else [torch.rand(len(b.row), variables, generator=generator) for b in batches]
+        measure(order, share, torch.cat([model(_without(b, i, share)) for b, i in zip(batches, by, strict=True)]))
+    return pl.DataFrame(measures, schema={"order": pl.String, "share": pl.Float64, "auroc": pl.Float64, "change": pl.Float64})
 
 
 def _without(batch: Triplets, importance: Tensor, share: float) -> Triplets:
