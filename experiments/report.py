@@ -1,5 +1,6 @@
 """Predictions -> metrics with patient-clustered bootstrap intervals, tables and one picture."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datamodules.concepts import CONCEPTS
+from experiments import files
 
 REPLICATES = 1000
 METRICS = ("auroc", "auprc", "min_re_pr", "brier", "sensitivity", "specificity", "ppv", "npv", "alerts_per_100_stays")
@@ -167,12 +169,9 @@ def figure(path: Path, size: tuple[float, float]) -> Iterator[Any]:
     drawn = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(drawn)
     yield drawn
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        drawn.savefig(unfinished, dpi=110, format="png")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    content = io.BytesIO()
+    drawn.savefig(content, dpi=110, format="png")
+    files.write(path, content.getvalue())
 
 
 def _draw_curves(predictions: dict[str, pl.DataFrame], figure: Any) -> None:
