@@ -18,10 +18,13 @@ from ehrmodels.base import load, read_checkpoint
 from experiments.cli import main
 
 # One process imports everything once; each command runs in a fork of it, which can be killed. Nothing has started a thread yet.
+# A file that is about to be renamed lies there unfinished for longer than usual, so that it can be seen.
 SERVER = """
-import json, os, sys
+import json, os, pathlib, sys, time
 from experiments import verbs
 from experiments.cli import main
+rename = pathlib.Path.replace
+pathlib.Path.replace = lambda path, target: (time.sleep(0.02), rename(path, target))[1]
 for line in sys.stdin:
     folder, arguments = json.loads(line)
     child = os.fork()
