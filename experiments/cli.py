@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ VERBS = {
     "synthesize": "write raw files of a simulated hospital system, shaped as MIMIC-IV or eICU",
     "prepare": "extract raw tables, show who is left after each rule and what was charted",
     "train": "train a model and score it; --finetune EICU also transfers it",
+    "sweep": "search hyper-parameters of train with many processes, on one machine or several",
     "evaluate": "score a checkpoint on any hospital system",
     "finetune": "transfer a checkpoint: zero-shot score, fine-tuning, score",
     "predict": "write probabilities for patients whose outcome is unknown",
@@ -31,6 +33,7 @@ OURS = (  # arguments of lightning.Trainer that are not offered: ``run.fit`` set
     *("enable_checkpointing", "num_sanity_val_steps", "max_time", "fast_dev_run", "inference_mode", "model_registry"),
     *("reload_dataloaders_every_n_epochs", "barebones"),
 )
+OF_TRIALS = {"data", "trainer", "monitor"}  # arguments of ``sweep`` that its trials have too
 NO_MEMORY = "out of memory: lower --data.batch_size"
 
 
@@ -44,11 +47,16 @@ def main(arguments: list[str] | None = None) -> None:
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
         _stop(f"unknown verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"choose among {', '.join(VERBS)}"))
+    guarded(lambda: _run(verb, rest), f"ehr {verb} --help")
+
+
+def guarded(command: Callable[[], None], help: str) -> None:
+    """Run a command; a user's mistake ends the process with one message, without a traceback (but with EHR_TRACEBACK set)."""
     if os.environ.get("EHR_TRACEBACK"):
-        _run(verb, rest)
+        command()
         return
     try:
-        _run(verb, rest)
+        command()
     except KeyboardInterrupt:
         _stop("interrupted; the same command continues, with --resume where it was training", 130)
     except (ValueError, FileNotFoundError) as error:
@@ -67,11 +75,17 @@ def main(arguments: list[str] | None = None) -> None:
         if name == "OutOfMemoryError":
             _stop(NO_MEMORY)
         if name == "MisconfigurationException":
-            _stop(f"{error}; change --trainer.*, see: ehr {verb} --help")
+            _stop(f"{error}; change --trainer.*, see: {help}")
         raise
 
 
 def _run(verb: str, arguments: list[str]) -> None:
+    values = configured(verb, arguments)
+    getattr(_verbs(verb), verb)(**values)
+
+
+def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
+    """What the command line says, as the arguments of the verb's function: models and data are made, ``config`` is all of it as YAML."""
     import logging
     import warnings
 
@@ -97,21 +111,19 @@ def _run(verb: str, arguments: list[str]) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     configuration = parser.parse_args(arguments)
     kept = configuration.clone()
-    for transient in ("config", "resume"):
+    own = set(inspect.signature(getattr(_verbs(verb), verb)).parameters)
+    for transient in {"config", "resume"} | (own - OF_TRIALS if verb == "sweep" else set()):
         kept.pop(transient, None)
-    said = parser.dump(kept, skip_validation=True)
     made = parser.instantiate(configuration)
-    values = {name: value for name, value in vars(made).items() if name != "config"}
-    if verb in ("train", "finetune"):
+    values = {name: value for name, value in vars(made).items() if name in own}
+    if "trainer" in own:
         values["trainer"] = configuration.trainer.as_dict()
-        values["config"] = said
-    verbs = _verbs(verb)
-
-    getattr(verbs, verb)(**values)
+        values["config"] = parser.dump(kept, skip_validation=True)
+    return values
 
 
 def _verbs(verb: str) -> ModuleType:
-    files = {"synthesize": "prepare", "prepare": "prepare", "explain": "explain"}
+    files = {"synthesize": "prepare", "prepare": "prepare", "explain": "explain", "sweep": "sweep"}
     return importlib.import_module(f"experiments.{files.get(verb, 'verbs')}")
 
 
@@ -124,22 +136,26 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
     """
     from jsonargparse import ArgumentParser
 
-    verbs = _verbs(verb)
-
-    function = getattr(verbs, verb)
+    function = getattr(_verbs(verb), verb)
+    trained = _verbs("train").train if verb == "sweep" else function  # whose flags are offered, too
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             options = [option for action in parser._actions for option in action.option_strings]  # ``self`` may be that of a class
-            _stop(f"{_explain(message, arguments, options, _classes(function))}\nsee: ehr {verb} --help")
+            _stop(f"{_explain(message, arguments, options, _classes(trained))}\nsee: ehr {verb} --help")
 
     parser = Parser(prog=f"ehr {verb}", description=_description(function.__doc__ or "", verb), allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="YAML file with any of these options; flags override it.")
-    parser.add_function_arguments(function, skip={"trainer", "config", "resume"}, as_group=False)
-    if verb in ("train", "finetune"):
+    ours: set[str | int] = {"trainer", "config", "resume", "trial"}
+    parser.add_function_arguments(function, skip={*ours, *(OF_TRIALS if verb == "sweep" else ())}, as_group=False)
+    if verb == "sweep":
+        others = {"name", "runs", "finetune", "finetune_learning_rate", "finetune_epochs"}
+        parser.add_function_arguments(trained, skip={*ours, *others}, as_group=False)
+    if verb in ("train", "finetune", "sweep"):
         import lightning
 
-        parser.add_argument("--resume", action="store_true", help="Continue a run that was interrupted.")
+        if verb != "sweep":
+            parser.add_argument("--resume", action="store_true", help="Continue a run that was interrupted.")
         parser.add_class_arguments(lightning.Trainer, "trainer", skip=set(OURS), instantiate=False)
         parser.set_defaults(
             {"trainer.devices": 1, "trainer.max_epochs": 30, "trainer.gradient_clip_val": 1.0, "trainer.use_distributed_sampler": False}
@@ -149,7 +165,7 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
 
 def _description(doc: str, verb: str) -> str:
     hints = [] if verb == "synthesize" else [f"`ehr {verb} --data.help MIMICIV` lists the options of the data"]
-    hints += [f"`ehr {verb} --model.help Fusion` those of the model"] if verb == "train" else []
+    hints += [f"`ehr {verb} --model.help Fusion` those of the model"] if verb in ("train", "sweep") else []
     return "\n\n".join([doc.split("Args:")[0].strip(), ", ".join(hints) + "." * bool(hints)])
 
 

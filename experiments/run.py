@@ -3,11 +3,11 @@
 import math
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
@@ -24,6 +24,18 @@ from experiments.files import console, save, write_json, write_parquet, write_te
 from experiments.report import choose_threshold, score
 
 MONITORS = {"val_auroc_auprc": "max", "val_auroc": "max", "val_auprc": "max", "val_loss": "min"}
+
+
+class Trial(NamedTuple):
+    """What a training run is told when it is a trial of a sweep.
+
+    ``report`` is called with (epoch, metrics) after every epoch; what it raises ends the training.
+    """
+
+    study: str
+    number: int
+    params: dict[str, Any]
+    report: Callable[[int, dict[str, float]], None]
 
 
 @contextmanager
@@ -74,7 +86,15 @@ def _trained(folder: Path) -> bool:
 
 
 def fit(
-    folder: Path, model: ICUModule, data: ICUDataModule, trainer: dict[str, Any], seed: int, monitor: str, patience: int, logger: Any
+    folder: Path,
+    model: ICUModule,
+    data: ICUDataModule,
+    trainer: dict[str, Any],
+    seed: int,
+    monitor: str,
+    patience: int,
+    logger: Any,
+    report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
     """Train ``model`` on ``data``, continuing from ``last.ckpt`` where there is one; leaves ``best.ckpt`` and ``metrics.csv``.
 
@@ -88,7 +108,7 @@ def fit(
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=MONITORS[monitor], enable_version_counter=False)
     newest = ModelCheckpoint(folder, "last", enable_version_counter=False)
     stop = EarlyStopping(monitor, mode=MONITORS[monitor], patience=patience)
-    callbacks: list[Callback] = [_Epochs(folder / "metrics.csv", seed), stop, best, newest]
+    callbacks: list[Callback] = [_Epochs(folder / "metrics.csv", seed, report), stop, best, newest]
     if sys.stderr.isatty() or sys.stdout.isatty():
         callbacks.append(RichProgressBar(leave=False))
     precision = trainer.get("precision") or (
@@ -123,8 +143,8 @@ class _Files(TorchCheckpointIO):
 class _Epochs(Callback):
     """Seeds every epoch and writes one row of ``metrics.csv`` after each; stops when the loss is no number any more."""
 
-    def __init__(self, path: Path, seed: int):
-        self.path, self.seed = path, seed
+    def __init__(self, path: Path, seed: int, report: Callable[[int, dict[str, float]], None] | None):
+        self.path, self.seed, self.report = path, seed, report
         self.rows: list[dict[str, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,6 +175,8 @@ class _Epochs(Callback):
             write_text(self.path, "\n".join(table) + "\n")
             shown = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k.startswith(("train", "val")))
             console.print(f"epoch {trainer.current_epoch:3d}  {shown}", highlight=False, soft_wrap=True)
+            if self.report is not None:
+                self.report(trainer.current_epoch, row)
 
 
 def predict(model: ICUModule, data: ICUDataModule, split: Split) -> pl.DataFrame:
@@ -197,10 +219,12 @@ def conclude(folder: Path, data: ICUDataModule) -> tuple[pl.DataFrame, dict[str,
     held_out = len(data.rows(chosen)) > 0
     if not held_out:
         console.print(f"[yellow]no stay of these data is in split {chosen!r}: the validation split is shown instead[/]")
-    scored = predict(model, data, chosen) if held_out else validation
+    scored = predict(model, data, chosen) if held_out and chosen != "val" else validation
     data.split = chosen
     both = pl.concat([validation, scored]).unique(["stay_id", "minute"], maintain_order=True)
     write_parquet(both, folder / "predictions.parquet")
-    result: dict[str, Any] = {"val": score(validation, threshold), **({chosen: score(scored, threshold)} if held_out else {})}
+    result: dict[str, Any] = {"val": score(validation, threshold)}
+    if scored is not validation:
+        result[chosen] = score(scored, threshold)
     write_json(result, folder / "metrics.json")
     return scored, result[chosen if held_out else "val"]

@@ -1,6 +1,7 @@
 """What ``ehr`` does: one plain typed function a verb; its docstring is its ``--help``."""
 
 import os
+import uuid
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ def train(
     finetune_learning_rate: float | None = None,
     finetune_epochs: int = 10,
     wandb: Literal["offline", "online"] | None = None,
+    trial: run.Trial | None = None,
 ) -> None:
     """Train a model, score its best checkpoint on the test split, and, with ``--finetune EICU``, transfer it.
 
@@ -57,6 +59,7 @@ def train(
         finetune_learning_rate: Peak learning rate of fine-tuning; default: a fifth of the model's.
         finetune_epochs: Most epochs of fine-tuning.
         wandb: Also log to Weights & Biases (aggregates only): offline or online.
+        trial: What a sweep adds.
     """
     folder = Path(runs) / (name or f"{data.name}-{type(model).__name__}-{seed}".lower())
     with run.opened(folder, config, resume, "--name"):
@@ -89,7 +92,8 @@ def train(
             soft_wrap=True,
         )
         if not (folder / "metrics.json").exists():
-            run.fit(folder, model, data, trainer, seed, monitor, patience, _logger(wandb, folder, config))
+            logger = _logger(wandb, folder, config, [data.name, type(model).__name__], trial)
+            run.fit(folder, model, data, trainer, seed, monitor, patience, logger, trial and trial.report)
         if not model.supervised:
             files.write_json({"val_loss": pl.read_csv(folder / "metrics.csv")["val_loss"].min()}, folder / "metrics.json")
             console.print(f"next: ehr train -c FILE --init_from {folder / 'best.ckpt'}", soft_wrap=True)
@@ -242,7 +246,8 @@ def _transfer(
             "seed": seed,
             "source": str(ckpt),
         }
-        run.fit(folder, model, target, {**trainer, "max_epochs": epochs}, seed, "val_auroc_auprc", 5, _logger(wandb, folder, config))
+        logger = _logger(wandb, folder, config, [target.name, type(model).__name__, "finetune"])
+        run.fit(folder, model, target, {**trainer, "max_epochs": epochs}, seed, "val_auroc_auprc", 5, logger)
     rows[f"{target.name} fine-tuned"] = run.conclude(folder, target)
     report.show({name: result for name, (_, result) in rows.items()}, console)
     gap = report.difference(zero, rows[f"{target.name} fine-tuned"][0])
@@ -302,8 +307,9 @@ def _check_validation(data: ICUDataModule) -> None:
         )
 
 
-def _logger(wandb: str | None, folder: Path, config: str) -> Any:
-    if wandb is None:
+def _logger(wandb: str | None, folder: Path, config: str, tags: list[str], trial: run.Trial | None = None) -> Any:
+    """Weights & Biases' run of this directory: its id is kept there, so that a resumed training goes on in the same run."""
+    if wandb is None or os.environ.get("WANDB_MODE") == "disabled":
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
@@ -313,8 +319,20 @@ def _logger(wandb: str | None, folder: Path, config: str) -> Any:
     except ImportError as error:
         raise ValueError("--wandb needs the package wandb: install it with pip install 'ehr[wandb]', or leave --wandb out") from error
     library.finish()
-    logger = WandbLogger(name=folder.name, save_dir=str(folder), project="ehr", offline=wandb == "offline", save_code=False)
-    logger.experiment.config.update(yaml.safe_load(config))
+    identity = folder / "wandb_id"
+    if not identity.exists():
+        files.write_text(identity, uuid.uuid4().hex[:16])
+    about: dict[str, Any] = {"name": folder.name, "job_type": "train", "tags": tags}
+    if trial is not None:
+        about = {"name": f"{trial.study}/{folder.name}", "job_type": "trial", "tags": [*tags, trial.study], "group": trial.study}
+    settings = library.Settings(console="off", save_code=False)
+    logger = WandbLogger(
+        save_dir=str(folder), project="ehr", offline=wandb == "offline", id=identity.read_text(), settings=settings, **about
+    )
+    values = yaml.safe_load(config)
+    if trial is not None:  # beside the whole configuration, the names that a parallel-coordinates plot takes
+        values |= {"trial": trial.number, **{name.replace(".", "_"): value for name, value in trial.params.items()}}
+    logger.experiment.config.update(values, allow_val_change=True)
     return logger
 
 
