@@ -89,7 +89,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         cache: str | None = None,
     ):
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)
         self.root = Path(root)
         hourly = rolling or task == "sepsis_onset"
         self.task = Task(task, hours, (24 if hourly else hours) if window is None else window, rolling, sepsis)

@@ -54,7 +54,7 @@ class Fusion(ICUModule):
             raise ValueError(f"--model.width must be a multiple of twice --model.heads ({2 * heads}), found {width}")
         self.width, self.heads, self.lstm_layers, self.transformer_layers = width, heads, lstm_layers, transformer_layers
         self.fusion, self.dropout = fusion, dropout
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)
 
     def build(self, spec: Spec) -> None:
         d, drop = self.width, self.dropout

@@ -70,7 +70,7 @@ class HyMaTE(ICUModule):
         if not 0 <= thinning < 1:
             raise ValueError(f"--model.thinning must be at least 0 and below 1, found {thinning}")
         self.thinning = thinning
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)
 
     def build(self, spec: Spec) -> None:
         d = self.width

@@ -142,7 +142,8 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             options = [option for action in parser._actions for option in action.option_strings]  # ``self`` may be that of a class
-            _stop(f"{_explain(message, arguments, options, _classes(trained))}\nsee: ehr {verb} --help")
+            classes = {name: kinds for name, kinds in _classes(trained).items() if f"--{name}" in options}
+            _stop(f"{_explain(message, arguments, options, classes)}\nsee: ehr {verb} --help")
 
     parser = Parser(prog=f"ehr {verb}", description=_description(function.__doc__ or "", verb), allow_abbrev=False)
     parser.add_argument("-c", "--config", action="config", help="YAML file with any of these options; flags override it.")

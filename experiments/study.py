@@ -9,10 +9,10 @@ and in its run directory. Trials are drawn under one lock of the study, each fro
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import optuna
@@ -43,27 +43,45 @@ class Study:
 
     def __init__(self, name: str, storage: str, settings: dict[str, Any]):
         self.space = distributions(settings["space"])
+        self._mine = set[int]()  # trials that this process has begun
         self.seed, self.maximised = settings["sampler_seed"], settings["direction"] == "max"
         make: Callable[[], optuna.storages.BaseStorage]
         self._locks: _FileLocks | _ServerLocks
         self._locks, make = _server(storage, name) if "://" in storage else _journal(storage)
-        with self._locked():
-            self._study = optuna.create_study(
-                study_name=name,
-                storage=make(),
-                direction="maximize" if self.maximised else "minimize",
-                pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=settings["warmup"]),
-                load_if_exists=True,
-            )
-            known = self._study.user_attrs
-            for key, value in settings.items():
-                if key not in known:
-                    self._study.set_user_attr(key, value)
-                elif known[key] != value:
-                    raise ValueError(
-                        f"study {name} was begun with another {key}:\n{_differences(known[key], value)}\n"
-                        "give the command that it was begun with, or choose another --name"
-                    )
+        with ExitStack() as opened:
+            opened.callback(self._locks.close)
+            with self._locked():
+                kept_in = make()
+                opened.callback(kept_in.remove_session)
+                if isinstance(kept_in, optuna.storages.RDBStorage):
+                    opened.callback(kept_in.engine.dispose)
+                self._study = optuna.create_study(
+                    study_name=name,
+                    storage=kept_in,
+                    direction="maximize" if self.maximised else "minimize",
+                    pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=settings["warmup"]),
+                    load_if_exists=True,
+                )
+                self._agree(settings)
+            self._opened = opened.pop_all()
+
+    def _agree(self, settings: dict[str, Any]) -> None:
+        known = self._study.user_attrs
+        for key, value in settings.items():
+            if key not in known:
+                self._study.set_user_attr(key, value)
+            elif known[key] != value:
+                raise ValueError(
+                    f"study {self._study.study_name} was begun with another {key}:\n{_differences(known[key], value)}\n"
+                    "give the command that it was begun with, or choose another --name"
+                )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of all locks and connections."""
+        self._opened.close()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -111,8 +129,9 @@ class Study:
                     "mend that and choose another --name"
                 )
             for frozen in trials:
-                if frozen.state != TrialState.RUNNING or not self._locks.take(frozen.number):
+                if frozen.state != TrialState.RUNNING or frozen.number in self._mine or not self._locks.take(frozen.number):
                     continue
+                self._mine.add(frozen.number)
                 trial = self._sampled(frozen.number, partial(Trial, self._study, frozen._trial_id))
                 epochs, lost = len(frozen.intermediate_values), frozen.user_attrs.get("lost", [0, 0])
                 lost = [epochs, lost[1] + 1 if lost[0] == epochs else 1]
@@ -125,6 +144,7 @@ class Study:
                 return None
             trial = self._sampled(len(trials), self._study.ask)
             self._locks.take(trial.number)
+            self._mine.add(trial.number)
             return trial
 
     def _sampled(self, number: int, make: Callable[[], Trial]) -> Trial:
@@ -168,6 +188,7 @@ class Study:
             trial.set_user_attr(key, fact)
         self._study.tell(trial, value, state)
         self._locks.leave(trial.number)
+        self._mine.remove(trial.number)
 
 
 def value(trial: FrozenTrial) -> float:
@@ -248,6 +269,10 @@ class _FileLocks:
     def leave(self, number: int) -> None:
         self._held[number].release()
 
+    def close(self) -> None:
+        for lock in self._held.values():
+            lock.release(force=True)
+
 
 class _Journal(JournalFileBackend):
     """Optuna's journal, made to outlive what happens to its writers.
@@ -309,6 +334,9 @@ class _ServerLocks:
 
     def leave(self, number: int) -> None:
         self._connection.execute(self._text("SELECT pg_advisory_unlock(:study, :number)"), {"study": self._study, "number": number})
+
+    def close(self) -> None:
+        self._connection.close()
 
 
 def _server(storage: str, name: str) -> tuple[_ServerLocks, Callable[[], optuna.storages.BaseStorage]]:

@@ -90,13 +90,13 @@ def sweep(
         "folder": str(folder),
         "trials": trials,
     }
-    study = Study(name, order["storage"], settings)
-    if not study.trials() and (old := sorted(folder.glob("trial-*"))):
-        raise ValueError(f"{folder} holds trials of another study, such as {old[0].name}: choose another --name, or delete the folder")
-    write_text(folder / "train.yaml", config)
-    if not study.finished(trials):
-        _Workers(order, workers or max(torch.cuda.device_count(), 1)).run(study)
-    summarise(study, folder, monitor, name)
+    with Study(name, order["storage"], settings) as study:
+        if not study.trials() and (old := sorted(folder.glob("trial-*"))):
+            raise ValueError(f"{folder} holds trials of another study, such as {old[0].name}: choose another --name, or delete the folder")
+        write_text(folder / "train.yaml", config)
+        if not study.finished(trials):
+            _Workers(order, workers or max(torch.cuda.device_count(), 1)).run(study)
+        summarise(study, folder, monitor, name)
 
 
 def check(config: str, space: dict[str, Any]) -> None:
@@ -230,15 +230,16 @@ def _line(trial: optuna.trial.FrozenTrial, monitor: str) -> str:
 
 def work(order: dict[str, Any]) -> None:
     """Run trials of a study until none is left, or until the process that started this one is gone."""
-    study, parent = Study(order["name"], order["storage"], order["settings"]), os.getppid()
-    while os.getppid() == parent:
-        trial = study.claim(order["trials"])
-        if trial is not None:
-            attempt(study, trial, order["name"], Path(order["folder"]), parent)
-        elif study.finished(order["trials"]):
-            return
-        else:
-            time.sleep(1)  # another process may die, and its trial is then ours
+    parent = os.getppid()
+    with Study(order["name"], order["storage"], order["settings"]) as study:
+        while os.getppid() == parent:
+            trial = study.claim(order["trials"])
+            if trial is not None:
+                attempt(study, trial, order["name"], Path(order["folder"]), parent)
+            elif study.finished(order["trials"]):
+                return
+            else:
+                time.sleep(1)  # another process may die, and its trial is then ours
 
 
 def attempt(study: Study, trial: Trial, name: str, folder: Path, parent: int) -> None:
@@ -265,6 +266,7 @@ def attempt(study: Study, trial: Trial, name: str, folder: Path, parent: int) ->
         study.end(trial, TrialState.COMPLETE, best[monitor], metrics=best)
     except optuna.TrialPruned:
         study.end(trial, TrialState.PRUNED)
+        _end_log("pruned")
     except KeyboardInterrupt:
         study.spare(trial)
         raise
@@ -275,6 +277,7 @@ def attempt(study: Study, trial: Trial, name: str, folder: Path, parent: int) ->
     except ValueError as error:
         print(f"{place}: {error}", flush=True)
         study.end(trial, TrialState.FAIL, reason=str(error))
+        _end_log("failed")
     except Exception as error:
         if type(error).__module__.startswith(("sqlalchemy", "psycopg")):
             raise
@@ -282,7 +285,15 @@ def attempt(study: Study, trial: Trial, name: str, folder: Path, parent: int) ->
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(r"out of memory|can't allocate memory", str(error))
         said = " ".join(str(error).split())[:500]
         study.end(trial, TrialState.FAIL, reason=cli.NO_MEMORY if memory else f"{type(error).__name__}: {said}")
+        _end_log("failed")
         raise SystemExit(RENEW) from error
+
+
+def _end_log(state: str) -> None:
+    """Close the trial's run of Weights & Biases, where there is one, and say there how it ended."""
+    if (library := sys.modules.get("wandb")) is not None and library.run is not None:
+        library.run.summary["state"] = state
+        library.finish(exit_code=int(state == "failed"))
 
 
 if __name__ == "__main__":

@@ -83,14 +83,16 @@ def _draw(trials: list[FrozenTrial], importance: dict[str, float], maximised: bo
         at = [t.number for t in complete]
         values = [value(t) for t in complete]
         history.scatter(at, values, s=18, color="C0", label="complete")
-        last = [better(t.intermediate_values.values()) for t in pruned]
-        history.scatter([t.number for t in pruned], last, s=18, color="grey", marker="x", linewidth=1, label="pruned: best until then")
-        history.step(at, [better(values[: i + 1]) for i in range(len(values))], where="post", color="C1", label="best so far")
-        history.set(title="History", xlabel="trial", ylabel=monitor)
-        history.legend(fontsize=8)
         low = sorted(values)[len(values) // 20] if maximised else min(values)
         high = max(values) if maximised else sorted(values)[-1 - len(values) // 20]
         margin = 0.25 * (high - low) or 0.1
+        last = [min(max(better(t.intermediate_values.values()), low - margin), high + margin) for t in pruned]
+        history.scatter(
+            [t.number for t in pruned], last, s=18, color="grey", marker="x", linewidth=1, label="pruned (or worse)", clip_on=False
+        )
+        history.step(at, [better(values[: i + 1]) for i in range(len(values))], where="post", color="C1", label="best so far")
+        history.set(title="History", xlabel="trial", ylabel=monitor)
+        history.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
         history.set_ylim(low - margin, high + margin)
         for group, colour in ((pruned, "lightgrey"), (complete, "C0")):
             for t in group:

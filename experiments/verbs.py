@@ -1,6 +1,7 @@
 """What ``ehr`` does: one plain typed function a verb; its docstring is its ``--help``."""
 
 import os
+import sys
 import uuid
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -92,13 +93,14 @@ def train(
             soft_wrap=True,
         )
         if not (folder / "metrics.json").exists():
-            logger = _logger(wandb, folder, config, [data.name, type(model).__name__], trial)
+            logger = _logger(wandb, folder, config, monitor, [data.name, type(model).__name__], trial)
             run.fit(folder, model, data, trainer, seed, monitor, patience, logger, trial and trial.report)
         if not model.supervised:
             files.write_json({"val_loss": pl.read_csv(folder / "metrics.csv")["val_loss"].min()}, folder / "metrics.json")
             console.print(f"next: ehr train -c FILE --init_from {folder / 'best.ckpt'}", soft_wrap=True)
             return
         predictions, result = run.conclude(folder, data)
+        _log_scores({data.split: result}, wandb)
         if finetune is None:
             report.show({data.name: result}, console)
             report.draw({data.name: predictions}, folder / "report.png")
@@ -246,9 +248,10 @@ def _transfer(
             "seed": seed,
             "source": str(ckpt),
         }
-        logger = _logger(wandb, folder, config, [target.name, type(model).__name__, "finetune"])
+        logger = _logger(wandb, folder, config, "val_auroc_auprc", [target.name, type(model).__name__, "finetune"])
         run.fit(folder, model, target, {**trainer, "max_epochs": epochs}, seed, "val_auroc_auprc", 5, logger)
     rows[f"{target.name} fine-tuned"] = run.conclude(folder, target)
+    _log_scores({"zero-shot": rows[f"{target.name} zero-shot"][1], "fine-tuned": rows[f"{target.name} fine-tuned"][1]}, wandb)
     report.show({name: result for name, (_, result) in rows.items()}, console)
     gap = report.difference(zero, rows[f"{target.name} fine-tuned"][0])
     files.write_json(gap, folder / "difference.json")
@@ -307,11 +310,12 @@ def _check_validation(data: ICUDataModule) -> None:
         )
 
 
-def _logger(wandb: str | None, folder: Path, config: str, tags: list[str], trial: run.Trial | None = None) -> Any:
+def _logger(
+    wandb: Literal["offline", "online"] | None, folder: Path, config: str, monitor: str, tags: list[str], trial: run.Trial | None = None
+) -> Any:
     """Weights & Biases' run of this directory: its id is kept there, so that a resumed training goes on in the same run."""
     if wandb is None or os.environ.get("WANDB_MODE") == "disabled":
         return None
-    os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb as library
         import yaml
@@ -323,17 +327,28 @@ def _logger(wandb: str | None, folder: Path, config: str, tags: list[str], trial
     if not identity.exists():
         files.write_text(identity, uuid.uuid4().hex[:16])
     about: dict[str, Any] = {"name": folder.name, "job_type": "train", "tags": tags}
+    values = yaml.safe_load(config)
     if trial is not None:
         about = {"name": f"{trial.study}/{folder.name}", "job_type": "trial", "tags": [*tags, trial.study], "group": trial.study}
-    settings = library.Settings(console="off", save_code=False)
-    logger = WandbLogger(
-        save_dir=str(folder), project="ehr", offline=wandb == "offline", id=identity.read_text(), settings=settings, **about
+        swept = {name.replace(".", "_"): value for name, value in trial.params.items()}  # names that a parallel-coordinates plot takes
+        values |= {"trial": trial.number, **swept}
+    settings = library.Settings(console="off", save_code=False, silent=True)
+    began = library.init(
+        project="ehr", id=identity.read_text(), resume="allow", mode=wandb, dir=folder, config=values, settings=settings, **about
     )
-    values = yaml.safe_load(config)
-    if trial is not None:  # beside the whole configuration, the names that a parallel-coordinates plot takes
-        values |= {"trial": trial.number, **{name.replace(".", "_"): value for name, value in trial.params.items()}}
-    logger.experiment.config.update(values, allow_val_change=True)
-    return logger
+    step = "trainer/global_step"
+    began.define_metric(step)
+    began.define_metric("*", step_metric=step, step_sync=True)
+    began.define_metric(monitor, step_metric=step, step_sync=True, summary=MONITORS[monitor])
+    return WandbLogger(experiment=began)
+
+
+def _log_scores(scores: dict[str, dict[str, Any]], wandb: str | None) -> None:
+    """Scores of the best checkpoint into the summary of Weights & Biases' run, where there is one."""
+    if wandb is not None and (library := sys.modules.get("wandb")) is not None and library.run is not None:
+        for name, metrics in scores.items():
+            library.run.summary.update({f"{name}/{m}": v["value"] for m, v in metrics.items() if isinstance(v, dict)})
+        library.finish()
 
 
 assert set(MONITORS) == set(Monitor.__args__)  # type: ignore[attr-defined]

@@ -1,0 +1,216 @@
+"""``python -m experiments.check_sweep``: sweeps whose processes are killed at random, on both storages, and how fast sweeps are.
+
+Needs the programs of PostgreSQL (initdb, postgres) for that half; says so where they are not installed.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import polars as pl
+import yaml
+from optuna.storages.journal import JournalFileBackend
+
+from experiments import cli, run, verbs
+from experiments.files import console, write_text
+from experiments.study import Study
+
+RESULTS = Path(__file__).parent / "results"
+CONFIG = """\
+name: check
+trials: 40
+space:
+  model.learning_rate: {low: 1.0e-3, high: 1.0e-1, log: true}
+  model.width: [8, 16]
+  model.dropout: {low: 0.0, high: 0.5}
+data:
+  class_path: SyntheticMIMICIV
+  init_args: {stays: 800}
+model:
+  class_path: Fusion
+trainer: {max_epochs: 4}
+"""
+KILLS = 60  # at most, so that a slow machine also comes to an end
+
+
+def programs() -> Path | None:
+    """The folder of PostgreSQL's programs, where they are installed."""
+    found = [shutil.which("initdb"), *sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
+    return next((Path(p).resolve().parent for p in found if p), None)
+
+
+@contextlib.contextmanager
+def server(folder: Path) -> Iterator[str]:
+    """A PostgreSQL server of its own in ``folder``; gives its URL."""
+    binaries = programs()
+    assert binaries is not None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    user: dict[str, Any] = {}
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
+        user = {"user": "nobody"}
+        folder.mkdir(parents=True)
+        shutil.chown(folder, "nobody")
+    place = folder / "postgresql"
+    common: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": "/", **user}
+    subprocess.run([binaries / "initdb", "-D", place, "-U", "ehr", "--auth=trust", "--no-sync"], check=True, **common)
+    arguments = ["-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={place}", "-c", "fsync=off"]
+    process = subprocess.Popen([binaries / "postgres", "-D", place, *arguments], **common)
+    try:
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        yield f"postgresql://ehr@127.0.0.1:{port}/postgres"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+
+
+def workers(command: int) -> list[int]:
+    """Process ids of the workers that the process ``command`` has started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rsplit(")", 1)[1].split()
+            if int(fields[1]) == command and fields[0] != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def killed(folder: Path, storage: str | None, rng: random.Random) -> dict[str, Any]:
+    """Run a sweep of 4 workers; every few seconds kill -9 one of them, and now and then the command itself, which is then given again."""
+    line = [sys.executable, "-m", "experiments.cli", "sweep", "-c", str(folder / "check.yaml"), "--workers", "4", "--runs", str(folder)]
+    line += ["--storage", storage] if storage else []
+    kills = {"worker": 0, "command": 0}
+    start = time.monotonic()
+    with (folder / "output").open("ab") as output:
+        process = subprocess.Popen(line, stdout=output, stderr=output)
+        while process.poll() is None:
+            time.sleep(rng.uniform(2, 5))
+            running = workers(process.pid)
+            if not running or sum(kills.values()) >= KILLS:
+                continue
+            if rng.random() < 0.1:
+                process.kill()
+                process.wait()
+                kills["command"] += 1
+                process = subprocess.Popen(line, stdout=output, stderr=output)
+            else:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rng.choice(running), signal.SIGKILL)
+                kills["worker"] += 1
+    if process.returncode:
+        output_tail = (folder / "output").read_text()[-2000:]
+        raise RuntimeError(f"the sweep ended with {process.returncode}: {output_tail}")
+    study = opened(folder, storage)
+    trials, best = study.trials(), study.best()
+    assert best is not None
+    numbers = sorted(t.number for t in trials)
+    cli.main(["train", "-c", str(folder / "check" / "best.yaml")])
+    epochs = [pl.read_csv(folder / name / "metrics.csv")["val_auroc_auprc"] for name in ("check-best", f"check/trial-{best.number:04d}")]
+    return {
+        "storage": "PostgreSQL" if storage else "journal file",
+        "trials": len(trials),
+        "finished": sum(t.state.name in ("COMPLETE", "PRUNED") for t in trials),
+        "failed": sum(t.state.name == "FAIL" for t in trials),
+        "missing numbers": len(set(range(40)) - set(numbers)),
+        "repeated configurations": len(trials) - len({tuple(sorted(t.params.items())) for t in trials}),
+        "workers killed": kills["worker"],
+        "commands killed": kills["command"],
+        "trials that lost a process": sum("lost" in t.user_attrs for t in trials),
+        "best": f"{best.value:.6f}",
+        "best, by ehr train": f"{max(epochs[0].to_list()):.6f}",
+        "minutes": f"{(time.monotonic() - start) / 60:.1f}",
+    }
+
+
+def opened(folder: Path, storage: str | None) -> Study:
+    """The study of a sweep that has run in ``folder``."""
+    where: Any = storage and storage.replace("postgresql:", "postgresql+psycopg:")
+    journal = str(folder / "check" / "study.journal")
+    known = optuna.load_study(study_name="check", storage=where or optuna.storages.JournalStorage(JournalFileBackend(journal)))
+    return Study("check", storage or journal, known.user_attrs)
+
+
+def plain(folder: Path, config: Path, trials: int) -> float:
+    """Trials a minute of Optuna's own loop over the same objective in one process."""
+    start = time.monotonic()
+    study = optuna.create_study(
+        direction="maximize", pruner=optuna.pruners.MedianPruner(n_warmup_steps=1), sampler=optuna.samplers.TPESampler(seed=0)
+    )
+
+    def objective(trial: optuna.Trial) -> float:
+        flags = [
+            f"--model.learning_rate={trial.suggest_float('rate', 1e-3, 1e-1, log=True)}",
+            f"--model.width={trial.suggest_categorical('width', [8, 16])}",
+            f"--model.dropout={trial.suggest_float('dropout', 0, 0.5)}",
+        ]
+
+        def report(epoch: int, row: dict[str, float]) -> None:
+            trial.report(row["val_auroc_auprc"], epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        values = cli.configured(
+            "train", ["-c", str(config), *flags, f"--runs={folder}", f"--name=plain-{trial.number}", "--data.split=val"]
+        )
+        verbs.train(**values, trial=run.Trial("plain", trial.number, trial.params, report))
+        return float(pl.read_csv(folder / f"plain-{trial.number}" / "metrics.csv")["val_auroc_auprc"].max())  # type: ignore[arg-type]
+
+    study.optimize(objective, n_trials=trials)
+    return 60 * trials / (time.monotonic() - start)
+
+
+def main() -> None:
+    rng = random.Random(0)
+    rows, speed = [], []
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        home = Path(name)
+        home.chmod(0o755)
+        storages: list[str | None] = [None]
+        if programs() is None:
+            console.print("PostgreSQL is not installed (initdb is not found): only the journal file is tried")
+        else:
+            storages.insert(0, stack.enter_context(server(home / "server")))
+        for storage in storages:
+            folder = home / ("server-runs" if storage else "journal-runs")
+            folder.mkdir()
+            config = yaml.safe_load(CONFIG)
+            config["data"]["init_args"]["root"] = str(home / "data")
+            write_text(folder / "check.yaml", yaml.safe_dump(config))
+            rows.append(killed(folder, storage, rng))
+            console.print(rows[-1])
+        pl.DataFrame(rows).write_csv(RESULTS / "sweep_killed.csv")
+        base = {k: v for k, v in config.items() if k in ("data", "model", "trainer")}
+        write_text(home / "train.yaml", yaml.safe_dump(base))
+        for count in (1, 2, 4):
+            start = time.monotonic()
+            line = ["sweep", "-c", str(folder / "check.yaml"), f"--name=speed-{count}", f"--workers={count}", f"--runs={home}"]
+            subprocess.run([sys.executable, "-m", "experiments.cli", *line], check=True, stdout=subprocess.DEVNULL)
+            speed.append({"what": f"ehr sweep, {count} workers", "trials a minute": 60 * 40 / (time.monotonic() - start)})
+        code = f"from experiments.check_sweep import *; print(plain(Path({name!r}), Path({name!r}) / 'train.yaml', 40))"
+        said = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        reference = float(said.stdout.splitlines()[-1])
+        speed.insert(0, {"what": "Optuna's own loop, one process", "trials a minute": reference})
+    table = pl.DataFrame(speed).with_columns(pl.col("trials a minute").round(1), ratio=(pl.col("trials a minute") / reference).round(2))
+    table.write_csv(RESULTS / "sweep_speed.csv")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

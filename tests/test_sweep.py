@@ -1,0 +1,448 @@
+"""Sweeps: no trial is lost, repeated or left without a reason, whatever happens to the processes that run them."""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import polars as pl
+import pytest
+import torch
+import yaml
+from optuna.trial import TrialState
+
+from ehrmodels.base import load
+from experiments import sweep, sweep_report, verbs
+from experiments.check_sweep import programs, server, workers
+from experiments.cli import main
+from experiments.study import ATTEMPTS, Study, distributions
+
+SPACE: dict[str, Any] = {
+    "model.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
+    "model.width": [8, 16],
+    "model.lstm_layers": {"low": 1, "high": 2},
+}
+SETTINGS = {"space": SPACE, "direction": "max", "sampler_seed": 0, "warmup": 1, "config": "patience: 3\n"}
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server that runs for these tests."""
+    pytest.importorskip("psycopg")
+    if programs() is None:
+        pytest.skip("PostgreSQL is not installed: initdb is not found")
+    folder = Path("/tmp") / f"ehr-test-{os.getpid()}"  # a folder that another user, as whom the server runs, can reach
+    try:
+        with server(folder) as url:
+            yield url
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["journal", "postgresql"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "journal":
+        return str(tmp_path / "study.journal")
+    return str(request.getfixturevalue("postgresql"))
+
+
+@pytest.fixture
+def study(storage: str, request: pytest.FixtureRequest) -> Iterator[Callable[[], Study]]:
+    """Makes a handle of one and the same study, as another process would hold it."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(Study(request.node.name, storage, SETTINGS))
+
+
+def claimed(one: Study, total: int) -> optuna.Trial:
+    trial = one.claim(total)
+    assert trial is not None
+    return trial
+
+
+def die(one: Study) -> None:
+    """What the kernel and the server do when a process is killed."""
+    one._locks.close()
+
+
+# ---- the study -------------------------------------------------------------------------------------------------------------
+
+
+def test_processes_draw_different_trials(study: Callable[[], Study]) -> None:
+    handles = [study() for _ in range(4)]
+    claimed = [one.claim(6) for one in handles]
+    assert [t.number for t in claimed if t] == [0, 1, 2, 3]
+    assert len({json.dumps(t.params) for t in claimed if t}) == 4  # although they share one seed
+    for t in claimed:
+        assert t is not None
+        assert (
+            1e-4 <= t.params["model.learning_rate"] <= 1e-1
+            and t.params["model.width"] in (8, 16)
+            and t.params["model.lstm_layers"] in (1, 2)
+        )
+
+
+def test_draws_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
+    drawn = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        one = Study(name, str(tmp_path / f"{name}.journal"), {**SETTINGS, "sampler_seed": seed})
+        for _ in range(3):
+            trial = claimed(one, 3)
+            one.end(trial, TrialState.COMPLETE, 1.0)
+        drawn.append([t.params for t in one.trials()])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_trial_whose_process_died_goes_on_elsewhere(study: Callable[[], Study]) -> None:
+    first, second = study(), study()
+    one, other = first.claim(2), second.claim(2)
+    assert one is not None and other is not None
+    first.report(one, 0, 0.5)
+    assert second.claim(2) is None  # two in all, and the first is alive
+    assert not second.finished(2)
+    die(first)
+    again = _eventually(lambda: second.claim(2))
+    assert again.number == one.number and again.params == one.params
+    second.report(again, 0, 0.9)  # the epoch is known already
+    second.report(again, 1, 0.6)
+    assert second.trials()[again.number].intermediate_values == {0: 0.5, 1: 0.6}
+    second.end(again, TrialState.COMPLETE, 0.6)
+    second.end(other, TrialState.PRUNED)
+    assert second.finished(2) and second.claim(2) is None
+    assert second.best().number == again.number  # type: ignore[union-attr]
+
+
+def test_a_trial_that_kills_its_processes_is_given_up(study: Callable[[], Study]) -> None:
+    for attempt in range(ATTEMPTS):
+        one = study()
+        assert _eventually(lambda one=one: one.claim(1)).number == 0, attempt
+        die(one)
+    last = study()
+    _eventually(lambda: last.claim(1) is None or last.finished(1))
+    assert last.trials()[0].state == TrialState.FAIL
+    assert f"killed {ATTEMPTS} times in the same epoch" in last.trials()[0].user_attrs["reason"]
+
+
+def test_progress_and_intention_do_not_count_as_attempts(study: Callable[[], Study]) -> None:
+    for epoch in range(2 * ATTEMPTS):
+        one = study()
+        trial = _eventually(lambda one=one: one.claim(1))
+        if epoch % 2:
+            one.report(trial, epoch, 0.5)
+        else:
+            one.spare(trial)
+        die(one)
+    assert study().trials()[0].state == TrialState.RUNNING
+
+
+def test_a_study_with_other_settings_is_refused(study: Callable[[], Study], storage: str, request: pytest.FixtureRequest) -> None:
+    study()
+    with pytest.raises(ValueError, match=r"begun with another config:\n  -patience: 3\n  \+patience: 4\n"):
+        Study(request.node.name, storage, {**SETTINGS, "config": "patience: 4\n"})
+
+
+def test_first_trials_that_all_fail_end_the_study(study: Callable[[], Study]) -> None:
+    one = study()
+    for _ in range(5):
+        trial = claimed(one, 40)
+        one.end(trial, TrialState.FAIL, reason="no such column")
+    with pytest.raises(ValueError, match="the first 5 trials all failed, the last because: no such column"):
+        one.claim(40)
+
+
+def test_pruning_sees_the_epochs_of_other_processes(study: Callable[[], Study]) -> None:
+    one, other = study(), study()
+    for value in (0.7, 0.8, 0.9, 0.7, 0.8):
+        trial = claimed(one, 9)
+        for epoch in range(4):
+            one.report(trial, epoch, value)
+        one.end(trial, TrialState.COMPLETE, value)
+    trial = claimed(other, 9)
+    other.report(trial, 0, 0.1)  # too early to judge
+    with pytest.raises(optuna.TrialPruned):
+        other.report(trial, 1, 0.1)
+
+
+def test_half_a_line_in_the_journal_is_taken_away(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    one = Study("s", str(path), SETTINGS)
+    trial = claimed(one, 2)
+    with path.open("ab") as journal:
+        journal.write(b'{"op_code":5,"trial' + b"x" * 10_000)
+    one.end(trial, TrialState.COMPLETE, 1.0)
+    assert Study("s", str(path), SETTINGS).trials()[0].value == 1.0
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def _eventually(get: Callable[[], Any]) -> Any:
+    """A server notices within moments, not at once, that a connection is gone."""
+    limit = time.monotonic() + 10
+    while not (found := get()) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert found
+    return found
+
+
+# ---- search space ------------------------------------------------------------------------------------------------------------
+
+
+def test_space() -> None:
+    found = distributions({**SPACE, "model.dropout": {"low": 0.0, "high": 0.5, "step": 0.1}, "model.pos_weight": [None, 1]})
+    assert found == {
+        "model.learning_rate": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True),
+        "model.width": optuna.distributions.CategoricalDistribution([8, 16]),
+        "model.lstm_layers": optuna.distributions.IntDistribution(1, 2),
+        "model.dropout": optuna.distributions.FloatDistribution(0.0, 0.5, step=0.1),
+        "model.pos_weight": optuna.distributions.CategoricalDistribution([None, 1]),
+    }
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says that must fail."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+LINE = "sweep --model Fusion --model.width 8 --data SyntheticMIMICIV --data.root {} --runs {} --trainer.max_epochs 3 --name s --trials 4"
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ("{model.lerning_rate: [0.1]}", "unknown option --model.lerning_rate; did you mean --model.learning_rate?"),
+        ("{model.width: [8, wide]}", "--model.width: expected int, found wide"),
+        ("{model.learning_rate: {low: -1.0, high: 1.0}}", "--model.learning_rate must be a finite number of at least 0, found -1.0"),
+        ("{model.dropout: {low: 0.5, high: 0.1}}", "--space model.dropout: `low <= high` must hold"),
+        ("{model.dropout: {low: a, high: b}}", "--space model.dropout: low and high must be numbers"),
+        ("{model.dropout: 0.1}", "--space model.dropout: expected a list of choices, or low and high, with log or step, found 0.1"),
+        ("{model.dropout: [[1]]}", "--space model.dropout: choices must be numbers, words, true, false or null"),
+        ("{}", "--space is empty"),
+    ],
+)
+def test_bad_space(space: str, message: str, mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused([*LINE.format(mimic, tmp_path / "runs").split(), "--space", space], capsys)
+    assert message in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--storage sqlite:///a.db", "expected a journal file, or postgresql://user@host/database"),
+        ("--storage postgresql://u:secret@127.0.0.1:1/db", "postgresql://u:***@127.0.0.1:1/db cannot be reached"),
+        ("--trainer.devices 2", "one trial runs on one device"),
+        ("--workers 0", "--trials and --workers must be at least 1"),
+        ("--data.root nowhere", "no folder nowhere"),
+        ("--finetune EICU", "unknown option --finetune"),
+    ],
+)
+def test_bad_sweep(more: str, message: str, mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if "nowhere" in more:
+        more += " --data MIMICIV"
+    said = refused([*LINE.format(mimic, tmp_path / "runs").split(), "--space", "{model.width: [8]}", *more.split()], capsys)
+    assert message in said and "secret" not in said
+
+
+# ---- one trial ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raised", "state", "reason", "leaves"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+            TrialState.FAIL,
+            "out of memory: lower --data.batch_size",
+            SystemExit,
+        ),
+        (MemoryError(), TrialState.FAIL, "out of memory: lower --data.batch_size", SystemExit),
+        (ValueError("the loss is not a number any more"), TrialState.FAIL, "the loss is not a number any more", None),
+        (RuntimeError("CUDA error: device-side assert"), TrialState.FAIL, "RuntimeError: CUDA error: device-side assert", SystemExit),
+        (optuna.TrialPruned(), TrialState.PRUNED, None, None),
+        (KeyboardInterrupt(), TrialState.RUNNING, None, KeyboardInterrupt),
+        (OSError(28, "No space left on device"), TrialState.RUNNING, None, OSError),
+    ],
+)
+def test_how_a_trial_ends(
+    raised: BaseException,
+    state: TrialState,
+    reason: str | None,
+    leaves: type[BaseException] | None,
+    mimic: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    @functools.wraps(verbs.train)
+    def fails(**_: Any) -> None:
+        raise raised
+
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump({"model": "Fusion", "data": "SyntheticMIMICIV", "trainer": {"max_epochs": 1}}))
+    monkeypatch.setattr(verbs, "train", fails)
+    one = Study("s", str(tmp_path / "study.journal"), SETTINGS)
+    trial = claimed(one, 1)
+    if leaves is None:
+        sweep.attempt(one, trial, "s", tmp_path, os.getppid())
+    else:
+        with pytest.raises(leaves):
+            sweep.attempt(one, trial, "s", tmp_path, os.getppid())
+    ended = one.trials()[0]
+    assert ended.state == state and ended.user_attrs.get("reason") == reason
+    assert yaml.safe_load(ended.user_attrs["config"])["model"]["init_args"]["width"] == trial.params["model.width"]
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept(mimic: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Study folder of a sweep whose workers were killed, logged offline to Weights & Biases; one choice makes the loss no number."""
+    folder = tmp_path_factory.mktemp("sweep")
+    space = "{model.learning_rate: [0.001, 0.01, 1.0e+30], model.dropout: {low: 0.0, high: 0.5}}"
+    line = [*LINE.format(mimic, folder).split(), "--workers", "2", "--space", space, "--wandb", "offline", "--trials", "5"]
+    environment = {**os.environ, "WANDB_CONFIG_DIR": str(folder / "wandb-config"), "WANDB_CACHE_DIR": str(folder / "wandb-cache")}
+    with (folder / "output").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.cli", *line], stdout=output, stderr=output, env=environment, cwd=Path(__file__).parents[1]
+        )
+        for wanted in ("trial-0000/metrics.csv", "trial-0001/metrics.csv"):
+            _within(120, lambda wanted=wanted: (folder / "s" / wanted).exists() or process.poll() is not None)
+            for victim in workers(process.pid)[:1]:
+                os.kill(victim, signal.SIGKILL)
+        assert process.wait(300) == 0, (folder / "output").read_text()
+    return folder / "s"
+
+
+def _within(seconds: float, holds: Callable[[], bool]) -> None:
+    limit = time.monotonic() + seconds
+    while not holds() and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert holds()
+
+
+def test_sweep_ends_with_every_trial(swept: Path, tmp_path: Path) -> None:
+    table = pl.read_csv(swept / "trials.csv")
+    assert table["trial"].to_list() == list(range(5))
+    assert set(table["state"]) <= {"complete", "pruned", "fail"} and "complete" in table["state"].to_list()
+    broken = table.filter(pl.col("model.learning_rate") == 1e30)
+    assert len(broken) and all("the loss is not a number any more" in reason for reason in broken["reason"])
+    output = (swept.parent / "output").read_text()
+    assert "the loss is not a number any more" in output and f"next: ehr train -c {swept / 'best.yaml'}" in output
+    for trial in table.filter(pl.col("state") == "complete").iter_rows(named=True):
+        folder = Path(trial["run"])
+        epochs = pl.read_csv(folder / "metrics.csv")
+        assert epochs["epoch"].to_list() == list(range(len(epochs)))
+        assert epochs["val_auroc_auprc"].max() == trial["val_auroc_auprc"]
+        assert load(folder / "best.ckpt").learning_rate == trial["model.learning_rate"]
+        assert json.loads((folder / "metrics.json").read_text()).keys() == {"val"}  # the test split is not looked at
+    main(["evaluate", "--ckpt", f"{Path(trial['run']) / 'best.ckpt'}", "--data.split", "test", "--out", str(tmp_path / "scores")])
+    assert (tmp_path / "sweep.png").exists() is False and (swept / "sweep.png").stat().st_size > 10_000
+
+
+def test_best_is_reproduced_by_train(swept: Path, tmp_path: Path) -> None:
+    table = pl.read_csv(swept / "trials.csv").filter(pl.col("state") == "complete")
+    best = table.sort("val_auroc_auprc", descending=True).row(0, named=True)
+    main(["train", "-c", str(swept / "best.yaml"), "--runs", str(tmp_path), "--name", "again"])
+    again, before = (pl.read_csv(folder / "metrics.csv")["val_auroc_auprc"] for folder in (tmp_path / "again", Path(best["run"])))
+    np.testing.assert_allclose(again, before, rtol=0, atol=1e-6)
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text()).keys() == {"val", "test"}
+
+
+def test_weights_and_biases_has_one_run_a_trial(swept: Path) -> None:
+    """Read back with the library's own reader."""
+    pytest.importorskip("wandb")
+    logs: dict[str, list[Path]] = {}
+    for path in sorted(swept.rglob("*.wandb")):
+        logs.setdefault(path.parents[2].name, []).append(path)
+    assert set(logs) == {f"trial-{i:04d}" for i in range(5)}
+    ids = set()
+    for name, paths in logs.items():
+        records = [r for path in paths for r in _inspected(path)]  # a trial that lost its process has a file of each
+        runs = [r["run"] for r in records if "run" in r]
+        ids |= {run["run_id"] for run in runs}
+        assert {(run["run_group"], run["job_type"]) for run in runs} == {("s", "trial")}
+        assert all({"Fusion", "SyntheticMIMICIV", "s"} <= set(run["tags"]) for run in runs)
+        summary = json.loads(_reader("--summary", "--json", str(paths[-1])))
+        assert summary["config"]["trial"] == int(name[-4:]) and "model_learning_rate" in summary["config"]
+        epochs = swept / name / "metrics.csv"
+        if epochs.exists():
+            curve = {r["history"]["item"].get("val_auroc_auprc") for r in records if "history" in r}
+            assert set(pl.read_csv(epochs)["val_auroc_auprc"]) <= curve
+    assert len(ids) == 5
+    raw = b"".join(path.read_bytes() for paths in logs.values() for path in paths)
+    assert b"stay_id" not in raw and b"patient_id" not in raw
+
+
+def _reader(*arguments: str) -> str:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _inspected(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _reader("--json", str(path)).splitlines()]
+
+
+def test_same_command_shows_the_summary_again_and_more_trials_go_on(
+    swept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((swept / "train.yaml").read_text())
+    study = optuna.load_study(
+        study_name="s", storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(swept / "study.journal")))
+    )
+    path = swept.parent / "again.yaml"
+    path.write_text(yaml.safe_dump({**config, "space": study.user_attrs["space"], "name": "s", "runs": str(swept.parent)}))
+    before = (swept / "best.yaml").read_bytes()
+    main(["sweep", "-c", str(path), "--trials", "5"])
+    assert "5 trials" in capsys.readouterr().out and (swept / "best.yaml").read_bytes() == before
+    began: list[int] = []
+    monkeypatch.setattr(sweep._Workers, "run", lambda self, study: began.append(self.order["trials"]))
+    main(["sweep", "-c", str(path), "--trials", "9"])
+    assert began == [9]
+
+
+def test_workers_end_with_the_command(mimic: Path, trained: Path, tmp_path: Path) -> None:
+    line = [
+        *LINE.format(mimic, tmp_path).split(),
+        "--space",
+        "{model.dropout: {low: 0.0, high: 0.5}}",
+        "--trainer.max_epochs",
+        "1000",
+        "--patience",
+        "1000",
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "experiments.cli", *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _within(120, lambda: (tmp_path / "s" / "trial-0000" / "metrics.csv").exists())
+    mine = workers(process.pid)
+    assert len(mine) == 1
+    process.kill()
+    process.wait()
+    _within(30, lambda: not Path(f"/proc/{mine[0]}").exists())
+    one = json.loads((tmp_path / "s" / "study.journal").read_text().splitlines()[0])
+    assert one["study_name"] == "s"
+
+
+def test_importance_needs_trials(tmp_path: Path) -> None:
+    one = Study("s", str(tmp_path / "s.journal"), SETTINGS)
+    for i in range(10):
+        assert not one.importance()
+        trial = claimed(one, 10)
+        trial.set_user_attr("run", str(i))
+        trial.set_user_attr("config", "data: {init_args: {split: val}}")
+        one.report(trial, 0, trial.params["model.learning_rate"])
+        one.end(trial, TrialState.COMPLETE, trial.params["model.learning_rate"])
+    shares = one.importance()
+    assert max(shares, key=lambda name: shares[name]) == "model.learning_rate" and abs(sum(shares.values()) - 1) < 1e-9
+    (tmp_path / "train.yaml").write_text("data: {init_args: {split: test}}")
+    sweep_report.summarise(one, tmp_path, "val_auroc_auprc", "s")
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["data"]["init_args"]["split"] == "test"
