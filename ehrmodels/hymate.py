@@ -176,25 +176,21 @@ class HyMaTEForecast(HyMaTE):
         self.head = nn.Linear(2 * self.width, len(spec.variables))
 
     def training_step(self, batch: Triplets, index: int) -> Tensor:  # type: ignore[override]
-        loss = self._error(batch, torch.rand(len(batch.row), device=batch.time.device))
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.row))
-        return loss
+        loss, count = self._error(batch, torch.rand(len(batch.row), device=batch.time.device))
+        return self._record("train", loss, count, len(batch.row))
 
     def validation_step(self, batch: Triplets, index: int) -> None:  # type: ignore[override]
         place = torch.frac(batch.row.double() * 0.6180339887498949).float()  # the same times in every epoch, spread evenly
-        self.log("val_loss", self._error(batch, place), on_step=False, on_epoch=True, batch_size=len(batch.row))
-
-    def on_validation_epoch_end(self) -> None:
-        pass
+        self._record("val", *self._error(batch, place), len(batch.row))
 
     def predict_step(self, batch: Triplets, index: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         raise ValueError("a HyMaTEForecast checkpoint predicts no outcome: train a HyMaTE from it with `ehr train --init_from`")
 
-    def _error(self, batch: Triplets, place: Tensor) -> Tensor:
-        """Mean squared error of the forecast values, in standard deviations; ``place`` (B,) in [0, 1) chooses the times."""
+    def _error(self, batch: Triplets, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the forecast values, in standard deviations, and their number; ``place`` (B,) in [0, 1) chooses the times."""
         past, value, known = forecast_task(batch, place, self.spec.hours, len(self.spec.variables))
         error = (self.head(self.represent(past)).float() - value) ** 2 * known
-        return error.sum() / known.sum().clamp(min=1)
+        return error.sum() / known.sum().clamp(min=1), known.sum()
 
 
 def forecast_task(batch: Triplets, place: Tensor, hours: int, variables: int) -> tuple[Triplets, Tensor, Tensor]:

@@ -81,6 +81,8 @@ def _run(verb: str, arguments: list[str]) -> None:
         "exists and is not empty",
         "LeafSpec",
         "Checkpoint directory",
+        "your dataloader is not resumable",
+        "`srun` command is available",
     ):
         warnings.filterwarnings("ignore", f".*{noise}.*")
     arguments = _ordered(arguments)

@@ -14,7 +14,7 @@ from datamodules.module import ICUDataModule
 from ehrmodels.base import ICUModule, load, read_checkpoint
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast
-from experiments import files, report, run
+from experiments import files, ranks, report, run
 from experiments.files import console
 from experiments.run import MONITORS
 
@@ -37,6 +37,7 @@ def train(
     finetune: ICUDataModule | None = None,
     finetune_learning_rate: float | None = None,
     finetune_epochs: int = 10,
+    checkpoint_minutes: float = 10,
     wandb: Literal["offline", "online"] | None = None,
 ) -> None:
     """Train a model, score its best checkpoint on the test split, and, with ``--finetune EICU``, transfer it.
@@ -56,10 +57,11 @@ def train(
         finetune: Second hospital system: scored zero-shot, then fine-tuned and scored again on the same held-out patients.
         finetune_learning_rate: Peak learning rate of fine-tuning; default: a fifth of the model's.
         finetune_epochs: Most epochs of fine-tuning.
+        checkpoint_minutes: Minutes between checkpoints within an epoch; one is written after each epoch in any case.
         wandb: Also log to Weights & Biases (aggregates only): offline or online.
     """
     folder = Path(runs) / (name or f"{data.name}-{type(model).__name__}-{seed}".lower())
-    with run.opened(folder, config, resume, "--name"):
+    with ranks.joined(trainer), run.opened(folder, config, resume, "--name"):
         if not model.supervised and (monitor != "val_loss" or finetune is not None):
             raise ValueError(f"{type(model).__name__} predicts no outcome: set --monitor val_loss, leave out --finetune")
         if finetune is not None:
@@ -89,7 +91,7 @@ def train(
             soft_wrap=True,
         )
         if not (folder / "metrics.json").exists():
-            run.fit(folder, model, data, trainer, seed, monitor, patience, _logger(wandb, folder, config))
+            run.fit(folder, model, data, trainer, seed, monitor, patience, checkpoint_minutes, _logger(wandb, folder, config))
         if not model.supervised:
             files.write_json({"val_loss": pl.read_csv(folder / "metrics.csv")["val_loss"].min()}, folder / "metrics.json")
             console.print(f"next: ehr train -c FILE --init_from {folder / 'best.ckpt'}", soft_wrap=True)
@@ -112,6 +114,7 @@ def train(
                 seed,
                 finetune_learning_rate,
                 finetune_epochs,
+                checkpoint_minutes,
                 wandb,
                 config,
                 start,
@@ -156,6 +159,7 @@ def finetune(
     seed: int = 0,
     learning_rate: float | None = None,
     epochs: int = 10,
+    checkpoint_minutes: float = 10,
     resume: bool = False,
     wandb: Literal["offline", "online"] | None = None,
 ) -> None:
@@ -170,14 +174,15 @@ def finetune(
         seed: Seed of dropout and order of batches.
         learning_rate: Peak learning rate; default: a fifth of the source's.
         epochs: Most epochs.
+        checkpoint_minutes: Minutes between checkpoints within an epoch; one is written after each epoch in any case.
         resume: Continue a fine-tuning that was interrupted.
         wandb: Also log to Weights & Biases (aggregates only): offline or online.
     """
     data = data or EICU()
     folder = Path(out) if out else Path(ckpt).parent / f"finetune-{data.name}"
     load(Path(ckpt))
-    with run.opened(folder, config, resume, "--out"):
-        _transfer(Path(ckpt), data, folder, trainer, seed, learning_rate, epochs, wandb, config, {})
+    with ranks.joined(trainer), run.opened(folder, config, resume, "--out"):
+        _transfer(Path(ckpt), data, folder, trainer, seed, learning_rate, epochs, checkpoint_minutes, wandb, config, {})
 
 
 def predict(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
@@ -211,6 +216,7 @@ def _transfer(
     seed: int,
     learning_rate: float | None,
     epochs: int,
+    checkpoint_minutes: float,
     wandb: Literal["offline", "online"] | None,
     config: str,
     rows: dict[str, tuple[pl.DataFrame, dict[str, Any]]],
@@ -242,7 +248,8 @@ def _transfer(
             "seed": seed,
             "source": str(ckpt),
         }
-        run.fit(folder, model, target, {**trainer, "max_epochs": epochs}, seed, "val_auroc_auprc", 5, _logger(wandb, folder, config))
+        arguments = {**trainer, "max_epochs": epochs}
+        run.fit(folder, model, target, arguments, seed, "val_auroc_auprc", 5, checkpoint_minutes, _logger(wandb, folder, config))
     rows[f"{target.name} fine-tuned"] = run.conclude(folder, target)
     report.show({name: result for name, (_, result) in rows.items()}, console)
     gap = report.difference(zero, rows[f"{target.name} fine-tuned"][0])
@@ -303,7 +310,7 @@ def _check_validation(data: ICUDataModule) -> None:
 
 
 def _logger(wandb: str | None, folder: Path, config: str) -> Any:
-    if wandb is None:
+    if wandb is None or console.quiet:
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
