@@ -60,6 +60,8 @@ def joined(trainer: dict[str, Any]) -> Iterator[None]:
             watch.end()
         if rank and isinstance(error, Exception | KeyboardInterrupt):
             time.sleep(ALIKE_SECONDS)  # the first process says it, and ends this one, if it has failed for the same reason
+            if isinstance(error, KeyboardInterrupt):
+                raise SystemExit(130) from None
         watch.stop()
         for process in watch.children():
             process.kill()
@@ -84,11 +86,12 @@ def _place(trainer: dict[str, Any]) -> tuple[int, int]:
             probe = lightning.Trainer(**said, **quiet, plugins=environment(trainer))
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"--trainer.devices {devices} with --trainer.accelerator {accelerator}: {error}") from error
-        rank, world = probe.global_rank, probe.world_size
+        rank, world = probe.global_rank, probe.num_devices * probe.num_nodes
     elastic = TorchElasticEnvironment.detect()
     started = int(os.environ["WORLD_SIZE"]) if elastic else int(os.environ["SLURM_NTASKS"]) if _slurm() and world > 1 else world
     if started != world:
         who = "torchrun" if elastic else "SLURM"
+        time.sleep(ALIKE_SECONDS if int(os.environ["RANK" if elastic else "SLURM_PROCID"]) else 0)  # the first says it
         raise ValueError(
             f"{who} started {started} processes, but --trainer.devices {devices} on --trainer.num_nodes {nodes} make {world}: "
             "give the number of processes of a node as --trainer.devices"
@@ -190,11 +193,14 @@ class _Watch:
         """Say once that another process is gone, and end this one and those that it has started."""
         if not self.once.acquire(blocking=False):
             time.sleep(60)  # another thread is about to end this process
-        time.sleep(0.2)  # the parent's connections close before it is gone
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to send it
+        if self.by_lightning:
+            time.sleep(0.2)  # the parent's connections close before it is gone
         if self.over.is_set() and threading.current_thread() is not threading.main_thread():
             return
         for process in self.children():
             process.kill()
-        if self.rank == 0 or (self.rank == 1 and (self._orphan() or not self.by_lightning)):
+        if self.rank == 0 or (self.rank == 1 and self._orphan() == self.by_lightning):  # else the first process lives and says it
             print(f"ehr: {ENDED}", file=sys.stderr, flush=True)
         os._exit(1)
