@@ -4,7 +4,6 @@ import hashlib
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +13,11 @@ import numpy as np
 import polars as pl
 import torch
 from filelock import FileLock
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from datamodules import tables
 from datamodules.batch import Batch, Grid, Spec, Triplets
+from datamodules.batches import Batches
 from datamodules.cohort import Store, build, fingerprint
 from datamodules.concepts import BY_NAME, CONCEPTS
 from datamodules.schema import VASOPRESSORS
@@ -28,8 +28,6 @@ from datamodules.views import CLIP, Views
 Split = Literal["train", "val", "test", "all"]
 View = Literal["grid", "triplets"]
 CARE_UNITS = ("medical", "surgical", "cardiac", "cardiac_surgery", "neuro", "mixed", "other")
-BATCH_EVENTS = 2**17  # events in a batch with their padding, over which a batch of long stays is made smaller
-JITTER = 0.08  # by which the logarithm of a length is shuffled
 FIT_SAMPLES = 8192  # training samples from which the scaler is fitted
 
 
@@ -57,7 +55,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         split: The split that is scored after training: train, val, test or all.
         split_by: Keep the patients ("patient") or whole hospitals ("hospital") of train, val and test apart.
         seed: Seed of the split.
-        batch_size: Samples per batch.
+        batch_size: Samples per batch; with several processes, of each of them.
         num_workers: Processes that build batches; 0 builds them in the training process.
         cache: Folder for extracted stores; default: $EHR_CACHE or .cache in the current folder.
     """
@@ -98,7 +96,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         self.statics = statics.split(",") if isinstance(statics, str) else list(STATICS if statics is None else statics)
         check_statics(self.statics)
         self.split, self.split_by, self.seed = split, split_by, seed
-        self.order_seed, self.order_epoch = seed, 0  # of training batches; a training run sets them
+        self.order_seed, self.order_epoch, self.order_start = seed, 0, 0  # of training batches; a training run sets them
+        self.rank, self.world = 0, 1  # this process and how many there are that share every batch
         if batch_size < 1:
             raise ValueError(f"--data.batch_size must be at least 1, found {batch_size}")
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -300,8 +299,13 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         rows = self.rows(split)
         if not len(rows):
             raise ValueError(f"no sample in split {split!r} of {self.root}; choose another --data.split (all takes every stay)")
+        if len(rows) < self.world:
+            raise ValueError(
+                f"split {split!r} of {self.root} has {len(rows)} samples for {self.world} processes: each needs one; lower --trainer.devices"
+            )
         lengths = self._views.lengths(self._stay[rows], self._minute[rows]) if self.view == "triplets" else None
-        batches = Batches(rows, self.batch_size, self.order_seed if shuffle else None, self.order_epoch, lengths)
+        order = (self.order_seed, self.order_epoch, self.order_start) if shuffle else (None,)
+        batches = Batches(rows, self.batch_size, *order, lengths=lengths, rank=self.rank, world=self.world)
         return DataLoader(
             Samples(self),
             sampler=batches,
@@ -394,53 +398,6 @@ class Samples(Dataset):
 
     def __len__(self) -> int:
         return len(self.module.samples)
-
-
-class Batches(Sampler):
-    """Rows in batches: in order, or shuffled by (seed, epoch) so that an epoch can be repeated after a restart.
-
-    With lengths, samples of like length share a batch, so that little of it is padding, and a batch of long ones holds fewer. Training
-    shuffles lengths by a few percent first, so that batches are composed anew in every epoch, and then the order of the batches; how
-    many there are is the same in every epoch.
-
-    Args:
-        rows: (N,) row numbers of samples.
-        size: most samples in a batch.
-        seed: of the shuffling; None: no shuffling.
-        epoch: the epoch.
-        lengths: (N,) events of each row.
-    """
-
-    def __init__(self, rows: np.ndarray, size: int, seed: int | None, epoch: int = 0, lengths: np.ndarray | None = None):
-        self.data, self.size, self.seed, self.epoch = rows, size, seed, epoch
-        self.log_length = None if lengths is None else np.log(np.maximum(lengths, 1))
-        self.starts = np.arange(0, len(rows), size)
-        if lengths is not None:
-            self.starts = np.array(_cuts(np.sort(lengths)[::-1], size))
-
-    def set_epoch(self, epoch: int) -> None:  # called by Lightning before every epoch but the first, whose batches it has begun by then
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        rng = None if self.seed is None else np.random.default_rng((self.seed, self.epoch))
-        rows = self.data if rng is None else rng.permutation(self.data)
-        if self.log_length is None:
-            return iter(np.split(rows, self.starts[1:]))
-        key = self.log_length if rng is None else self.log_length + rng.uniform(-JITTER, JITTER, len(rows))
-        batches = np.split(self.data[np.argsort(-key, kind="stable")], self.starts[1:])
-        return iter(batches if rng is None else [batches[i] for i in rng.permutation(len(batches))])
-
-
-def _cuts(longest_first: np.ndarray, size: int) -> list[int]:
-    """Where batches start so that each holds at most ``size`` samples and ``BATCH_EVENTS`` events with their padding."""
-    cuts, start = [], 0
-    while start < len(longest_first):
-        cuts.append(start)
-        start += min(size, max(int(BATCH_EVENTS // max(longest_first[start], 1)), 1))
-    return cuts
 
 
 def _count(rule: str, left: pl.DataFrame) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class ICUModule(lightning.LightningModule, ABC):
         self.learning_rate, self.weight_decay, self.warmup, self.pos_weight = learning_rate, weight_decay, warmup, pos_weight
         self.facts: dict[str, Any] = {}  # what ``experiments`` wants every checkpoint to carry: data, split, threshold
         self.auroc, self.auprc = BinaryAUROC(), BinaryAveragePrecision()
+        self.losses = {"train": Mean(), "val": Mean()}  # of the epoch, over the samples of all processes
 
     @abstractmethod
     def build(self, spec: Spec) -> None:
@@ -51,6 +52,8 @@ class ICUModule(lightning.LightningModule, ABC):
         if self.pos_weight is None:
             self.pos_weight = pos_weight
         self.build(spec)
+        # by name, since a strategy that shards the parameters flattens them
+        self.exempt = {n for n, p in self.named_parameters() if p.ndim < 2 or getattr(p, "_no_weight_decay", False)}
 
     def begin_with(self, path: Path) -> None:
         """Take the weights of a checkpoint of the same layers; those of the head only where it has the same shape.
@@ -70,22 +73,56 @@ class ICUModule(lightning.LightningModule, ABC):
         self.load_state_dict(fits, strict=False)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        loss = self._loss(batch)[0]
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.target))
-        return loss
+        loss, logit, _ = self._loss(batch)
+        return self._record("train", loss, len(logit), len(batch.target))
 
     def validation_step(self, batch: Batch, index: int) -> None:
         loss, logit, target = self._loss(batch)
-        self.log("val_loss", loss, on_step=False, on_epoch=True, batch_size=len(target))
-        self.auroc.update(logit, target.long())
-        self.auprc.update(logit, target.long())
+        self._record("val", loss, len(target), len(target))
+        self.auroc.update(logit.sigmoid(), target.long())
+        self.auprc.update(logit.sigmoid(), target.long())
+
+    def _record(self, stage: Literal["train", "val"], loss: Tensor, count: int | Tensor, samples: int) -> Tensor:
+        """Count a batch's loss in the mean of the epoch; gives what this process must derive.
+
+        Gradients are averaged over the processes as if each had as many samples. So that they are those of the mean over what
+        all processes hold, each loss is weighted by its share.
+
+        Args:
+            stage: of which epoch.
+            loss: mean over what this process holds of the batch.
+            count: how many values it is the mean of.
+            samples: how many samples it holds.
+        """
+        if not several():
+            self.losses[stage].add(loss.detach(), samples)
+            return loss
+        count = torch.as_tensor(count, dtype=torch.float64, device=loss.device)
+        summed, counted, every = add_up(torch.stack([loss.detach().double() * count, count, count.new_tensor(samples)]))
+        counted = counted.clamp(min=1)
+        self.losses[stage].add((summed / counted).float(), int(every))
+        return loss * (count * torch.distributed.get_world_size() / counted).to(loss.dtype)
+
+    def on_train_epoch_start(self) -> None:
+        self.losses["train"] = Mean()
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train_loss", self.losses["train"].value(), sync_dist=several())
+
+    def on_validation_epoch_start(self) -> None:
+        self.losses["val"] = Mean()
 
     def on_validation_epoch_end(self) -> None:
-        target = torch.cat(list(self.auroc.target)) if self.auroc.target else torch.zeros(0)
-        both = bool(target.any()) and not bool(target.all())
+        self.log("val_loss", self.losses["val"].value(), sync_dist=several())
+        if not self.supervised:
+            return
+        positive = sum((t.sum() for t in self.auroc.target), torch.zeros((), dtype=torch.int64, device=self.device))
+        count = torch.as_tensor(sum(len(t) for t in self.auroc.target), device=self.device)
+        positive, count = add_up(torch.stack([positive, count]))
+        both = bool((positive > 0) & (positive < count))  # of all processes: ``compute`` gathers, so all must call it or none
         auroc = self.auroc.compute() if both else torch.tensor(0.5)  # one class only: no ranking to judge
-        auprc = self.auprc.compute() if both else target.float().mean().nan_to_num()
-        self.log_dict({"val_auroc": auroc, "val_auprc": auprc, "val_auroc_auprc": auroc + auprc})
+        auprc = self.auprc.compute() if both else (positive / count).float().nan_to_num()
+        self.log_dict({"val_auroc": auroc, "val_auprc": auprc, "val_auroc_auprc": auroc + auprc}, sync_dist=several())
         self.auroc.reset()
         self.auprc.reset()
 
@@ -101,9 +138,8 @@ class ICUModule(lightning.LightningModule, ABC):
         return nn.functional.binary_cross_entropy_with_logits(logit, target, pos_weight=weight), logit.detach(), target
 
     def configure_optimizers(self) -> Any:
-        exempt = [p for p in self.parameters() if p.requires_grad and (p.ndim < 2 or getattr(p, "_no_weight_decay", False))]
-        ids = {id(p) for p in exempt}
-        decayed = [p for p in self.parameters() if p.requires_grad and id(p) not in ids]
+        named = [(n.replace("_fsdp_wrapped_module.", ""), p) for n, p in self.named_parameters() if p.requires_grad]
+        exempt, decayed = [p for n, p in named if n in self.exempt], [p for n, p in named if n not in self.exempt]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
         total = max(int(self.trainer.estimated_stepping_batches), 1)
@@ -119,6 +155,15 @@ class ICUModule(lightning.LightningModule, ABC):
             "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"},
         }
 
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        whole = self.trainer.strategy.model
+        if hasattr(whole, "clip_grad_norm_") and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            whole.clip_grad_norm_(gradient_clip_val)  # parameters are sharded: no process knows the norm by itself
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["ehr"] = {
             "model": f"{type(self).__module__}.{type(self).__name__}",
@@ -127,6 +172,31 @@ class ICUModule(lightning.LightningModule, ABC):
             "pos_weight": float(self.pos_weight or 1.0),
             **self.facts,
         }
+
+
+class Mean:
+    """Running mean over samples; plain numbers of float32, so that a checkpoint can carry it."""
+
+    def __init__(self, total: Tensor | float = 0.0, count: int = 0):
+        self.total, self.count = torch.as_tensor(total), count
+
+    def add(self, value: Tensor, count: int) -> None:
+        self.total, self.count = self.total.to(value.device) + value * count, self.count + count
+
+    def value(self) -> Tensor:
+        return self.total / self.count
+
+
+def several() -> bool:
+    """Whether this process trains together with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def add_up(values: Tensor) -> Tensor:
+    """The sum of ``values`` over all processes, in all of them; changes ``values``."""
+    if several():
+        torch.distributed.all_reduce(values)
+    return values
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

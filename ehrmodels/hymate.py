@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from datamodules.batch import Spec, Triplets
 from ehrmodels.base import ICUModule
@@ -41,6 +42,7 @@ class HyMaTE(ICUModule):
         heads: Attention heads, each of width D / heads.
         dropout: Dropout of the embedding, the attention and the pooled vector.
         thinning: Share of a stay's observations that training leaves out, other ones each time.
+        recompute: Compute the inside of each Mamba block again for its gradient instead of keeping it: less memory, more time.
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Weight decay of AdamW; biases, normalisation and the Mamba blocks' A and D are exempt.
         warmup: Share of all steps over which the learning rate rises; it falls along a cosine afterwards.
@@ -58,6 +60,7 @@ class HyMaTE(ICUModule):
         heads: int = 4,
         dropout: float = 0.2,
         thinning: float = 0.0,
+        recompute: bool = False,
         learning_rate: float = 5e-4,
         weight_decay: float = 1e-2,
         warmup: float = 0.05,
@@ -69,7 +72,7 @@ class HyMaTE(ICUModule):
         self.width, self.layers, self.state, self.attention, self.heads, self.dropout = width, layers, state, attention, heads, dropout
         if not 0 <= thinning < 1:
             raise ValueError(f"--model.thinning must be at least 0 and below 1, found {thinning}")
-        self.thinning = thinning
+        self.thinning, self.recompute = thinning, recompute
         self.save_hyperparameters(logger=False)
 
     def build(self, spec: Spec) -> None:
@@ -122,7 +125,8 @@ class HyMaTE(ICUModule):
         x = self.variable(batch.variable) + self.value(batch.value[..., None]) + self.time(batch.time[..., None])  # (B, N, D)
         x = self.drop(x)
         for block, norm in zip(self.blocks, self.norms, strict=False):
-            x = x + block(norm(x))
+            recompute = self.recompute and torch.is_grad_enabled()
+            x = x + (checkpoint(nn.Sequential(norm, block), x, use_reentrant=False) if recompute else block(norm(x)))
         x = self.norms[-1](x)
         if self.attention == "variable":
             x, real = self._by_variable(x, batch.variable, real)  # (B, V, D), (B, V)
@@ -176,25 +180,21 @@ class HyMaTEForecast(HyMaTE):
         self.head = nn.Linear(2 * self.width, len(spec.variables))
 
     def training_step(self, batch: Triplets, index: int) -> Tensor:  # type: ignore[override]
-        loss = self._error(batch, torch.rand(len(batch.row), device=batch.time.device))
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.row))
-        return loss
+        loss, count = self._error(batch, torch.rand(len(batch.row), device=batch.time.device))
+        return self._record("train", loss, count, len(batch.row))
 
     def validation_step(self, batch: Triplets, index: int) -> None:  # type: ignore[override]
         place = torch.frac(batch.row.double() * 0.6180339887498949).float()  # the same times in every epoch, spread evenly
-        self.log("val_loss", self._error(batch, place), on_step=False, on_epoch=True, batch_size=len(batch.row))
-
-    def on_validation_epoch_end(self) -> None:
-        pass
+        self._record("val", *self._error(batch, place), len(batch.row))
 
     def predict_step(self, batch: Triplets, index: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         raise ValueError("a HyMaTEForecast checkpoint predicts no outcome: train a HyMaTE from it with `ehr train --init_from`")
 
-    def _error(self, batch: Triplets, place: Tensor) -> Tensor:
-        """Mean squared error of the forecast values, in standard deviations; ``place`` (B,) in [0, 1) chooses the times."""
+    def _error(self, batch: Triplets, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the forecast values, in standard deviations, and their number; ``place`` (B,) in [0, 1) chooses the times."""
         past, value, known = forecast_task(batch, place, self.spec.hours, len(self.spec.variables))
         error = (self.head(self.represent(past)).float() - value) ** 2 * known
-        return error.sum() / known.sum().clamp(min=1)
+        return error.sum() / known.sum().clamp(min=1), known.sum()
 
 
 def forecast_task(batch: Triplets, place: Tensor, hours: int, variables: int) -> tuple[Triplets, Tensor, Tensor]:

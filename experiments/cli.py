@@ -95,6 +95,8 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
         "exists and is not empty",
         "LeafSpec",
         "Checkpoint directory",
+        "your dataloader is not resumable",
+        "`srun` command is available",
     ):
         warnings.filterwarnings("ignore", f".*{noise}.*")
     arguments = _ordered(arguments)

@@ -13,7 +13,12 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the new one, also when the run is killed or the disk is full."""
+    """Write a file so that it is either the old one or the new one, also when the run is killed or the disk is full.
+
+    A process that is to be quiet writes nothing either: the first of those that train together does.
+    """
+    if console.quiet:
+        return
     unfinished = path.with_name(path.name + ".tmp")
     try:
         unfinished.write_bytes(content)

@@ -3,6 +3,7 @@
 import math
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -19,7 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 from datamodules.module import ICUDataModule, Split
-from ehrmodels.base import ICUModule, load, read_checkpoint
+from ehrmodels.base import ICUModule, Mean, load, read_checkpoint, several
+from experiments import ranks
 from experiments.files import console, save, write_json, write_parquet, write_text
 from experiments.report import choose_threshold, score
 
@@ -51,6 +53,9 @@ def opened(folder: Path, config: str, resume: bool, option: str) -> Iterator[Non
     Raises:
         ValueError: the directory holds another run, or an unfinished one and ``resume`` is not set.
     """
+    if console.quiet:  # one of several processes; the first has the directory
+        yield
+        return
     written, environment = folder / "config.yaml", folder / "environment.txt"
     if written.exists():
         if written.read_text() != config:
@@ -93,34 +98,37 @@ def fit(
     seed: int,
     monitor: str,
     patience: int,
+    checkpoint_minutes: float,
     logger: Any,
     report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
     """Train ``model`` on ``data``, continuing from ``last.ckpt`` where there is one; leaves ``best.ckpt`` and ``metrics.csv``.
 
-    The random numbers of an epoch depend on ``seed`` and the epoch alone and a checkpoint is written after every epoch, so a
-    run that was killed and continued ends at the same weights as an unbroken one.
+    ``last.ckpt`` is written after every epoch, and within an epoch every ``checkpoint_minutes``. The random numbers of an epoch
+    depend on ``seed``, the epoch and the process alone, and a checkpoint within an epoch holds where they are, so a run that was
+    killed and continued ends at the same weights as an unbroken one.
     """
-    if str(trainer.get("devices", 1)) != "1" or trainer.get("num_nodes", 1) != 1:
-        raise ValueError(f"--trainer.devices {trainer.get('devices')}: training on several devices is not supported yet; expected 1")
-    data.order_seed = seed
+    if not checkpoint_minutes >= 0:
+        raise ValueError(f"--checkpoint_minutes must be at least 0, found {checkpoint_minutes}")
     model.train()  # ``load`` gives it in evaluation mode, in which fine-tuning would go without dropout
+    last = folder / "last.ckpt"
+    epochs = _Epochs(folder / "metrics.csv", seed, last, checkpoint_minutes, report)
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=MONITORS[monitor], enable_version_counter=False)
-    newest = ModelCheckpoint(folder, "last", enable_version_counter=False)
+    newest = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
     stop = EarlyStopping(monitor, mode=MONITORS[monitor], patience=patience)
-    callbacks: list[Callback] = [_Epochs(folder / "metrics.csv", seed, report), stop, best, newest]
-    if sys.stderr.isatty() or sys.stdout.isatty():
+    callbacks: list[Callback] = [epochs, stop, best, newest]
+    if (sys.stderr.isatty() or sys.stdout.isatty()) and not console.quiet:
         callbacks.append(RichProgressBar(leave=False))
     precision = trainer.get("precision") or (
         "bf16-mixed" if torch.cuda.is_available() and trainer.get("accelerator") != "cpu" else "32-true"
     )
     arguments = {**trainer, "precision": precision, "logger": logger or False, "callbacks": callbacks, "default_root_dir": str(folder)}
     bars = any(isinstance(c, RichProgressBar) for c in callbacks)
-    arguments |= {"enable_progress_bar": bars, "enable_model_summary": False, "num_sanity_val_steps": 0, "plugins": [_Files()]}
-    last = folder / "last.ckpt"
-    if last.exists():
-        data.order_epoch = read_checkpoint(last)["epoch"] + 1
-    fitting = lightning.Trainer(**arguments)
+    arguments |= {"enable_progress_bar": bars, "enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    fitting = lightning.Trainer(**arguments, plugins=[_Files(), *ranks.environment(trainer)])
+    data.rank, data.world = fitting.global_rank, fitting.world_size
+    data.order_seed, (data.order_epoch, data.order_start) = seed, epochs.position(data.world)
+    ranks.watch_launcher(fitting.strategy.launcher)
     try:
         fitting.fit(model, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     except SystemExit as stopped:  # what Lightning makes of Ctrl-C
@@ -141,29 +149,88 @@ class _Files(TorchCheckpointIO):
 
 
 class _Epochs(Callback):
-    """Seeds every epoch and writes one row of ``metrics.csv`` after each; stops when the loss is no number any more."""
+    """Seeds every epoch and writes one row of ``metrics.csv`` after each; stops when the loss is no number any more.
 
-    def __init__(self, path: Path, seed: int, report: Callable[[int, dict[str, float]], None] | None):
-        self.path, self.seed, self.report = path, seed, report
+    Within an epoch it writes ``last``, with all that a checkpoint after an epoch does without: the batch, the random numbers of
+    every process and the training loss so far.
+    """
+
+    def __init__(self, path: Path, seed: int, last: Path, minutes: float, report: Callable[[int, dict[str, float]], None] | None):
+        self.report = report
+        self.path, self.seed, self.last, self.seconds = path, seed, last, 60 * minutes
         self.rows: list[dict[str, float]] = []
+        self.within: dict[str, Any] | None = None  # of a checkpoint within an epoch
+        self.world, self.saved = 1, 0.0
+
+    def position(self, world: int) -> tuple[int, int]:
+        """Epoch and batch at which training goes on.
+
+        Raises:
+            ValueError: ``last`` is damaged, or was written by another number of processes.
+        """
+        self.world = world
+        if not self.last.exists():
+            return 0, 0
+        try:
+            checkpoint = read_checkpoint(self.last)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: copy best.ckpt over it to continue from the best epoch, or delete it to train anew, and run the same command "
+                "with --resume"
+            ) from error
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        if state.get("world", 1) != world:
+            raise ValueError(
+                f"{self.last} was written by a training on {state.get('world', 1)} processes, this is one on {world}: continue with the "
+                "same --trainer.devices and --trainer.num_nodes, or choose another --name"
+            )
+        within = state.get("within")
+        return (checkpoint["epoch"], within["batch"]) if within else (checkpoint["epoch"] + 1, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
+        return {"rows": self.rows, "world": self.world, "within": self.within}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = state_dict["rows"]
+        self.rows, self.within = state_dict["rows"], state_dict.get("within")
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # a run that was killed after its last epoch must not train one more: Lightning keeps the count, not the decision
         trainer.should_stop = any(c.wait_count >= c.patience for c in trainer.early_stopping_callbacks)
+        ranks.end_with_sigterm()
+        self.saved = time.monotonic()
+        if self.within:
+            pl_module.losses["train"] = Mean(*self.within["train_loss"])
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:  # not on_train_epoch_start: loaders draw a number after it, except in the first epoch of a process
-            torch.manual_seed(int(np.random.SeedSequence((self.seed, trainer.current_epoch)).generate_state(1)[0]))
+        if self.within:
+            cpu, cuda = self.within["random"][trainer.global_rank]
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda)
+            self.within = None
+        elif batch_idx == 0:  # not on_train_epoch_start: loaders draw a number after it, except in the first epoch of a process
+            key = (self.seed, trainer.current_epoch, *([trainer.global_rank] if trainer.global_rank else []))
+            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = batch_idx + 1
+        if trainer.is_last_batch or done % trainer.accumulate_grad_batches or done % (trainer.val_check_batch or 1) == 0:
+            return  # gradients are in the making, or a checkpoint follows in any case
+        if not ranks.agreed(time.monotonic() - self.saved >= self.seconds):
+            return
+        drawn = (torch.get_rng_state(), torch.cuda.get_rng_state() if pl_module.device.type == "cuda" else None)
+        loss = pl_module.losses["train"]
+        self.within = {"batch": done, "random": ranks.everyone(drawn), "train_loss": (loss.total, loss.count)}
+        trainer.save_checkpoint(self.last)
+        self.within, self.saved = None, time.monotonic()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.saved = time.monotonic()
         row: dict[str, float] = {"epoch": trainer.current_epoch, "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}
-        row |= {k: float(v) for k, v in sorted(trainer.callback_metrics.items())}
+        said = {**trainer.callback_metrics, "train_loss": pl_module.losses["train"].value()}
+        row |= {k: float(v) for k, v in sorted(said.items())}
         if not all(math.isfinite(row.get(name, 0.0)) for name in ("train_loss", "val_loss")):
             raise ValueError(
                 f"the loss is not a number any more in epoch {trainer.current_epoch} (train {row.get('train_loss')}, validation "
@@ -180,7 +247,7 @@ class _Epochs(Callback):
 
 
 def predict(model: ICUModule, data: ICUDataModule, split: Split) -> pl.DataFrame:
-    """Score every sample of a split once.
+    """Score every sample of a split once; processes that have trained together share the work.
 
     Returns:
         ``stay_id, patient_id, minute, target, probability, split``, one row a sample, sorted by stay and minute; ``minute``
@@ -189,19 +256,28 @@ def predict(model: ICUModule, data: ICUDataModule, split: Split) -> pl.DataFrame
     data.view = model.view
     data.split = split
     data.setup()
+    shared = several() and len(data.rows(split)) >= torch.distributed.get_world_size()
+    data.rank, data.world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     rows, probabilities = [], []
     loader = data.predict_dataloader()
     with torch.inference_mode():
         for batch in track(
-            loader, f"scoring {split}", console=Console(stderr=True), transient=True, disable=len(loader) < 50 or not sys.stderr.isatty()
+            loader,
+            f"scoring {split}",
+            console=Console(stderr=True),
+            transient=True,
+            disable=len(loader) < 50 or not sys.stderr.isatty() or console.quiet,
         ):
             moved = type(batch)(*(t.to(device) for t in batch))
             row, probability = model.predict_step(moved, 0)
             rows.append(row.cpu().numpy())
             probabilities.append(probability.cpu().numpy())
-    table = data.samples[np.concatenate(rows)].with_columns(probability=np.concatenate(probabilities))
+    found, said = np.concatenate(rows), np.concatenate(probabilities)
+    if shared:
+        found, said = (np.concatenate(parts) for parts in zip(*ranks.everyone((found, said)), strict=True))
+    table = data.samples[found].with_columns(probability=said)
     columns = ["stay_id", "patient_id", "minute", pl.col("target").cast(pl.Float64).fill_null(float("nan")), "probability", "split"]
     return table.select(columns).sort("stay_id", "minute")
 
@@ -216,6 +292,7 @@ def conclude(folder: Path, data: ICUDataModule) -> tuple[pl.DataFrame, dict[str,
     checkpoint = read_checkpoint(best)
     checkpoint["ehr"]["threshold"] = threshold
     save(checkpoint, best)
+    ranks.everyone(None)  # the others read the checkpoint again
     held_out = len(data.rows(chosen)) > 0
     if not held_out:
         console.print(f"[yellow]no stay of these data is in split {chosen!r}: the validation split is shown instead[/]")

@@ -16,7 +16,7 @@ from datamodules.module import ICUDataModule
 from ehrmodels.base import ICUModule, load, read_checkpoint
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast
-from experiments import files, report, run
+from experiments import files, ranks, report, run
 from experiments.files import console
 from experiments.run import MONITORS
 
@@ -39,6 +39,7 @@ def train(
     finetune: ICUDataModule | None = None,
     finetune_learning_rate: float | None = None,
     finetune_epochs: int = 10,
+    checkpoint_minutes: float = 10,
     wandb: Literal["offline", "online"] | None = None,
     trial: run.Trial | None = None,
 ) -> None:
@@ -59,11 +60,12 @@ def train(
         finetune: Second hospital system: scored zero-shot, then fine-tuned and scored again on the same held-out patients.
         finetune_learning_rate: Peak learning rate of fine-tuning; default: a fifth of the model's.
         finetune_epochs: Most epochs of fine-tuning.
+        checkpoint_minutes: Minutes between checkpoints within an epoch; one is written after each epoch in any case.
         wandb: Also log to Weights & Biases (aggregates only): offline or online.
         trial: What a sweep adds.
     """
     folder = Path(runs) / (name or f"{data.name}-{type(model).__name__}-{seed}".lower())
-    with run.opened(folder, config, resume, "--name"):
+    with ranks.joined(trainer), run.opened(folder, config, resume, "--name"):
         if not model.supervised and (monitor != "val_loss" or finetune is not None):
             raise ValueError(f"{type(model).__name__} predicts no outcome: set --monitor val_loss, leave out --finetune")
         if finetune is not None:
@@ -94,7 +96,7 @@ def train(
         )
         if not (folder / "metrics.json").exists():
             logger = _logger(wandb, folder, config, monitor, [data.name, type(model).__name__], trial)
-            run.fit(folder, model, data, trainer, seed, monitor, patience, logger, trial and trial.report)
+            run.fit(folder, model, data, trainer, seed, monitor, patience, checkpoint_minutes, logger, trial and trial.report)
         if not model.supervised:
             files.write_json({"val_loss": pl.read_csv(folder / "metrics.csv")["val_loss"].min()}, folder / "metrics.json")
             console.print(f"next: ehr train -c FILE --init_from {folder / 'best.ckpt'}", soft_wrap=True)
@@ -118,6 +120,7 @@ def train(
                 seed,
                 finetune_learning_rate,
                 finetune_epochs,
+                checkpoint_minutes,
                 wandb,
                 config,
                 start,
@@ -162,6 +165,7 @@ def finetune(
     seed: int = 0,
     learning_rate: float | None = None,
     epochs: int = 10,
+    checkpoint_minutes: float = 10,
     resume: bool = False,
     wandb: Literal["offline", "online"] | None = None,
 ) -> None:
@@ -176,14 +180,15 @@ def finetune(
         seed: Seed of dropout and order of batches.
         learning_rate: Peak learning rate; default: a fifth of the source's.
         epochs: Most epochs.
+        checkpoint_minutes: Minutes between checkpoints within an epoch; one is written after each epoch in any case.
         resume: Continue a fine-tuning that was interrupted.
         wandb: Also log to Weights & Biases (aggregates only): offline or online.
     """
     data = data or EICU()
     folder = Path(out) if out else Path(ckpt).parent / f"finetune-{data.name}"
     load(Path(ckpt))
-    with run.opened(folder, config, resume, "--out"):
-        _transfer(Path(ckpt), data, folder, trainer, seed, learning_rate, epochs, wandb, config, {})
+    with ranks.joined(trainer), run.opened(folder, config, resume, "--out"):
+        _transfer(Path(ckpt), data, folder, trainer, seed, learning_rate, epochs, checkpoint_minutes, wandb, config, {})
 
 
 def predict(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
@@ -217,6 +222,7 @@ def _transfer(
     seed: int,
     learning_rate: float | None,
     epochs: int,
+    checkpoint_minutes: float,
     wandb: Literal["offline", "online"] | None,
     config: str,
     rows: dict[str, tuple[pl.DataFrame, dict[str, Any]]],
@@ -249,7 +255,7 @@ def _transfer(
             "source": str(ckpt),
         }
         logger = _logger(wandb, folder, config, "val_auroc_auprc", [target.name, type(model).__name__, "finetune"])
-        run.fit(folder, model, target, {**trainer, "max_epochs": epochs}, seed, "val_auroc_auprc", 5, logger)
+        run.fit(folder, model, target, {**trainer, "max_epochs": epochs}, seed, "val_auroc_auprc", 5, checkpoint_minutes, logger)
     rows[f"{target.name} fine-tuned"] = run.conclude(folder, target)
     _log_scores({"zero-shot": rows[f"{target.name} zero-shot"][1], "fine-tuned": rows[f"{target.name} fine-tuned"][1]}, wandb)
     report.show({name: result for name, (_, result) in rows.items()}, console)
@@ -314,7 +320,7 @@ def _logger(
     wandb: Literal["offline", "online"] | None, folder: Path, config: str, monitor: str, tags: list[str], trial: run.Trial | None = None
 ) -> Any:
     """Weights & Biases' run of this directory: its id is kept there, so that a resumed training goes on in the same run."""
-    if wandb is None or os.environ.get("WANDB_MODE") == "disabled":
+    if wandb is None or os.environ.get("WANDB_MODE") == "disabled" or console.quiet:  # quiet: not the first of several processes
         return None
     try:
         import wandb as library

@@ -19,9 +19,9 @@ from torch import Tensor
 
 import ehrmodels.hymate as hymate
 from datamodules.batch import Spec, Triplets
+from datamodules.batches import Batches
 from datamodules.concepts import NAMES
 from datamodules.hospitals import MIMICIV, PhysioNet2012
-from datamodules.module import Batches
 from ehrmodels.base import load, read_checkpoint
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast, chosen, forecast_task
 from experiments.cli import main
@@ -166,14 +166,14 @@ def test_padding_is_small_and_every_sample_comes_once_an_epoch() -> None:
     rows = np.arange(1000, 1000 + len(lengths))
     counts = []
     for seed, epoch in ((0, 0), (0, 1), (None, 0)):
-        batches = list(Batches(rows, 32, seed, epoch, lengths))
+        batches = list(Batches(rows, 32, seed, epoch, lengths=lengths))
         assert sorted(np.concatenate(batches).tolist()) == rows.tolist()
         assert max(map(len, batches)) == 32
         padding = 1 - lengths.sum() / sum(len(b) * lengths[b - 1000].max() for b in batches)
         assert padding < 0.15
         counts.append(len(batches))
     assert len(set(counts)) == 1
-    assert counts[0] == len(Batches(rows, 32, 0, 0, lengths))
+    assert counts[0] == len(Batches(rows, 32, 0, 0, lengths=lengths))
     plain = list(Batches(rows, 32, 0))
     assert 1 - lengths.sum() / sum(len(b) * lengths[b - 1000].max() for b in plain) > 0.4  # without lengths
 
@@ -183,7 +183,7 @@ def test_epochs_differ_in_what_shares_a_batch_and_repeat_by_seed() -> None:
     rows = np.arange(500)
 
     def epoch(seed: int, number: int) -> list[list[int]]:
-        return [sorted(b.tolist()) for b in Batches(rows, 16, seed, number, lengths)]
+        return [sorted(b.tolist()) for b in Batches(rows, 16, seed, number, lengths=lengths)]
 
     assert epoch(0, 3) == epoch(0, 3)
     assert epoch(0, 3) != epoch(0, 4)
@@ -193,7 +193,7 @@ def test_epochs_differ_in_what_shares_a_batch_and_repeat_by_seed() -> None:
 
 def test_batches_of_long_stays_are_smaller() -> None:
     lengths = np.array([20_000] * 12 + [100] * 100 + [0])
-    batches = list(Batches(np.arange(113), 64, 0, 0, lengths))
+    batches = list(Batches(np.arange(113), 64, 0, 0, lengths=lengths))
     sizes = {len(b) for b in batches if lengths[b].max() == 20_000}
     assert max(sizes) * 20_000 <= 2**17
     assert sorted(np.concatenate(batches).tolist()) == list(range(113))

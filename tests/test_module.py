@@ -12,9 +12,10 @@ import torch
 
 from datamodules import schema
 from datamodules.batch import Grid, Spec, Triplets
+from datamodules.batches import Batches
 from datamodules.concepts import BY_NAME, CONCEPT, NAMES
 from datamodules.hospitals import EICU, MIMICIV
-from datamodules.module import Batches, ICUDataModule
+from datamodules.module import ICUDataModule
 from datamodules.tasks import Task, check_statics
 from datamodules.views import CARRY
 

@@ -1,0 +1,337 @@
+"""`make check-ranks`: several processes beside one, and training that is killed beside training that is not.
+
+On simulated stays, without a GPU: two processes of gloo, started by Lightning and by torchrun, must give the losses and scores of one
+process with the same batches; a checkpoint must score alike under 1, 2 and 3 processes; kill -9 at random moments must change
+nothing. Results go to ``experiments/results/ranks.csv`` and ``kills.csv``, each row with its command.
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from datamodules import synthetic
+from experiments import files
+from experiments.files import console
+
+HERE = Path(__file__).parent / "results"
+STAYS = 3000
+# Without anything random in training, so that one process and two differ by rounding alone.
+FUSION = "--model Fusion --model.width 32 --model.dropout 0"
+HYMATE = "--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --model.attention variable --model.dropout 0"
+# With all that is random in training, and gradients of two batches added up.
+KILLED = {
+    "Fusion": "--model Fusion --model.width 32 --trainer.accumulate_grad_batches 2 --trainer.max_epochs 6 --data.batch_size 4",
+    "HyMaTE": "--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --model.thinning 0.3 --trainer.max_epochs 3 --data.batch_size 8",
+}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.check_ranks", description="several processes beside one; kill -9")
+    parser.add_argument(
+        "--kills", type=int, default=20, help="how often training is killed, over both models and both numbers of processes"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="runs of which the throughput is the median")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--score", nargs=3, metavar=("CKPT", "ROOT", "OUT"), help="what torchrun runs: score a checkpoint and stop")
+    chosen = parser.parse_args()
+    if chosen.score:
+        _score(*chosen.score)
+        return
+    with tempfile.TemporaryDirectory(prefix="check-ranks-") as folder:
+        os.environ |= {"OMP_NUM_THREADS": "1", "EHR_CACHE": f"{folder}/cache"}
+        data = Path(folder) / "data"
+        synthetic.write("MIMICIV", data, STAYS, seed=1)
+        here = Path(folder)
+        _record("ranks", [*agreement(here), *scoring(here), *throughput(here, chosen.repeats)])
+        _record("kills", kills(here, chosen.kills, random.Random(chosen.seed)))
+
+
+def _record(name: str, rows: Iterable[dict[str, Any]]) -> None:
+    content = pl.DataFrame(list(rows), infer_schema_length=None)
+    content.write_csv(HERE / f"{name}.csv")
+    console.print(content.drop("command").write_csv(), highlight=False, soft_wrap=True)
+
+
+# ---- commands ---------------------------------------------------------------------------------------------------------------
+
+
+def _line(model: str, name: str, **options: object) -> str:
+    said = " ".join(f"--{key} {value}" for key, value in options.items())
+    return f"train {model} --data SyntheticMIMICIV --data.root data --name {name} {said}".strip()
+
+
+def _start(folder: Path, line: str, by_torchrun: int = 0, threads: int = 1) -> subprocess.Popen:
+    """Run ``ehr`` in a folder, in a session of its own so that all its processes can be killed together."""
+    command = [*TORCHRUN, str(by_torchrun)] if by_torchrun else [sys.executable]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(
+        [*command, "-m", "experiments.cli", *shlex.split(line)],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _run(folder: Path, line: str, by_torchrun: int = 0, threads: int = 1) -> str:
+    """The command as it is typed; raises where it fails."""
+    with console.status(line):
+        process = _start(folder, line, by_torchrun, threads)
+        said = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"ehr {line}: exit status {process.returncode}\n{said[0]}{said[1]}")
+    return _typed(line, by_torchrun)
+
+
+def _typed(line: str, by_torchrun: int = 0) -> str:
+    return f"`{f'torchrun --nproc-per-node {by_torchrun} -m experiments.cli' if by_torchrun else 'ehr'} {line}`"
+
+
+# ---- several processes beside one ------------------------------------------------------------------------------------------
+
+
+def agreement(folder: Path) -> Iterator[dict[str, Any]]:
+    """Losses and scores of two processes less those of one with the same batches."""
+    for kind, model in (("Fusion", FUSION), ("HyMaTE", HYMATE)):
+        epochs: dict[str, object] = {"trainer.max_epochs": 3}
+        name = kind.lower()
+        command = _run(folder, _line(model, f"{name}-1", **epochs, **{"data.batch_size": 64}))
+        one = folder / "runs" / f"{name}-1"
+        yield {
+            "what": "training, batches of 64",
+            "model": kind,
+            "processes": "1",
+            "stays scored": _scored(one),
+            "result": "",
+            "command": command,
+        }
+        for how, count in (("Lightning", 0), ("torchrun", 2)):
+            run = f"{name}-{how.lower()}"
+            command = _run(folder, _line(model, run, **epochs, **{"data.batch_size": 32, "trainer.devices": 2}), count)
+            differences = {
+                column: _largest(pl.read_csv(one / "metrics.csv")[column] - pl.read_csv(one.parent / run / "metrics.csv")[column])
+                for column in ("train_loss", "val_loss", "val_auroc", "val_auprc")
+            }
+            differences |= {f"test {m}": abs(_test(one, m) - _test(one.parent / run, m)) for m in ("auroc", "auprc")}
+            yield {
+                "what": "the same training, difference to one process",
+                "model": kind,
+                "processes": f"2 ({how})",
+                "stays scored": _scored(one.parent / run),
+                "result": ", ".join(f"{m} {d:.1e}" for m, d in differences.items()),
+                "command": command,
+            }
+
+
+def _largest(difference: pl.Series) -> float:
+    return float(difference.abs().max())  # type: ignore[arg-type]
+
+
+def _test(run: Path, metric: str) -> float:
+    return json.loads((run / "metrics.json").read_text())["test"][metric]["value"]
+
+
+def _scored(run: Path) -> str:
+    """How many test stays were scored; raises unless each was scored once."""
+    table = pl.read_parquet(run / "predictions.parquet").filter(split="test")
+    if table["stay_id"].n_unique() != len(table):
+        raise RuntimeError(f"{run}: a stay was scored twice")
+    return str(len(table))
+
+
+def scoring(folder: Path) -> Iterator[dict[str, Any]]:
+    """Probabilities and scores of one checkpoint under 1, 2 and 3 processes."""
+    from experiments.report import score
+
+    for kind in ("Fusion", "HyMaTE"):
+        checkpoint, tables = f"runs/{kind.lower()}-1/best.ckpt", {}
+        for count in (1, 2, 3):
+            out = folder / f"{kind}-{count}.parquet"
+            command = ["-m", "experiments.check_ranks", "--score", checkpoint, "data", str(out.name)]
+            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+            subprocess.run([*TORCHRUN, str(count), *command], cwd=folder, check=True, env=environment, stderr=subprocess.DEVNULL)
+            tables[count] = pl.read_parquet(out)
+            row = {"what": "scoring every stay with one checkpoint", "model": kind, "processes": str(count)}
+            row |= {
+                "stays scored": str(len(tables[count])),
+                "result": "",
+                "command": f"`torchrun --nproc-per-node {count} {' '.join(command)}`",
+            }
+            if count > 1:
+                if not tables[1].drop("probability").equals(tables[count].drop("probability")):
+                    raise RuntimeError(f"{count} processes scored other samples than one")
+                mine, yours = (score(tables[n], 0.1) for n in (1, count))
+                apart = max(abs(mine[m]["value"] - yours[m]["value"]) for m in ("auroc", "auprc", "brier"))
+                largest = _largest(tables[1]["probability"] - tables[count]["probability"])
+                row["result"] = f"difference to one process: probabilities {largest:.1e}, metrics {apart:.1e}"
+            yield row
+
+
+def _score(checkpoint: str, root: str, out: str) -> None:
+    import torch
+
+    from datamodules.hospitals import SyntheticMIMICIV
+    from ehrmodels.base import load
+    from experiments import run
+
+    torch.distributed.init_process_group("gloo")
+    files.console.quiet = torch.distributed.get_rank() > 0
+    model, data = load(Path(checkpoint)), SyntheticMIMICIV(root)
+    data.adopt(model.spec)
+    files.write_parquet(run.predict(model, data, "all"), Path(out))
+    torch.distributed.destroy_process_group()
+
+
+def throughput(folder: Path, repeats: int) -> Iterator[dict[str, Any]]:
+    """Training stays a second, validation and checkpoints included, the ways in turns."""
+    ways = {"1, one thread": (1, 1), "1, two threads": (1, 2), "2, one thread each": (2, 1)}
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    commands: dict[str, str] = {}
+    stays = pl.read_csv(folder / "data" / "icu" / "icustays.csv.gz", columns=["stay_id"]).height
+    for repeat in range(repeats):
+        for way, (processes, threads) in ways.items():
+            name = f"speed-{processes}-{threads}-{repeat}"
+            line = _line(FUSION, name, **{"trainer.max_epochs": 8, "trainer.devices": processes, "data.batch_size": 64 // processes})
+            commands[way] = f"`OMP_NUM_THREADS={threads} ehr {line}`"
+            found[way].append(_speed(folder, line, folder / "runs" / name, threads))
+    for way, values in found.items():
+        ratio = statistics.median(values) / statistics.median(found["1, one thread"])
+        shown = f"{statistics.median(values):,.0f} ({min(values):,.0f}-{max(values):,.0f}) stays a second, {ratio:.2f} of one process with one thread"
+        yield {
+            "what": f"training throughput, median of {repeats}, {os.cpu_count()} cores, {stays:,} stays of which a part trains",
+            "model": "Fusion",
+            "processes": way,
+            "stays scored": "",
+            "result": shown,
+            "command": commands[way],
+        }
+
+
+def _speed(folder: Path, line: str, run: Path, threads: int) -> float:
+    """Training stays a second between the ends of the first and of the last epoch."""
+    process = _start(folder, line, threads=threads)
+    ends: dict[int, float] = {}
+    while process.poll() is None:
+        ends.setdefault(_rows(run / "metrics.csv"), time.monotonic())
+        time.sleep(0.002)
+    said = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"ehr {line}: exit status {process.returncode}\n{said[0]}{said[1]}")
+    training = int(said[0].split(" training samples")[0].rsplit(" ", 1)[-1].replace(",", ""))
+    return training * (max(ends) - 1) / (ends[max(ends)] - ends[1])
+
+
+def _rows(table: Path) -> int:
+    return len(table.read_text().splitlines()) - 1 if table.exists() else 0
+
+
+# ---- killed beside unbroken -------------------------------------------------------------------------------------------------
+
+
+def kills(folder: Path, count: int, chance: random.Random) -> Iterator[dict[str, Any]]:
+    """Each training is killed again and again, resumed each time, and compared bit by bit with the one that was not."""
+    for kind, model in KILLED.items():
+        for processes in (1, 2):
+            options = {"trainer.devices": processes, "checkpoint_minutes": 0.001}
+            line = _line(model, kind.lower(), **options)
+            homes = [folder / f"{kind}-{processes}-{what}" for what in ("unbroken", "killed")]
+            for home in homes:
+                home.mkdir()
+                (home / "data").symlink_to(folder / "data")
+            begun = time.monotonic()
+            _run(homes[0], line)
+            took, places, victims = time.monotonic() - begun, [], []
+            for number in range(count // 4):
+                victim = ("all", *range(processes))[number % (processes + 1)] if processes > 1 else "all"
+                victims.append(str(victim))
+                places.append(_kill(homes[1], f"{line} --resume", victim, chance, took / (count // 4)))
+            _run(homes[1], f"{line} --resume")
+            yield {
+                "model": kind,
+                "processes": str(processes),
+                "kills": str(len(places)),
+                "killed": ", ".join(f"process {v}" if v != "all" else v for v in victims),
+                "epoch.batch of the last checkpoint": ", ".join(places),
+                "weights, metrics.csv, predictions": _same(homes[0] / "runs" / kind.lower(), homes[1] / "runs" / kind.lower()),
+                "command": _typed(f"{line} --resume"),
+            }
+
+
+def _kill(folder: Path, line: str, victim: str | int, chance: random.Random, seconds: float) -> str:
+    """Kill one process, or all, at a random moment after training has gone on; gives where the checkpoint stands then."""
+    last = next(iter(folder.glob("runs/*/last.ckpt")), None)
+    before = last.stat().st_mtime_ns if last else 0
+    process = _start(folder, line)
+    while not any(p.stat().st_mtime_ns != before for p in folder.glob("runs/*/last.ckpt")):
+        if process.poll() is not None:
+            raise RuntimeError(f"ehr {line}: ended before it could be killed\n{process.communicate()}")
+        time.sleep(0.005)
+    time.sleep(chance.uniform(0, seconds / 3))
+    if victim == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        os.kill(_process(process.pid, int(victim)), signal.SIGKILL)
+    said = process.communicate(timeout=60)
+    if "Traceback" in said[1]:
+        raise RuntimeError(f"ehr {line}: a traceback after kill -9 of process {victim}\n{said[1]}")
+    limit = time.monotonic() + 20
+    while _session(process.pid):
+        if time.monotonic() > limit:
+            raise RuntimeError(f"ehr {line}: a process was left after kill -9 of process {victim}")
+        time.sleep(0.05)
+    from ehrmodels.base import read_checkpoint
+
+    checkpoint = read_checkpoint(next(folder.glob("runs/*/last.ckpt")))
+    within = checkpoint["callbacks"]["_Epochs"]["within"]
+    return f"{checkpoint['epoch']}.{within['batch']}" if within else f"{checkpoint['epoch'] + 1}.0"
+
+
+def _session(leader: int) -> dict[int, int]:
+    """Local rank -> process id of what still runs in a session."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        try:
+            if path.name.isdigit() and os.getsid(int(path.name)) == leader and "Z" not in (path / "stat").read_text().rsplit(")", 1)[1][:3]:
+                set_by = [v for v in (path / "environ").read_text().split("\0") if v.startswith("LOCAL_RANK=")]
+                found[int(set_by[0].split("=")[1]) if set_by else 0] = int(path.name)
+        except OSError:
+            continue
+    return found
+
+
+def _process(leader: int, rank: int) -> int:
+    return leader if rank == 0 else _session(leader)[rank]
+
+
+def _same(one: Path, other: Path) -> str:
+    """ "bitwise equal", or the files that differ."""
+    import torch
+
+    from ehrmodels.base import read_checkpoint
+
+    wrong = [n for n in ("metrics.csv", "metrics.json", "predictions.parquet") if (one / n).read_bytes() != (other / n).read_bytes()]
+    for name in ("best.ckpt", "last.ckpt"):
+        mine, yours = (read_checkpoint(run / name)["state_dict"] for run in (one, other))
+        if list(mine) != list(yours) or not all(torch.equal(mine[k], yours[k]) for k in mine):
+            wrong.append(name)
+    return f"DIFFERENT: {', '.join(wrong)}" if wrong else "bitwise equal"
+
+
+if __name__ == "__main__":
+    main()
