@@ -116,11 +116,11 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
     own = set(inspect.signature(getattr(_verbs(verb), verb)).parameters)
     for transient in {"config", "resume"} | (own - OF_TRIALS if verb == "sweep" else set()):
         kept.pop(transient, None)
+    said = parser.dump(kept, skip_validation=True)
     made = parser.instantiate(configuration)
     values = {name: value for name, value in vars(made).items() if name in own}
     if "trainer" in own:
-        values["trainer"] = configuration.trainer.as_dict()
-        values["config"] = parser.dump(kept, skip_validation=True)
+        values |= {"trainer": configuration.trainer.as_dict(), "config": said}
     return values
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from datamodules.module import ICUDataModule
 from ehrmodels.base import ICUModule, read_checkpoint
-from experiments import report
+from experiments import report, sweep
 from experiments.cli import VERBS, main, make_parser
 from experiments.verbs import EICU, MIMICIV, Fusion, PhysioNet2012, PhysioNet2019, SyntheticEICU, SyntheticMIMICIV
 
@@ -98,12 +98,15 @@ def test_every_argument_of_a_class_is_explained(line: str, capsys: pytest.Captur
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_yaml_file_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = make_parser("train")
+    said = yaml.safe_load(path.read_text())
+    verb = "sweep" if "space" in said else "train"
+    parser = make_parser(verb)
     made = parser.instantiate(parser.parse_args(["-c", str(path)]))
     assert isinstance(made.model, ICUModule)
     assert isinstance(made.data, ICUDataModule)
-    said = yaml.safe_load(path.read_text())
-    kept = configuration(f"train -c {path}", capsys)
+    kept = configuration(f"{verb} -c {path}", capsys)
+    if verb == "sweep":
+        sweep.check(yaml.safe_dump({k: v for k, v in said.items() if k in ("data", "model", "trainer")}), said["space"])
     assert kept["trainer"]["max_epochs"] == said["trainer"]["max_epochs"]
     for name, value in said["data"].get("init_args", {}).items():
         assert kept["data"]["init_args"][name] == value
@@ -168,7 +171,7 @@ def test_the_written_configuration_is_a_configuration(trained: Path, capsys: pyt
     ("line", "words"),
     [
         ("trian", "unknown verb 'trian'; did you mean train?"),
-        ("xyz", "unknown verb 'xyz'; choose among synthesize, prepare, train, evaluate, finetune, predict"),
+        ("xyz", "unknown verb 'xyz'; choose among synthesize, prepare, train, sweep, evaluate, finetune, predict"),
         ("prepare --data EICU --data.hors 3", "unknown option --data.hors; did you mean --data.hours?"),
         ("prepare --data.hors=3 --data EICU", "unknown option --data.hors; did you mean --data.hours?"),
         ("prepare --data PhysioNet2019 --data.system A", "unknown option --data.system; did you mean --data.systems?"),
