@@ -79,7 +79,7 @@ def opened(folder: Path, config: str, resume: bool, option: str) -> Iterator[Non
         yield
     except Exception:
         if not _trained(folder):
-            for path in (written, environment, folder / "metrics.csv"):
+            for path in (written, environment, folder / "metrics.csv", folder / "wandb_id"):
                 path.unlink(missing_ok=True)
             if not any(folder.iterdir()):
                 folder.rmdir()

@@ -502,7 +502,21 @@ def test_wandb_offline(mimic: Path, tmp_path: Path) -> None:
         env={**os.environ, "WANDB_DIR": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path / "wandb-config"), "WANDB_CACHE_DIR": str(tmp_path / "wandb-cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "w").rglob("*.wandb"))
+    (log,) = (tmp_path / "w").rglob("*.wandb")
+    reader = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(log)]
+    said = json.loads(subprocess.run(reader, check=True, capture_output=True, text=True).stdout)
+    assert said["run_id"] == (tmp_path / "w" / "wandb_id").read_text() and said["state"] == "finished"
+    assert said["config"]["model"]["init_args"]["width"] == 16 and said["console"] == []
+    epochs, scores = pl.read_csv(tmp_path / "w" / "metrics.csv"), json.loads((tmp_path / "w" / "metrics.json").read_text())
+    assert said["summary"]["val_auroc_auprc"]["max"] == epochs["val_auroc_auprc"].max()
+    assert said["summary"]["test/auroc"] == scores["test"]["auroc"]["value"]
+
+
+def test_wandb_disabled_needs_no_package(mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    ehr(f"train {TINY} --data MIMICIV --data.root {mimic} --runs {tmp_path} --name w --wandb online")
+    assert (tmp_path / "w" / "metrics.json").exists() and not (tmp_path / "w" / "wandb").exists()
 
 
 def test_classes_offered_are_those_of_the_package() -> None:
