@@ -191,6 +191,11 @@ class Study:
         self._mine.remove(trial.number)
 
 
+def server_lost(error: BaseException) -> bool:
+    """Whether an error says that the storage's server cannot be reached any more."""
+    return isinstance(error, optuna.exceptions.StorageInternalError) or type(error).__module__.startswith(("sqlalchemy", "psycopg"))
+
+
 def value(trial: FrozenTrial) -> float:
     """The value of a complete trial."""
     assert trial.value is not None

@@ -23,7 +23,7 @@ from datamodules.module import ICUDataModule
 from experiments import cli, run
 from experiments.files import console, write_text
 from experiments.run import MONITORS
-from experiments.study import Study, distributions
+from experiments.study import Study, distributions, server_lost
 from experiments.sweep_report import summarise
 from experiments.verbs import Monitor
 
@@ -90,13 +90,21 @@ def sweep(
         "folder": str(folder),
         "trials": trials,
     }
-    with Study(name, order["storage"], settings) as study:
-        if not study.trials() and (old := sorted(folder.glob("trial-*"))):
-            raise ValueError(f"{folder} holds trials of another study, such as {old[0].name}: choose another --name, or delete the folder")
-        write_text(folder / "train.yaml", config)
-        if not study.finished(trials):
-            _Workers(order, workers or max(torch.cuda.device_count(), 1)).run(study)
-        summarise(study, folder, monitor, name)
+    try:
+        with Study(name, order["storage"], settings) as study:
+            if not study.trials() and (old := sorted(folder.glob("trial-*"))):
+                raise ValueError(
+                    f"{folder} holds trials of another study, such as {old[0].name}: choose another --name, or delete the folder"
+                )
+            write_text(folder / "train.yaml", config)
+            if not study.finished(trials):
+                _Workers(order, workers or max(torch.cuda.device_count(), 1)).run(study)
+            summarise(study, folder, monitor, name)
+    except Exception as error:
+        if server_lost(error):
+            said = str(error.__cause__ or error).splitlines()[0]
+            raise ValueError(f"the server of --storage is gone ({said}): when it is back, the same command goes on") from error
+        raise
 
 
 def check(config: str, space: dict[str, Any]) -> None:
@@ -130,7 +138,7 @@ class _Workers:
         self.folder = Path(order["folder"])
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         environment = {k: v for k, v in os.environ.items() if not k.startswith(GONE) and k not in RANKS}
-        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // number, 1)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // number, 1)))
         self.environment = environment
         visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
         self.devices = visible or [str(i) for i in range(torch.cuda.device_count())]
@@ -149,12 +157,12 @@ class _Workers:
                 start_new_session=True,
             )
         assert process.stdin is not None
-        process.stdin.write(json.dumps(self.order).encode())  # not an argument: the storage may hold a password
+        process.stdin.write(json.dumps({**self.order, "parent": os.getpid()}).encode())  # not an argument: the storage may hold a password
         process.stdin.close()
         self.processes[index] = process
 
     def run(self, study: Study) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         total, monitor = self.order["trials"], self.order["settings"]["monitor"]
         text = TextColumn("{task.description}")
         with Progress(
@@ -168,9 +176,9 @@ class _Workers:
                 for index in range(self.number):
                     self.start(index)
                 said = {t.number for t in study.trials() if t.state.is_finished()}
-                progress, losses = -1, 0
-                while self.processes:
-                    trials = study.trials()
+                progress, losses, last = -1, 0, False
+                while not last:
+                    last, trials = not self.processes, study.trials()
                     for trial in trials:
                         if trial.state.is_finished() and trial.number not in said:
                             said.add(trial.number)
@@ -186,6 +194,7 @@ class _Workers:
                     time.sleep(0.5)
             finally:
                 self._stop()
+                signal.signal(signal.SIGTERM, before)
 
     def _replace_lost(self) -> int:
         lost = 0
@@ -230,12 +239,11 @@ def _line(trial: optuna.trial.FrozenTrial, monitor: str) -> str:
 
 def work(order: dict[str, Any]) -> None:
     """Run trials of a study until none is left, or until the process that started this one is gone."""
-    parent = os.getppid()
     with Study(order["name"], order["storage"], order["settings"]) as study:
-        while os.getppid() == parent:
+        while os.getppid() == order["parent"]:
             trial = study.claim(order["trials"])
             if trial is not None:
-                attempt(study, trial, order["name"], Path(order["folder"]), parent)
+                attempt(study, trial, order["name"], Path(order["folder"]), order["parent"])
             elif study.finished(order["trials"]):
                 return
             else:
@@ -270,8 +278,8 @@ def attempt(study: Study, trial: Trial, name: str, folder: Path, parent: int) ->
     except KeyboardInterrupt:
         study.spare(trial)
         raise
-    except (OSError, optuna.exceptions.StorageInternalError):
-        raise  # the disk or the server: no fault of the trial
+    except OSError:
+        raise  # the disk: no fault of the trial
     except SystemExit:
         study.end(trial, TrialState.FAIL, reason="its command line was refused: see the worker's log")
     except ValueError as error:
@@ -279,7 +287,7 @@ def attempt(study: Study, trial: Trial, name: str, folder: Path, parent: int) ->
         study.end(trial, TrialState.FAIL, reason=str(error))
         _end_log("failed")
     except Exception as error:
-        if type(error).__module__.startswith(("sqlalchemy", "psycopg")):
+        if server_lost(error):
             raise
         traceback.print_exc()
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(r"out of memory|can't allocate memory", str(error))
