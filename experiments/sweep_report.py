@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 import yaml
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.files import console, write, write_text
@@ -69,54 +70,58 @@ def _table(trials: list[FrozenTrial], monitor: str) -> pl.DataFrame:
 
 
 def _draw(trials: list[FrozenTrial], importance: dict[str, float], maximised: bool, path: Path, monitor: str, name: str) -> None:
-    """History, epochs and importance above; below, every parameter against the value of its trials."""
+    """History, epochs and importance above; below, every parameter against the value of its trials, the most important first."""
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     pruned = [t for t in trials if t.state == TrialState.PRUNED and t.intermediate_values]
     better: Any = max if maximised else min
-    parameters = sorted(complete[0].params, key=lambda p: -importance.get(p, 0))
-    columns = max(3, min(len(parameters), 4))
-    rows = -(-len(parameters) // columns)
-    with figure(path, (4.3 * columns, 3.6 * (1 + rows))) as drawn:
-        grid = drawn.add_gridspec(1 + rows, columns * 12)
-        history, epochs, shares = (drawn.add_subplot(grid[0, i * columns * 4 : (i + 1) * columns * 4]) for i in range(3))
-        drawn.suptitle(f"{name}: {len(trials)} trials, {len(complete)} complete, {len(pruned)} pruned")
-        at = [t.number for t in complete]
-        values = [value(t) for t in complete]
-        history.scatter(at, values, s=18, color="C0", label="complete")
-        low = sorted(values)[len(values) // 20] if maximised else min(values)
-        high = max(values) if maximised else sorted(values)[-1 - len(values) // 20]
-        margin = 0.25 * (high - low) or 0.1
-        last = [min(max(better(t.intermediate_values.values()), low - margin), high + margin) for t in pruned]
+    top, values = better(complete, key=value), [value(t) for t in complete]
+    worst = sorted(values, reverse=not maximised)[len(values) // 20]  # beyond it, points are drawn at the edge
+    margin = 0.2 * abs(value(top) - worst) or 0.1
+    limits = sorted([worst - margin * (1 if maximised else -1), value(top) + margin * (1 if maximised else -1)])
+    parameters = sorted(top.params, key=lambda p: -importance.get(p, 0))
+    rows = -(-len(parameters) // 4)
+    with figure(path, (16, 4 + 3.2 * rows)) as drawn:
+        upper, lower = drawn.subfigures(2, 1, height_ratios=[4, 3.2 * rows])
+        drawn.suptitle(f"{name}: {len(trials)} trials, {len(complete)} complete, {len(pruned)} pruned (outliers at the edge)")
+        history, epochs, shares = upper.subplots(1, 3)
+        inside = [min(max(better(t.intermediate_values.values()), limits[0]), limits[1]) for t in pruned]
         history.scatter(
-            [t.number for t in pruned], last, s=18, color="grey", marker="x", linewidth=1, label="pruned (or worse)", clip_on=False
+            [t.number for t in complete], [min(max(v, limits[0]), limits[1]) for v in values], s=18, color="C0", label="complete"
         )
-        history.step(at, [better(values[: i + 1]) for i in range(len(values))], where="post", color="C1", label="best so far")
-        history.set(title="History", xlabel="trial", ylabel=monitor)
-        history.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
-        history.set_ylim(low - margin, high + margin)
+        history.scatter(
+            [t.number for t in pruned], inside, s=18, color="grey", marker="x", linewidth=1, label="pruned, best until then", clip_on=False
+        )
+        best = [better(values[: i + 1]) for i in range(len(values))]
+        history.step([t.number for t in complete], best, where="post", color="C1", label="best so far")
+        history.set(title="History", xlabel="trial", ylabel=monitor, ylim=limits)
+        history.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
         for group, colour in ((pruned, "lightgrey"), (complete, "C0")):
             for t in group:
                 epochs.plot(list(t.intermediate_values), list(t.intermediate_values.values()), color=colour, linewidth=0.8, alpha=0.7)
-        top = better(complete, key=value)
         epochs.plot(
             list(top.intermediate_values), list(top.intermediate_values.values()), color="C1", linewidth=2, label=f"trial {top.number}"
         )
         epochs.set(title="Epochs (grey: pruned)", xlabel="epoch", ylabel=monitor)
         epochs.legend(fontsize=8)
-        if importance:
-            names = list(importance)[::-1]
-            shares.barh(names, [importance[n] for n in names], color="C2")
-            shares.set(title="Importance (PED-ANOVA)", xlabel="share")
-        else:
-            shares.set(title="Importance: too few trials")
-        for i, parameter in enumerate(parameters):
-            row, column = divmod(i, columns)
-            axis = drawn.add_subplot(grid[1 + row, column * 12 : column * 12 + 12])
-            words = not all(isinstance(t.params[parameter], int | float) and not isinstance(t.params[parameter], bool) for t in complete)
-            axis.scatter([str(t.params[parameter]) if words else t.params[parameter] for t in complete], values, s=16, color="C0")
-            axis.scatter(
-                [str(top.params[parameter]) if words else top.params[parameter]], [top.value], s=60, color="C1", marker="*", zorder=3
-            )
-            if getattr(top.distributions[parameter], "log", False):
-                axis.set_xscale("log")
-            axis.set(xlabel=parameter, ylabel=monitor if column == 0 else "", ylim=(low - margin, high + margin))
+        names = list(importance)[::-1]
+        shares.barh(names, [importance[n] for n in names], color="C2")
+        shares.set(title="Importance (PED-ANOVA)" if importance else "Importance: too few trials", xlabel="share")
+        axes = lower.subplots(rows, 4, sharey=True, squeeze=False)
+        for axis in axes.flat[len(parameters) :]:
+            axis.set_visible(False)
+        for axis, parameter in zip(axes.flat, parameters, strict=False):
+            known = top.distributions[parameter]
+            if isinstance(known, CategoricalDistribution):
+                where = {t.number: known.choices.index(t.params[parameter]) for t in complete}
+                axis.set_xticks(range(len(known.choices)), map(str, known.choices))
+                axis.set_xlim(-0.5, len(known.choices) - 0.5)
+            else:
+                where = {t.number: t.params[parameter] for t in complete}
+                axis.set_xscale("log" if known.log else "linear")
+                if isinstance(known, IntDistribution) and known.high - known.low < 10:
+                    axis.set_xticks(range(known.low, known.high + 1))
+            axis.scatter(list(where.values()), values, s=16, color="C0")
+            axis.scatter([where[top.number]], [value(top)], s=80, color="C1", marker="*", zorder=3)
+            axis.set(xlabel=parameter, ylim=limits)
+        for axis in axes[:, 0]:
+            axis.set_ylabel(monitor)
