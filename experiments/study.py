@@ -169,6 +169,7 @@ class Study:
         Raises:
             optuna.TrialPruned: the trial is not worth going on.
         """
+        self._locks.check()
         if epoch not in self.trials()[trial.number].intermediate_values:
             trial.report(value, epoch)
         if trial.should_prune():
@@ -274,6 +275,9 @@ class _FileLocks:
     def leave(self, number: int) -> None:
         self._held[number].release()
 
+    def check(self) -> None:
+        """Nothing takes these locks away."""
+
     def close(self) -> None:
         for lock in self._held.values():
             lock.release(force=True)
@@ -339,6 +343,10 @@ class _ServerLocks:
 
     def leave(self, number: int) -> None:
         self._connection.execute(self._text("SELECT pg_advisory_unlock(:study, :number)"), {"study": self._study, "number": number})
+
+    def check(self) -> None:
+        """Raise the driver's error where the connection, and with it the locks, are gone: another process may have the trial."""
+        self._connection.execute(self._text("SELECT 1"))
 
     def close(self) -> None:
         self._connection.close()

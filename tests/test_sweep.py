@@ -121,6 +121,19 @@ def test_a_trial_whose_process_died_goes_on_elsewhere(study: Callable[[], Study]
     assert second.best().number == again.number  # type: ignore[union-attr]
 
 
+def test_a_process_that_lost_its_connection_gives_its_trial_up(postgresql: str) -> None:
+    with Study("lost", postgresql, SETTINGS) as first, Study("lost", postgresql, SETTINGS) as second:
+        one = claimed(first, 1)
+        die(first)
+        other = _eventually(lambda: second.claim(1))
+        with pytest.raises(Exception, match="closed"):
+            first.report(one, 0, 0.5)
+        with pytest.raises(Exception, match="closed"):
+            first.end(one, TrialState.COMPLETE, 0.5)
+        second.end(other, TrialState.COMPLETE, 0.7)
+        assert second.trials()[0].value == 0.7
+
+
 def test_a_trial_that_kills_its_processes_is_given_up(study: Callable[[], Study]) -> None:
     for attempt in range(ATTEMPTS):
         one = study()
