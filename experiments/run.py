@@ -160,9 +160,9 @@ class _Epochs(Callback):
         try:
             checkpoint = read_checkpoint(self.last)
         except ValueError as error:
+            said = str(error).partition("; use another")[0]
             raise ValueError(
-                f"{error}: copy best.ckpt over it to continue from the best epoch, or delete it to train anew, and run the same command "
-                "with --resume"
+                f"{said}; copy best.ckpt over it to continue from the best epoch, or delete it to train anew, and run the same command with --resume"
             ) from error
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         if state.get("world", 1) != world:
@@ -178,6 +178,11 @@ class _Epochs(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self.within = state_dict["rows"], state_dict.get("within")
+
+    def on_load_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
+        for name, state in checkpoint["callbacks"].items():
+            if "dirpath" in state:  # Lightning forgets the best score where the run directory has been moved since
+                checkpoint["callbacks"][name] = _moved(state, state["dirpath"], trainer.checkpoint_callback.dirpath)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # a run that was killed after its last epoch must not train one more: Lightning keeps the count, not the decision
@@ -228,6 +233,13 @@ class _Epochs(Callback):
             write_text(self.path, "\n".join(table) + "\n")
             shown = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k.startswith(("train", "val")))
             console.print(f"epoch {trainer.current_epoch:3d}  {shown}", highlight=False, soft_wrap=True)
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """``value`` with the folder ``new`` for ``old`` in every path."""
+    if isinstance(value, dict):
+        return {_moved(k, old, new): _moved(v, old, new) for k, v in value.items()}
+    return new + value.removeprefix(old) if isinstance(value, str) and value.startswith(old) else value
 
 
 def predict(model: ICUModule, data: ICUDataModule, split: Split) -> pl.DataFrame:
