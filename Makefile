@@ -8,7 +8,7 @@ export EHR_CACHE ?= $(CURDIR)/.cache
 	.venv/bin/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo test lint format bench gpu-check clean help
+.PHONY: install demo test lint format bench check-ranks gpu-check clean help
 
 install: .venv/.installed ## set up .venv with pinned packages (the other targets do it themselves)
 
@@ -39,6 +39,9 @@ bench: .venv/.installed .venv-bench/.installed ## time and memory of `ehr prepar
 	.venv-bench/bin/python -m experiments.bench_scan
 	.venv/bin/python -m experiments.bench_models $(if $(ROOT),--root $(ROOT))
 
+check-ranks: .venv/.installed ## several processes beside one, and training killed 20 times beside training that was not (5 minutes)
+	.venv/bin/python -m experiments.check_ranks
+
 gpu-check: .venv/.installed ## on a CUDA machine: build Mamba's kernels, compare them with the PyTorch scan, time both, train
 	.venv/bin/python -m experiments.gpu_check
 
@@ -46,6 +49,6 @@ clean: ## remove the environment, caches and the demo's run and data
 	rm -rf .venv .venv-bench .cache .mypy_cache .ruff_cache .pytest_cache runs/demo data/synthetic-mimiciv data/synthetic-eicu
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .DEFAULT_GOAL := help
