@@ -189,6 +189,8 @@ class _Epochs(Callback):
         trainer.should_stop = any(c.wait_count >= c.patience for c in trainer.early_stopping_callbacks)
         ranks.end_with_sigterm()
         self.saved = time.monotonic()
+        # what an epoch without a validation is judged by
+        trainer.callback_metrics.update({k: torch.tensor(v) for row in self.rows[-1:] for k, v in row.items() if k.startswith("val")})
         if self.within:
             pl_module.losses["train"] = Mean(*self.within["train_loss"])
 

@@ -74,8 +74,10 @@ def test_an_epoch_goes_on_at_any_batch_and_the_next_one_begins_at_its_first(leng
         batches = Batches(np.arange(100), 8, 5, 3, start, lengths=lengths)
         assert len(batches) == 13
         whole = [b.tolist() for b in Batches(np.arange(100), 8, 5, 3, lengths=lengths)]
-        assert [b.tolist() for b in batches] == whole[start:]
-        assert [b.tolist() for b in batches] == whole
+        batches.set_epoch(3)
+        assert [b.tolist() for b in batches] == [b.tolist() for b in batches] == whole[start:]
+        batches.set_epoch(4)
+        assert [b.tolist() for b in batches] == [b.tolist() for b in Batches(np.arange(100), 8, 5, 4, lengths=lengths)]
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------------
