@@ -24,7 +24,7 @@ class Batches(Sampler):
         size: most samples of a process in a batch; one more where a last batch of fewer samples than processes joins the one before it.
         seed: of the shuffling; None: no shuffling.
         epoch: the epoch.
-        start: the batch at which the first pass begins, to go on within an epoch; later ones begin at the first.
+        start: the batch at which it begins, to go on within an epoch; the next epoch begins at its first.
         lengths: (N,) events of each row.
         rank: this process.
         world: the number of processes.
@@ -47,15 +47,15 @@ class Batches(Sampler):
         cuts = list(range(0, len(rows), size * world)) if lengths is None else _cuts(np.sort(lengths)[::-1], size, world)
         self.starts = np.array(cuts[:-1] if len(cuts) > 1 and len(rows) - cuts[-1] < world else cuts)
 
-    def set_epoch(self, epoch: int) -> None:  # called by Lightning before every epoch but the first, whose batches it has begun by then
-        self.epoch = epoch
+    def set_epoch(self, epoch: int) -> None:  # called by Lightning before every epoch; by then it has begun the batches of the first
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        start, self.start = self.start, 0
-        return (batch[self.rank :: self.world] for batch in self._shared()[start:])
+        return iter([batch[self.rank :: self.world] for batch in self._shared()[self.start :]])
 
     def _shared(self) -> list[np.ndarray]:
         """The batches of an epoch, each of all processes."""

@@ -2,13 +2,14 @@
 
 On simulated stays, without a GPU: two processes of gloo, started by Lightning and by torchrun, must give the losses and scores of one
 process with the same batches; a checkpoint must score alike under 1, 2 and 3 processes; kill -9 at random moments must change
-nothing. Results go to ``experiments/results/ranks.csv`` and ``kills.csv``, each row with its command.
+nothing. Results go to ``ranks.csv``, ``kills.csv`` and ``recompute.csv`` in ``experiments/results``, each row with its command.
 """
 
 import argparse
 import json
 import os
 import random
+import resource
 import shlex
 import signal
 import statistics
@@ -17,17 +18,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import torch
 
 from datamodules import synthetic
-from experiments import files
+from datamodules.batch import Spec, Triplets
+from datamodules.hospitals import SyntheticMIMICIV
+from ehrmodels.base import load, read_checkpoint
+from ehrmodels.hymate import HyMaTE
+from experiments import files, run
 from experiments.files import console
+from experiments.report import score
 
 HERE = Path(__file__).parent / "results"
-STAYS = 3000
+STAYS, KILLED_STAYS = 3000, 600
 # Without anything random in training, so that one process and two differ by rounding alone.
 FUSION = "--model Fusion --model.width 32 --model.dropout 0"
 HYMATE = "--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --model.attention variable --model.dropout 0"
@@ -47,17 +55,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of which the throughput is the median")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--score", nargs=3, metavar=("CKPT", "ROOT", "OUT"), help="what torchrun runs: score a checkpoint and stop")
+    parser.add_argument("--step", nargs=3, metavar=("STAYS", "LENGTH", "RECOMPUTE"), help="measure one training step of HyMaTE and stop")
     chosen = parser.parse_args()
+    if chosen.step:
+        _step(*map(int, chosen.step))
+        return
     if chosen.score:
         _score(*chosen.score)
         return
+    _record("recompute", recompute())
     with tempfile.TemporaryDirectory(prefix="check-ranks-") as folder:
         os.environ |= {"OMP_NUM_THREADS": "1", "EHR_CACHE": f"{folder}/cache"}
         data = Path(folder) / "data"
         synthetic.write("MIMICIV", data, STAYS, seed=1)
         here = Path(folder)
         _record("ranks", [*agreement(here), *scoring(here), *throughput(here, chosen.repeats)])
-        _record("kills", kills(here, chosen.kills, random.Random(chosen.seed)))
+        synthetic.write("MIMICIV", here / "few", KILLED_STAYS, seed=1)
+        _record("kills", kills(here, chosen.kills, chosen.seed))
 
 
 def _record(name: str, rows: Iterable[dict[str, Any]]) -> None:
@@ -92,11 +106,16 @@ def _start(folder: Path, line: str, by_torchrun: int = 0, threads: int = 1) -> s
 def _run(folder: Path, line: str, by_torchrun: int = 0, threads: int = 1) -> str:
     """The command as it is typed; raises where it fails."""
     with console.status(line):
-        process = _start(folder, line, by_torchrun, threads)
-        said = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"ehr {line}: exit status {process.returncode}\n{said[0]}{said[1]}")
+        _finish(_start(folder, line, by_torchrun, threads), line)
     return _typed(line, by_torchrun)
+
+
+def _finish(process: subprocess.Popen, line: str) -> str:
+    """What a command prints; raises where it fails."""
+    out, err = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"ehr {line}: exit status {process.returncode}\n{out}{err}")
+    return out
 
 
 def _typed(line: str, by_torchrun: int = 0) -> str:
@@ -122,18 +141,20 @@ def agreement(folder: Path) -> Iterator[dict[str, Any]]:
             "command": command,
         }
         for how, count in (("Lightning", 0), ("torchrun", 2)):
-            run = f"{name}-{how.lower()}"
-            command = _run(folder, _line(model, run, **epochs, **{"data.batch_size": 32, "trainer.devices": 2}), count)
+            other = one.with_name(f"{name}-{how.lower()}")
+            command = _run(folder, _line(model, other.name, **epochs, **{"data.batch_size": 32, "trainer.devices": 2}), count)
             differences = {
-                column: _largest(pl.read_csv(one / "metrics.csv")[column] - pl.read_csv(one.parent / run / "metrics.csv")[column])
+                column: _largest(pl.read_csv(one / "metrics.csv")[column] - pl.read_csv(other / "metrics.csv")[column])
                 for column in ("train_loss", "val_loss", "val_auroc", "val_auprc")
             }
-            differences |= {f"test {m}": abs(_test(one, m) - _test(one.parent / run, m)) for m in ("auroc", "auprc")}
+            mine, yours = (read_checkpoint(r / "last.ckpt")["state_dict"] for r in (one, other))
+            differences["weights"] = max(float((mine[k] - yours[k]).abs().max()) for k in mine)
+            differences |= {f"test {m}": abs(_test(one, m) - _test(other, m)) for m in ("auroc", "auprc")}
             yield {
                 "what": "the same training, difference to one process",
                 "model": kind,
                 "processes": f"2 ({how})",
-                "stays scored": _scored(one.parent / run),
+                "stays scored": _scored(other),
                 "result": ", ".join(f"{m} {d:.1e}" for m, d in differences.items()),
                 "command": command,
             }
@@ -157,8 +178,6 @@ def _scored(run: Path) -> str:
 
 def scoring(folder: Path) -> Iterator[dict[str, Any]]:
     """Probabilities and scores of one checkpoint under 1, 2 and 3 processes."""
-    from experiments.report import score
-
     for kind in ("Fusion", "HyMaTE"):
         checkpoint, tables = f"runs/{kind.lower()}-1/best.ckpt", {}
         for count in (1, 2, 3):
@@ -184,12 +203,6 @@ def scoring(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _score(checkpoint: str, root: str, out: str) -> None:
-    import torch
-
-    from datamodules.hospitals import SyntheticMIMICIV
-    from ehrmodels.base import load
-    from experiments import run
-
     torch.distributed.init_process_group("gloo")
     files.console.quiet = torch.distributed.get_rank() > 0
     model, data = load(Path(checkpoint)), SyntheticMIMICIV(root)
@@ -207,7 +220,7 @@ def throughput(folder: Path, repeats: int) -> Iterator[dict[str, Any]]:
     for repeat in range(repeats):
         for way, (processes, threads) in ways.items():
             name = f"speed-{processes}-{threads}-{repeat}"
-            line = _line(FUSION, name, **{"trainer.max_epochs": 8, "trainer.devices": processes, "data.batch_size": 64 // processes})
+            line = _line(FUSION, name, **{"trainer.max_epochs": 6, "trainer.devices": processes, "data.batch_size": 64 // processes})
             commands[way] = f"`OMP_NUM_THREADS={threads} ehr {line}`"
             found[way].append(_speed(folder, line, folder / "runs" / name, threads))
     for way, values in found.items():
@@ -230,10 +243,7 @@ def _speed(folder: Path, line: str, run: Path, threads: int) -> float:
     while process.poll() is None:
         ends.setdefault(_rows(run / "metrics.csv"), time.monotonic())
         time.sleep(0.002)
-    said = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"ehr {line}: exit status {process.returncode}\n{said[0]}{said[1]}")
-    training = int(said[0].split(" training samples")[0].rsplit(" ", 1)[-1].replace(",", ""))
+    training = int(_finish(process, line).split(" training samples")[0].rsplit(" ", 1)[-1].replace(",", ""))
     return training * (max(ends) - 1) / (ends[max(ends)] - ends[1])
 
 
@@ -244,33 +254,39 @@ def _rows(table: Path) -> int:
 # ---- killed beside unbroken -------------------------------------------------------------------------------------------------
 
 
-def kills(folder: Path, count: int, chance: random.Random) -> Iterator[dict[str, Any]]:
+def kills(folder: Path, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Each training is killed again and again, resumed each time, and compared bit by bit with the one that was not."""
-    for kind, model in KILLED.items():
-        for processes in (1, 2):
-            options = {"trainer.devices": processes, "checkpoint_minutes": 0.001}
-            line = _line(model, kind.lower(), **options)
-            homes = [folder / f"{kind}-{processes}-{what}" for what in ("unbroken", "killed")]
-            for home in homes:
-                home.mkdir()
-                (home / "data").symlink_to(folder / "data")
-            begun = time.monotonic()
-            _run(homes[0], line)
-            took, places, victims = time.monotonic() - begun, [], []
-            for number in range(count // 4):
-                victim = ("all", *range(processes))[number % (processes + 1)] if processes > 1 else "all"
-                victims.append(str(victim))
-                places.append(_kill(homes[1], f"{line} --resume", victim, chance, took / (count // 4)))
-            _run(homes[1], f"{line} --resume")
-            yield {
-                "model": kind,
-                "processes": str(processes),
-                "kills": str(len(places)),
-                "killed": ", ".join(f"process {v}" if v != "all" else v for v in victims),
-                "epoch.batch of the last checkpoint": ", ".join(places),
-                "weights, metrics.csv, predictions": _same(homes[0] / "runs" / kind.lower(), homes[1] / "runs" / kind.lower()),
-                "command": _typed(f"{line} --resume"),
-            }
+    kinds = [(kind, processes) for kind in KILLED for processes in (1, 2)]
+    with ThreadPoolExecutor(2) as pool, console.status("killing"):
+        yield from pool.map(
+            lambda number: _killed(folder, *kinds[number], count // len(kinds), random.Random(seed + number)), range(len(kinds))
+        )
+
+
+def _killed(folder: Path, kind: str, processes: int, count: int, chance: random.Random) -> dict[str, str]:
+    options = {"trainer.devices": processes, "checkpoint_minutes": 0.001}
+    line = _line(KILLED[kind], kind.lower(), **options)
+    homes = [folder / f"{kind}-{processes}-{what}" for what in ("unbroken", "killed")]
+    for home in homes:
+        home.mkdir()
+        (home / "data").symlink_to(folder / "few")
+    begun = time.monotonic()
+    _finish(_start(homes[0], line), line)
+    took, places, victims = time.monotonic() - begun, [], []
+    for number in range(count):
+        victim = ("all", *range(processes))[number % (processes + 1)] if processes > 1 else "all"
+        victims.append(f"process {victim}" if victim != "all" else "all")
+        places.append(_kill(homes[1], f"{line} --resume", victim, chance, took / count))
+    _finish(_start(homes[1], f"{line} --resume"), line)
+    return {
+        "model": kind,
+        "processes": str(processes),
+        "kills": str(count),
+        "killed": ", ".join(victims),
+        "epoch.batch of the last checkpoint": ", ".join(places),
+        "weights, metrics.csv, predictions": _same(homes[0] / "runs" / kind.lower(), homes[1] / "runs" / kind.lower()),
+        "command": _typed(f"{line} --resume"),
+    }
 
 
 def _kill(folder: Path, line: str, victim: str | int, chance: random.Random, seconds: float) -> str:
@@ -295,8 +311,6 @@ def _kill(folder: Path, line: str, victim: str | int, chance: random.Random, sec
         if time.monotonic() > limit:
             raise RuntimeError(f"ehr {line}: a process was left after kill -9 of process {victim}")
         time.sleep(0.05)
-    from ehrmodels.base import read_checkpoint
-
     checkpoint = read_checkpoint(next(folder.glob("runs/*/last.ckpt")))
     within = checkpoint["callbacks"]["_Epochs"]["within"]
     return f"{checkpoint['epoch']}.{within['batch']}" if within else f"{checkpoint['epoch'] + 1}.0"
@@ -321,16 +335,63 @@ def _process(leader: int, rank: int) -> int:
 
 def _same(one: Path, other: Path) -> str:
     """ "bitwise equal", or the files that differ."""
-    import torch
-
-    from ehrmodels.base import read_checkpoint
-
     wrong = [n for n in ("metrics.csv", "metrics.json", "predictions.parquet") if (one / n).read_bytes() != (other / n).read_bytes()]
     for name in ("best.ckpt", "last.ckpt"):
         mine, yours = (read_checkpoint(run / name)["state_dict"] for run in (one, other))
         if list(mine) != list(yours) or not all(torch.equal(mine[k], yours[k]) for k in mine):
             wrong.append(name)
     return f"DIFFERENT: {', '.join(wrong)}" if wrong else "bitwise equal"
+
+
+# ---- memory of long stays ---------------------------------------------------------------------------------------------------
+
+
+def recompute() -> Iterator[dict[str, str]]:
+    """Time and memory of one training step with and without ``--model.recompute``, each in a process of its own."""
+    for stays, length in ((32, 600), (6, 20_000)):
+        kept = 0.0
+        for flag in (0, 1):
+            command = ["-m", "experiments.check_ranks", "--step", str(stays), str(length), str(flag)]
+            with console.status(" ".join(command)):
+                said = subprocess.run(
+                    [sys.executable, *command], check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                )
+            megabytes, seconds = map(float, said.stdout.split())
+            kept = kept or megabytes
+            row = {"stays x observations": f"{stays} x {length:,}", "--model.recompute": "true" if flag else "false"}
+            row |= {"peak MB": f"{megabytes:,.0f}", "of false": f"{megabytes / kept:.2f}", "seconds": f"{seconds:.1f}"}
+            yield row | {"command": f"`python {' '.join(command)}`"}
+
+
+def _step(stays: int, length: int, flag: int) -> None:
+    """Print the peak memory of a training step above what the process held before, in MB, and its seconds."""
+    torch.manual_seed(0)
+    names = [f"v{i}" for i in range(60)]
+    ones, zeros = [1.0] * 60, [0.0] * 60
+    model = HyMaTE(width=64, layers=4, attention="variable", recompute=bool(flag))
+    model.start(Spec(names, [""] * 60, ["age"], zeros, ones, [0.0], [1.0], {"name": "mortality_hospital", "hours": 48, "window": 48}), 1.0)
+    model.train()
+
+    def batch(count: int, events: int) -> Triplets:
+        shape = (count, events)
+        time_of, variable = torch.linspace(-1, 1, events).repeat(count, 1), torch.randint(1, 61, shape)
+        return Triplets(
+            torch.randn(count, 1),
+            time_of,
+            variable,
+            torch.randn(shape),
+            torch.full((count,), events),
+            torch.ones(count),
+            torch.arange(count),
+        )
+
+    model.training_step(batch(2, 50), 0).backward()
+    model.zero_grad()
+    long = batch(stays, length)
+    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    model.training_step(long, 0).backward()
+    spent = time.perf_counter() - begun
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, spent)
 
 
 if __name__ == "__main__":

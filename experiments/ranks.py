@@ -4,12 +4,13 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning
@@ -53,8 +54,10 @@ def joined(trainer: dict[str, Any]) -> Iterator[None]:
     watch = _Watch(rank)
     try:
         yield
+        watch.stop()
         for process in watch.children():
-            process.wait(60)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(60)
     except BaseException as error:
         if _lost(error) and not os.environ.get("EHR_TRACEBACK"):
             watch.end()
@@ -164,7 +167,7 @@ class _Watch:
     """Looks twice a second whether the processes that this one depends on are still there."""
 
     def __init__(self, rank: int):
-        self.rank = rank
+        self.local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or rank)
         self.by_lightning = PARENT in os.environ  # which makes the first process the parent of all others of its machine
         self.parent = int(os.environ.get(PARENT, os.getppid()))
         self.orphan_ends = self.by_lightning or TorchElasticEnvironment.detect()
@@ -201,6 +204,7 @@ class _Watch:
             return
         for process in self.children():
             process.kill()
-        if self.rank == 0 or (self.rank == 1 and self._orphan() == self.by_lightning):  # else the first process lives and says it
+        # one of a machine says it: its first process, or where that is gone its second
+        if self.local == 0 or (self.local == 1 and self._orphan() == self.by_lightning):
             print(f"ehr: {ENDED}", file=sys.stderr, flush=True)
         os._exit(1)

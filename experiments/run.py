@@ -174,9 +174,9 @@ class _Epochs(Callback):
         try:
             checkpoint = read_checkpoint(self.last)
         except ValueError as error:
+            said = str(error).partition("; use another")[0]
             raise ValueError(
-                f"{error}: copy best.ckpt over it to continue from the best epoch, or delete it to train anew, and run the same command "
-                "with --resume"
+                f"{said}; copy best.ckpt over it to continue from the best epoch, or delete it to train anew, and run the same command with --resume"
             ) from error
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         if state.get("world", 1) != world:
@@ -193,11 +193,18 @@ class _Epochs(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self.within = state_dict["rows"], state_dict.get("within")
 
+    def on_load_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
+        for name, state in checkpoint["callbacks"].items():
+            if "dirpath" in state:  # Lightning forgets the best score where the run directory has been moved since
+                checkpoint["callbacks"][name] = _moved(state, state["dirpath"], trainer.checkpoint_callback.dirpath)
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # a run that was killed after its last epoch must not train one more: Lightning keeps the count, not the decision
         trainer.should_stop = any(c.wait_count >= c.patience for c in trainer.early_stopping_callbacks)
         ranks.end_with_sigterm()
         self.saved = time.monotonic()
+        # what an epoch without a validation is judged by
+        trainer.callback_metrics.update({k: torch.tensor(v) for row in self.rows[-1:] for k, v in row.items() if k.startswith("val")})
         if self.within:
             pl_module.losses["train"] = Mean(*self.within["train_loss"])
 
@@ -244,6 +251,13 @@ class _Epochs(Callback):
             console.print(f"epoch {trainer.current_epoch:3d}  {shown}", highlight=False, soft_wrap=True)
             if self.report is not None:
                 self.report(trainer.current_epoch, row)
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """``value`` with the folder ``new`` for ``old`` in every path."""
+    if isinstance(value, dict):
+        return {_moved(k, old, new): _moved(v, old, new) for k, v in value.items()}
+    return new + value.removeprefix(old) if isinstance(value, str) and value.startswith(old) else value
 
 
 def predict(model: ICUModule, data: ICUDataModule, split: Split) -> pl.DataFrame:

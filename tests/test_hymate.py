@@ -489,3 +489,28 @@ def test_weights_of_forecasting_are_not_taken_half(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"strange\.weight has the shape none here and \(2,\) there"):
         model.begin_with(path)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_recomputed_blocks_give_the_same_gradients_with_less_kept(attention: str) -> None:
+    """Dropout and thinning draw the same numbers; fewer bytes are kept for the backward pass."""
+    samples = triplets([40, 7, 33, 1])
+    found = []
+    for recompute in (False, True):
+        model = make(attention, recompute=recompute, dropout=0.3, thinning=0.3, layers=3).train()
+        kept = [0]
+
+        def keep(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept[0] += tensor.nbytes
+            return tensor
+
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model.training_step(samples, 0)
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None], kept[0]))
+    (loss, gradient, bytes_kept), (same_loss, same_gradient, fewer) = found
+    assert torch.equal(loss, same_loss)
+    assert len(gradient) == len(same_gradient) > 20
+    assert all(torch.equal(a, b) for a, b in zip(gradient, same_gradient, strict=True))
+    assert fewer < 0.75 * bytes_kept

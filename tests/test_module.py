@@ -551,6 +551,16 @@ def test_an_empty_split_is_told(tmp_path: Path) -> None:
         toy.train_dataloader() if empty == "train" else toy.val_dataloader()
 
 
+def test_fewer_samples_than_processes_are_told(tmp_path: Path) -> None:
+    toy = module(tmp_path / "t", charted(20), spec())
+    count = len(toy.rows("train"))
+    toy.world = count
+    assert len(toy.train_dataloader()) == 1
+    toy.world = count + 1
+    with pytest.raises(ValueError, match=f"split 'train' of .* has {count} samples for {count + 1} processes: .* lower --trainer.devices"):
+        toy.train_dataloader()
+
+
 @pytest.mark.parametrize("system", ["mimic", "eicu"])
 def test_both_systems_give_batches_of_one_kind(system: str, request: pytest.FixtureRequest) -> None:
     root = str(request.getfixturevalue(system))

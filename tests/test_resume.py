@@ -1,5 +1,6 @@
 """Kill -9 at any moment, then the same command again: what is left is bit for bit what an unbroken run leaves."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -210,6 +212,105 @@ def test_killed_training_on_triplets(killed: Run, trained: Path, mimic: Path, tm
     monkeypatch.chdir(folders[1])
     main([*line.split(), "--resume"])
     same(folders[0] / "runs", folders[1] / "runs")
+
+
+FORMS = {
+    "Fusion, batches built by another process": ("--model Fusion --model.width 16 --data.num_workers 1", (4, 20)),
+    "Fusion, validation every other epoch": ("--model Fusion --model.width 16 --trainer.check_val_every_n_epoch 2", (4, 20)),
+    "Fusion, gradients of three batches": ("--model Fusion --model.width 16 --trainer.accumulate_grad_batches 3", (2, 7)),
+    "HyMaTE": ("--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --model.thinning 0.3", (4, 20)),
+    "HyMaTEForecast": ("--model HyMaTEForecast --model.width 16 --model.layers 1 --model.state 4 --monitor val_loss", (4, 20)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_killed_within_an_epoch(
+    form: str, killed: Run, trained: Path, mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on at the very batch, in the first epoch and, killed again, in the second."""
+    model, times = FORMS[form]
+    data = f"--data SyntheticMIMICIV --data.root {mimic} --data.batch_size 8"  # 18 batches
+    line = f"train {model} {data} --trainer.max_epochs 2 --name run --checkpoint_minutes 0"
+    folders = [tmp_path / name for name in ("whole", "broken")]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.chdir(folders[0])
+    main(line.split())
+    last = folders[1] / "runs" / "run" / "last.ckpt"
+    seen: set[int] = set()
+
+    def written(number: int) -> bool:
+        if last.exists():
+            seen.add(last.stat().st_mtime_ns)
+        return len(seen) >= number
+
+    for epoch, number in enumerate(times):
+        seen.clear()
+        assert killed(folders[1], f"{line} --resume", partial(written, number)) == -signal.SIGKILL
+        checkpoint = read_checkpoint(last)
+        assert checkpoint["epoch"] == epoch
+        assert checkpoint["callbacks"]["_Epochs"]["within"]["batch"] > 1
+    monkeypatch.chdir(folders[1])
+    main([*line.split(), "--resume"])
+    same(folders[0] / "runs", folders[1] / "runs")
+
+
+def test_a_damaged_checkpoint_of_an_unfinished_run(
+    whole: Path, mimic: Path, eicu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message says what to do, and either of the two ends where an unbroken run does."""
+    line = (LINE + TRANSFER).format(mimic, eicu)
+    folder = tmp_path / "runs" / "run"
+    shutil.copytree(whole, tmp_path / "runs")
+    shutil.rmtree(folder / "finetune-SyntheticEICU")
+    (folder / "metrics.json").unlink()
+    (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:-100])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main([*line.split(), "--resume"])
+    said = capsys.readouterr().err
+    assert "last.ckpt: the checkpoint is damaged" in said
+    assert (
+        "copy best.ckpt over it to continue from the best epoch, or delete it to train anew, and run the same command with --resume" in said
+    )
+    assert len(said.splitlines()) == 1
+    shutil.copytree(tmp_path / "runs", tmp_path / "again" / "runs")
+    shutil.copy(folder / "best.ckpt", folder / "last.ckpt")
+    main([*line.split(), "--resume"])
+    same(whole, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path / "again")
+    Path("runs/run/last.ckpt").unlink()
+    main([*line.split(), "--resume"])
+    same(whole, Path("runs"))
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    mimic: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"{LINE.format(mimic)} --checkpoint_minutes 0"
+    (tmp_path / "whole").mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    main(line.split())
+    (tmp_path / "broken").mkdir()
+    monkeypatch.chdir(tmp_path / "broken")
+    written, write = [], Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name == "last.ckpt.tmp":
+            written.append(path)
+            if len(written) > 7:
+                write(path, content[:1000])
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(SystemExit):
+            main(line.split())
+    assert "the disk said: [Errno 28] No space left on device; make room" in capsys.readouterr().err
+    assert read_checkpoint(Path("runs/run/last.ckpt"))["callbacks"]["_Epochs"]["within"]["batch"] > 0
+    main([*line.split(), "--resume"])
+    same(tmp_path / "whole" / "runs", Path("runs"))
 
 
 def test_resume_of_nothing_starts_anew(whole: Path, mimic: Path, eicu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
