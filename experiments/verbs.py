@@ -37,7 +37,7 @@ def train(
     finetune: ICUDataModule | None = None,
     finetune_learning_rate: float | None = None,
     finetune_epochs: int = 10,
-    checkpoint_minutes: float = 10,
+    checkpoint_minutes: float = 10.0,
     wandb: Literal["offline", "online"] | None = None,
 ) -> None:
     """Train a model, score its best checkpoint on the test split, and, with ``--finetune EICU``, transfer it.
@@ -159,7 +159,7 @@ def finetune(
     seed: int = 0,
     learning_rate: float | None = None,
     epochs: int = 10,
-    checkpoint_minutes: float = 10,
+    checkpoint_minutes: float = 10.0,
     resume: bool = False,
     wandb: Literal["offline", "online"] | None = None,
 ) -> None:
