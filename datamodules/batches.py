@@ -28,6 +28,8 @@ class Batches(Sampler):
         lengths: (N,) events of each row.
         rank: this process.
         world: the number of processes.
+        whole: processes take the batches of one process in turns instead of a part of each, so that what is said of a sample does not
+            depend on their number, to the last bit; they may have one batch more or less.
     """
 
     def __init__(
@@ -41,21 +43,24 @@ class Batches(Sampler):
         lengths: np.ndarray | None = None,
         rank: int = 0,
         world: int = 1,
+        whole: bool = False,
     ):
         self.data, self.seed, self.epoch, self.start, self.rank, self.world = rows, seed, epoch, start, rank, world
         self.log_length = None if lengths is None else np.log(np.maximum(lengths, 1))
-        cuts = list(range(0, len(rows), size * world)) if lengths is None else _cuts(np.sort(lengths)[::-1], size, world)
-        self.starts = np.array(cuts[:-1] if len(cuts) > 1 and len(rows) - cuts[-1] < world else cuts)
+        self.whole, parts = whole, 1 if whole else world
+        cuts = list(range(0, len(rows), size * parts)) if lengths is None else _cuts(np.sort(lengths)[::-1], size, parts)
+        self.starts = np.array(cuts[:-1] if len(cuts) > 1 and len(rows) - cuts[-1] < parts else cuts)
 
     def set_epoch(self, epoch: int) -> None:  # called by Lightning before every epoch; by then it has begun the batches of the first
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.starts[self.rank :: self.world]) if self.whole else len(self.starts)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return iter([batch[self.rank :: self.world] for batch in self._shared()[self.start :]])
+        batches = self._shared()[self.start :]
+        return iter(batches[self.rank :: self.world] if self.whole else [batch[self.rank :: self.world] for batch in batches])
 
     def _shared(self) -> list[np.ndarray]:
         """The batches of an epoch, each of all processes."""
@@ -68,10 +73,10 @@ class Batches(Sampler):
         return batches if rng is None else [batches[i] for i in rng.permutation(len(batches))]
 
 
-def _cuts(longest_first: np.ndarray, size: int, world: int) -> list[int]:
+def _cuts(longest_first: np.ndarray, size: int, parts: int) -> list[int]:
     """Where batches start so that a process's part of each holds at most ``size`` samples and ``BATCH_EVENTS`` events with their padding."""
     cuts, start = [], 0
     while start < len(longest_first):
         cuts.append(start)
-        start += world * min(size, max(int(BATCH_EVENTS // max(longest_first[start], 1)), 1))
+        start += parts * min(size, max(int(BATCH_EVENTS // max(longest_first[start], 1)), 1))
     return cuts

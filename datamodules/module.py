@@ -293,19 +293,19 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader(self.split)
+        return self._loader(self.split, whole=True)
 
-    def _loader(self, split: Split, shuffle: bool = False) -> DataLoader:
+    def _loader(self, split: Split, shuffle: bool = False, whole: bool = False) -> DataLoader:
         rows = self.rows(split)
         if not len(rows):
             raise ValueError(f"no sample in split {split!r} of {self.root}; choose another --data.split (all takes every stay)")
-        if len(rows) < self.world:
+        if len(rows) < self.world and not whole:
             raise ValueError(
                 f"split {split!r} of {self.root} has {len(rows)} samples for {self.world} processes: each needs one; lower --trainer.devices"
             )
         lengths = self._views.lengths(self._stay[rows], self._minute[rows]) if self.view == "triplets" else None
         order = (self.order_seed, self.order_epoch, self.order_start) if shuffle else (None,)
-        batches = Batches(rows, self.batch_size, *order, lengths=lengths, rank=self.rank, world=self.world)
+        batches = Batches(rows, self.batch_size, *order, lengths=lengths, rank=self.rank, world=self.world, whole=whole)
         return DataLoader(
             Samples(self),
             sampler=batches,

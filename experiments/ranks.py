@@ -28,7 +28,7 @@ PARENT = "EHR_TRAINING_PARENT"  # process id of the one that started this one
 ALIKE_SECONDS = 10  # in which all processes that fail for one reason have failed
 # What torch says in a process that waits for one that is gone.
 GONE = re.compile(
-    r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|ProcessGroup|DistNetworkError|TCPStore|recvValue", re.IGNORECASE
+    r"Connection (was likely )?(closed|reset)|Broken pipe|pair closure|Socket closed|recvValue|NCCL.*(remote|abort|time)", re.I | re.S
 )
 
 
@@ -68,6 +68,11 @@ def joined(trainer: dict[str, Any]) -> Iterator[None]:
         watch.stop()
         for process in watch.children():
             process.kill()
+        if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):  # of torch.distributed
+            said = str(error).splitlines()[0]
+            raise ValueError(
+                f"the processes of this training cannot talk to each other: {said}; see MASTER_ADDR and MASTER_PORT"
+            ) from error
         raise
     finally:
         watch.stop()
@@ -157,7 +162,7 @@ def watch_launcher(launcher: Any) -> None:
 def _lost(error: BaseException | None) -> bool:
     """Whether an error, or one in whose course it came, says that another process is gone."""
     while error is not None:
-        if isinstance(error, RuntimeError) and (type(error).__name__.startswith("Dist") or GONE.search(str(error))):
+        if isinstance(error, RuntimeError) and GONE.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -270,11 +270,10 @@ def predict(model: ICUModule, data: ICUDataModule, split: Split) -> pl.DataFrame
     data.view = model.view
     data.split = split
     data.setup()
-    shared = several() and len(data.rows(split)) >= torch.distributed.get_world_size()
-    data.rank, data.world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if shared else (0, 1)
+    data.rank, data.world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several() else (0, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
-    rows, probabilities = [], []
+    rows, probabilities = [np.zeros(0, np.int64)], [np.zeros(0)]  # a process may have no batch
     loader = data.predict_dataloader()
     with torch.inference_mode():
         for batch in track(
@@ -288,9 +287,8 @@ def predict(model: ICUModule, data: ICUDataModule, split: Split) -> pl.DataFrame
             row, probability = model.predict_step(moved, 0)
             rows.append(row.cpu().numpy())
             probabilities.append(probability.cpu().numpy())
-    found, said = np.concatenate(rows), np.concatenate(probabilities)
-    if shared:
-        found, said = (np.concatenate(parts) for parts in zip(*ranks.everyone((found, said)), strict=True))
+    shares = ranks.everyone((np.concatenate(rows), np.concatenate(probabilities)))
+    found, said = (np.concatenate(parts) for parts in zip(*shares, strict=True))
     table = data.samples[found].with_columns(probability=said)
     columns = ["stay_id", "patient_id", "minute", pl.col("target").cast(pl.Float64).fill_null(float("nan")), "probability", "split"]
     return table.select(columns).sort("stay_id", "minute")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -441,6 +442,8 @@ def test_fine_tuning_uses_dropout(trained: Path) -> None:
         pass
 
     class Spy:
+        global_rank, world_size, strategy = 0, 1, SimpleNamespace(launcher=None)
+
         def fit(self, model: ICUModule, *_: Any, **__: Any) -> None:
             seen.append(all(m.training for m in model.modules() if isinstance(m, torch.nn.Dropout)))
             raise Stop
@@ -448,7 +451,7 @@ def test_fine_tuning_uses_dropout(trained: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning.Trainer", lambda **_: Spy())
         with pytest.raises(Stop):
-            run.fit(trained / "nowhere", load(trained / "best.ckpt"), SyntheticEICU(), {}, 0, "val_loss", 1, None)
+            run.fit(trained / "nowhere", load(trained / "best.ckpt"), SyntheticEICU(), {}, 0, "val_loss", 1, 10.0, None)
     assert seen == [True]
 
 

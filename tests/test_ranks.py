@@ -56,6 +56,15 @@ def test_processes_divide_the_batches_of_one(world: int, by_length: bool, seed: 
         assert len(mine) == len(one) - 1
 
 
+@pytest.mark.parametrize("lengths", [None, np.arange(61)])
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+def test_scoring_takes_the_batches_of_one_process_in_turns(world: int, lengths: np.ndarray | None) -> None:
+    one = [b.tolist() for b in Batches(np.arange(61), 8, None, lengths=lengths)]
+    parts = [Batches(np.arange(61), 8, None, lengths=lengths, rank=r, world=world, whole=True) for r in range(world)]
+    assert [[b.tolist() for b in part] for part in parts] == [one[r::world] for r in range(world)]
+    assert [len(part) for part in parts] == [len(one[r::world]) for r in range(world)]
+
+
 def test_lengths_are_alike_in_all_processes_and_batches_within_the_limit() -> None:
     lengths = np.random.default_rng(0).integers(5000, 90000, 200)
     parts = [list(Batches(np.arange(200), 8, 0, lengths=lengths, rank=r, world=2)) for r in range(2)]

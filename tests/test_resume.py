@@ -215,8 +215,10 @@ def test_killed_training_on_triplets(killed: Run, trained: Path, mimic: Path, tm
 
 
 FORMS = {
-    "Fusion, batches built by another process": ("--model Fusion --model.width 16 --data.num_workers 1", (4, 20)),
-    "Fusion, validation every other epoch": ("--model Fusion --model.width 16 --trainer.check_val_every_n_epoch 2", (4, 20)),
+    "Fusion, batches built by another process": (
+        "--model Fusion --model.width 16 --data.num_workers 1 --trainer.check_val_every_n_epoch 2",
+        (4, 20),
+    ),
     "Fusion, gradients of three batches": ("--model Fusion --model.width 16 --trainer.accumulate_grad_batches 3", (2, 7)),
     "HyMaTE": ("--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --model.thinning 0.3", (4, 20)),
     "HyMaTEForecast": ("--model HyMaTEForecast --model.width 16 --model.layers 1 --model.state 4 --monitor val_loss", (4, 20)),
