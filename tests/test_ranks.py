@@ -325,7 +325,7 @@ def test_a_killed_process_ends_the_others_and_training_goes_on_where_it_was(
     ended(process, tmp_path, status)
     assert read_checkpoint(last)["callbacks"]["_Epochs"]["within"] is not None
     with pytest.raises(ValueError, match="was written by a training on 2 processes, this is one on 1: continue"):
-        run._Epochs(tmp_path / "metrics.csv", 0, last, 0).position(1)
+        run._Epochs(tmp_path / "metrics.csv", 0, last, 0, None).position(1)
     if rank == 1:  # once is enough: what is left does not depend on who was killed
         finished(start(command, f"{line} --resume", tmp_path))
         same(request.getfixturevalue("unbroken"), tmp_path / "runs")
