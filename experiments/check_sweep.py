@@ -36,12 +36,18 @@ space:
   model.dropout: {low: 0.0, high: 0.5}
 data:
   class_path: SyntheticMIMICIV
-  init_args: {stays: 800}
 model:
   class_path: Fusion
-trainer: {max_epochs: 4}
+trainer: {max_epochs: 8}
 """
 KILLS = 60  # at most, so that a slow machine also comes to an end
+
+
+def configuration(home: Path, stays: int) -> str:
+    """``CONFIG`` over simulated files below ``home``."""
+    whole = yaml.safe_load(CONFIG)
+    whole["data"]["init_args"] = {"root": str(home / f"data-{stays}"), "stays": stays}
+    return yaml.safe_dump(whole)
 
 
 def programs() -> Path | None:
@@ -99,11 +105,11 @@ def killed(folder: Path, storage: str | None, rng: random.Random) -> dict[str, A
     with (folder / "output").open("ab") as output:
         process = subprocess.Popen(line, stdout=output, stderr=output)
         while process.poll() is None:
-            time.sleep(rng.uniform(2, 5))
+            time.sleep(rng.uniform(1, 3))
             running = workers(process.pid)
             if not running or sum(kills.values()) >= KILLS:
                 continue
-            if rng.random() < 0.1:
+            if rng.random() < 0.15:
                 process.kill()
                 process.wait()
                 kills["command"] += 1
@@ -145,11 +151,10 @@ def opened(folder: Path, storage: str | None) -> Study:
     return Study("check", storage or journal, known.user_attrs)
 
 
-def plain(folder: Path, config: Path, trials: int) -> float:
-    """Trials a minute of Optuna's own loop over the same objective in one process."""
-    start = time.monotonic()
+def plain(folder: Path, trials: int) -> None:
+    """Optuna's own loop over the same objective, in this process."""
     study = optuna.create_study(
-        direction="maximize", pruner=optuna.pruners.MedianPruner(n_warmup_steps=1), sampler=optuna.samplers.TPESampler(seed=0)
+        direction="maximize", pruner=optuna.pruners.MedianPruner(n_warmup_steps=2), sampler=optuna.samplers.TPESampler(seed=0)
     )
 
     def objective(trial: optuna.Trial) -> float:
@@ -164,52 +169,67 @@ def plain(folder: Path, config: Path, trials: int) -> float:
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        values = cli.configured(
-            "train", ["-c", str(config), *flags, f"--runs={folder}", f"--name=plain-{trial.number}", "--data.split=val"]
-        )
+        place = [f"--runs={folder}", f"--name=plain-{trial.number}", "--data.split=val"]
+        values = cli.configured("train", ["-c", str(folder / "train.yaml"), *flags, *place])
         verbs.train(**values, trial=run.Trial("plain", trial.number, trial.params, report))
-        return float(pl.read_csv(folder / f"plain-{trial.number}" / "metrics.csv")["val_auroc_auprc"].max())  # type: ignore[arg-type]
+        return max(pl.read_csv(folder / f"plain-{trial.number}" / "metrics.csv")["val_auroc_auprc"].to_list())
 
     study.optimize(objective, n_trials=trials)
-    return 60 * trials / (time.monotonic() - start)
+
+
+def check_kills(home: Path, storages: list[str | None]) -> None:
+    rng, rows = random.Random(0), []
+    for storage in storages:
+        folder = home / ("server" if storage else "journal")
+        folder.mkdir()
+        write_text(folder / "check.yaml", configuration(home, 800))
+        rows.append(killed(folder, storage, rng))
+        console.print(rows[-1])
+    pl.DataFrame(rows).write_csv(RESULTS / "sweep_killed.csv")
+
+
+def check_speed(home: Path, trials: int = 40) -> None:
+    """Whole commands, with all that they import; the raw files and the store are there already."""
+    whole = yaml.safe_load(configuration(home, 4000))
+    write_text(home / "check.yaml", yaml.safe_dump(whole))
+    write_text(home / "train.yaml", yaml.safe_dump({k: whole[k] for k in ("data", "model", "trainer")}))
+    code = f"from pathlib import Path; from experiments.check_sweep import plain; plain(Path({str(home)!r}), {trials})"
+    commands = {"Optuna's own loop, one process": ["-c", code]}
+    for count in (1, 2, 4):
+        line = [
+            "sweep",
+            "-c",
+            str(home / "check.yaml"),
+            f"--name=speed-{count}",
+            f"--workers={count}",
+            f"--runs={home}",
+            f"--trials={trials}",
+        ]
+        commands[f"ehr sweep --workers {count}"] = ["-m", "experiments.cli", *line]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code.replace(f", {trials})", ", 1)")], check=True, env=environment, stdout=subprocess.DEVNULL)
+    shutil.rmtree(home / "plain-0")
+    rows: list[dict[str, Any]] = []
+    for what, arguments in commands.items():
+        start = time.monotonic()
+        subprocess.run([sys.executable, *arguments], check=True, env=environment, stdout=subprocess.DEVNULL)
+        rows.append({"what": what, "trials": trials, "trials a minute": 60 * trials / (time.monotonic() - start)})
+        console.print(rows[-1])
+    table = pl.DataFrame(rows).with_columns(ratio=(pl.col("trials a minute") / rows[0]["trials a minute"]).round(2))
+    table.with_columns(pl.col("trials a minute").round(1)).write_csv(RESULTS / "sweep_speed.csv")
 
 
 def main() -> None:
-    rng = random.Random(0)
-    rows, speed = [], []
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         home = Path(name)
-        home.chmod(0o755)
+        home.chmod(0o755)  # for the user as whom the server runs
         storages: list[str | None] = [None]
         if programs() is None:
             console.print("PostgreSQL is not installed (initdb is not found): only the journal file is tried")
         else:
-            storages.insert(0, stack.enter_context(server(home / "server")))
-        for storage in storages:
-            folder = home / ("server-runs" if storage else "journal-runs")
-            folder.mkdir()
-            config = yaml.safe_load(CONFIG)
-            config["data"]["init_args"]["root"] = str(home / "data")
-            write_text(folder / "check.yaml", yaml.safe_dump(config))
-            rows.append(killed(folder, storage, rng))
-            console.print(rows[-1])
-        pl.DataFrame(rows).write_csv(RESULTS / "sweep_killed.csv")
-        base = {k: v for k, v in config.items() if k in ("data", "model", "trainer")}
-        write_text(home / "train.yaml", yaml.safe_dump(base))
-        for count in (1, 2, 4):
-            start = time.monotonic()
-            line = ["sweep", "-c", str(folder / "check.yaml"), f"--name=speed-{count}", f"--workers={count}", f"--runs={home}"]
-            subprocess.run([sys.executable, "-m", "experiments.cli", *line], check=True, stdout=subprocess.DEVNULL)
-            speed.append({"what": f"ehr sweep, {count} workers", "trials a minute": 60 * 40 / (time.monotonic() - start)})
-        code = f"from experiments.check_sweep import *; print(plain(Path({name!r}), Path({name!r}) / 'train.yaml', 40))"
-        said = subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        reference = float(said.stdout.splitlines()[-1])
-        speed.insert(0, {"what": "Optuna's own loop, one process", "trials a minute": reference})
-    table = pl.DataFrame(speed).with_columns(pl.col("trials a minute").round(1), ratio=(pl.col("trials a minute") / reference).round(2))
-    table.write_csv(RESULTS / "sweep_speed.csv")
-    console.print(table)
+            storages.insert(0, stack.enter_context(server(home / "postgresql")))
+        check_kills(home, storages)
+        check_speed(home)
 
 
 if __name__ == "__main__":
