@@ -212,28 +212,29 @@ def _score(checkpoint: str, root: str, out: str) -> None:
 
 
 def throughput(folder: Path, repeats: int) -> Iterator[dict[str, Any]]:
-    """Training stays a second, validation and checkpoints included, the ways in turns."""
+    """Training stays a second, validation and checkpoints included, the ways in turns; with a small and with a large batch."""
     ways = {"1, one thread": (1, 1), "1, two threads": (1, 2), "2, one thread each": (2, 1)}
-    found: dict[str, list[float]] = {way: [] for way in ways}
-    commands: dict[str, str] = {}
-    stays = pl.read_csv(folder / "data" / "icu" / "icustays.csv.gz", columns=["stay_id"]).height
-    for repeat in range(repeats):
-        for way, (processes, threads) in ways.items():
-            name = f"speed-{processes}-{threads}-{repeat}"
-            line = _line(FUSION, name, **{"trainer.max_epochs": 6, "trainer.devices": processes, "data.batch_size": 64 // processes})
-            commands[way] = f"`OMP_NUM_THREADS={threads} ehr {line}`"
-            found[way].append(_speed(folder, line, folder / "runs" / name, threads))
-    for way, values in found.items():
-        ratio = statistics.median(values) / statistics.median(found["1, one thread"])
-        shown = f"{statistics.median(values):,.0f} ({min(values):,.0f}-{max(values):,.0f}) stays a second, {ratio:.2f} of one process with one thread"
-        yield {
-            "what": f"training throughput, median of {repeats}, {os.cpu_count()} cores, {stays:,} stays of which a part trains",
-            "model": "Fusion",
-            "processes": way,
-            "stays scored": "",
-            "result": shown,
-            "command": commands[way],
-        }
+    model = FUSION.replace("--model.width 32", "--model.width 64")
+    for batch in (64, 512):
+        found: dict[str, list[float]] = {way: [] for way in ways}
+        commands: dict[str, str] = {}
+        for repeat in range(repeats):
+            for way, (processes, threads) in ways.items():
+                name = f"speed-{batch}-{processes}-{threads}-{repeat}"
+                line = _line(model, name, **{"trainer.max_epochs": 5, "trainer.devices": processes, "data.batch_size": batch // processes})
+                commands[way] = f"`OMP_NUM_THREADS={threads} ehr {line}`"
+                found[way].append(_speed(folder, line, folder / "runs" / name, threads))
+        for way, values in found.items():
+            ratio = statistics.median(values) / statistics.median(found["1, one thread"])
+            shown = f"{statistics.median(values):,.0f} ({min(values):,.0f}-{max(values):,.0f}), {ratio:.2f} of one process with one thread"
+            yield {
+                "what": f"training stays a second, batches of {batch} in all, median of {repeats}, {os.cpu_count()} cores",
+                "model": "Fusion",
+                "processes": way,
+                "stays scored": "",
+                "result": shown,
+                "command": commands[way],
+            }
 
 
 def _speed(folder: Path, line: str, run: Path, threads: int) -> float:

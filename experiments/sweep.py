@@ -139,6 +139,8 @@ class _Workers:
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         environment = {k: v for k, v in os.environ.items() if not k.startswith(GONE) and k not in RANKS}
         environment.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // number, 1)))
+        # this very package, even where the current folder holds another one named experiments
+        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])])
         self.environment = environment
         visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
         self.devices = visible or [str(i) for i in range(torch.cuda.device_count())]
@@ -149,7 +151,7 @@ class _Workers:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices[index % len(self.devices)]
         with (self.folder / f"worker-{index}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.sweep"],
+                [sys.executable, "-P", "-m", "experiments.sweep"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

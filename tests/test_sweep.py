@@ -325,10 +325,12 @@ def swept(mimic: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) 
     space = "{model.learning_rate: [0.001, 0.01, 1.0e+30], model.dropout: {low: 0.0, high: 0.5}}"
     line = [*LINE.format(mimic, folder).split(), "--workers", "2", "--space", space, "--wandb", "offline", "--trials", "5"]
     environment = {**os.environ, "WANDB_CONFIG_DIR": str(folder / "wandb-config"), "WANDB_CACHE_DIR": str(folder / "wandb-cache")}
+    here = folder / "experiments"  # a user's folder may be called so
+    here.mkdir()
+    (here / "sweep.py").write_text("raise SystemExit('not this one')")
     with (folder / "output").open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.cli", *line], stdout=output, stderr=output, env=environment, cwd=Path(__file__).parents[1]
-        )
+        code = [sys.executable, "-P", "-m", "experiments.cli"]
+        process = subprocess.Popen([*code, *line], stdout=output, stderr=output, env=environment, cwd=folder)
         for wanted in ("trial-0000/metrics.csv", "trial-0001/metrics.csv"):
             _within(120, lambda wanted=wanted: (folder / "s" / wanted).exists() or process.poll() is not None)
             for victim in workers(process.pid)[:1]:
