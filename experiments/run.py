@@ -28,6 +28,16 @@ from experiments.report import choose_threshold, score
 MONITORS = {"val_auroc_auprc": "max", "val_auroc": "max", "val_auprc": "max", "val_loss": "min"}
 
 
+class Recipe(NamedTuple):
+    """How to train: arguments of lightning.Trainer, the seed, what chooses the best epoch and stops, and how often to save."""
+
+    trainer: dict[str, Any]
+    seed: int
+    monitor: str
+    patience: int
+    checkpoint_minutes: float
+
+
 class Trial(NamedTuple):
     """What a training run is told when it is a trial of a sweep.
 
@@ -94,20 +104,17 @@ def fit(
     folder: Path,
     model: ICUModule,
     data: ICUDataModule,
-    trainer: dict[str, Any],
-    seed: int,
-    monitor: str,
-    patience: int,
-    checkpoint_minutes: float,
+    recipe: Recipe,
     logger: Any,
     report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
     """Train ``model`` on ``data``, continuing from ``last.ckpt`` where there is one; leaves ``best.ckpt`` and ``metrics.csv``.
 
     ``last.ckpt`` is written after every epoch, and within an epoch every ``checkpoint_minutes``. The random numbers of an epoch
-    depend on ``seed``, the epoch and the process alone, and a checkpoint within an epoch holds where they are, so a run that was
+    depend on the seed, the epoch and the process alone, and a checkpoint within an epoch holds where they are, so a run that was
     killed and continued ends at the same weights as an unbroken one.
     """
+    trainer, seed, monitor, patience, checkpoint_minutes = recipe
     if not checkpoint_minutes >= 0:
         raise ValueError(f"--checkpoint_minutes must be at least 0, found {checkpoint_minutes}")
     model.train()  # ``load`` gives it in evaluation mode, in which fine-tuning would go without dropout

@@ -292,10 +292,11 @@ class _Journal(JournalFileBackend):
 
     def __init__(self, path: Path):
         self._free = FileLock(f"{path}.lock", poll_interval=0.005)
+        self._path = path
         super().__init__(str(path), self._free)  # type: ignore[arg-type]  # acquire() and release() are all it needs
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        with self._free, Path(self._file_path).open("rb+") as journal:
+        with self._free, self._path.open("rb+") as journal:
             end = size = journal.seek(0, 2)
             while end:
                 start = max(end - 4096, 0)

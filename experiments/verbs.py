@@ -65,6 +65,7 @@ def train(
         trial: What a sweep adds.
     """
     folder = Path(runs) / (name or f"{data.name}-{type(model).__name__}-{seed}".lower())
+    recipe = run.Recipe(trainer, seed, monitor, patience, checkpoint_minutes)
     with ranks.joined(trainer), run.opened(folder, config, resume, "--name"):
         if not model.supervised and (monitor != "val_loss" or finetune is not None):
             raise ValueError(f"{type(model).__name__} predicts no outcome: set --monitor val_loss, leave out --finetune")
@@ -96,7 +97,7 @@ def train(
         )
         if not (folder / "metrics.json").exists():
             logger = _logger(wandb, folder, config, monitor, [data.name, type(model).__name__], trial)
-            run.fit(folder, model, data, trainer, seed, monitor, patience, checkpoint_minutes, logger, trial and trial.report)
+            run.fit(folder, model, data, recipe, logger, trial and trial.report)
         if not model.supervised:
             files.write_json({"val_loss": pl.read_csv(folder / "metrics.csv")["val_loss"].min()}, folder / "metrics.json")
             console.print(f"next: ehr train -c FILE --init_from {folder / 'best.ckpt'}", soft_wrap=True)
@@ -112,19 +113,8 @@ def train(
             )
         else:
             start = {f"{data.name} (source)": (predictions, result)}
-            _transfer(
-                folder / "best.ckpt",
-                finetune,
-                folder / f"finetune-{finetune.name}",
-                trainer,
-                seed,
-                finetune_learning_rate,
-                finetune_epochs,
-                checkpoint_minutes,
-                wandb,
-                config,
-                start,
-            )
+            place = folder / f"finetune-{finetune.name}"
+            _transfer(folder / "best.ckpt", finetune, place, recipe, finetune_learning_rate, finetune_epochs, wandb, config, start)
 
 
 def evaluate(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
@@ -188,7 +178,8 @@ def finetune(
     folder = Path(out) if out else Path(ckpt).parent / f"finetune-{data.name}"
     load(Path(ckpt))
     with ranks.joined(trainer), run.opened(folder, config, resume, "--out"):
-        _transfer(Path(ckpt), data, folder, trainer, seed, learning_rate, epochs, checkpoint_minutes, wandb, config, {})
+        recipe = run.Recipe(trainer, seed, "val_auroc_auprc", 5, checkpoint_minutes)
+        _transfer(Path(ckpt), data, folder, recipe, learning_rate, epochs, wandb, config, {})
 
 
 def predict(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
@@ -218,11 +209,9 @@ def _transfer(
     ckpt: Path,
     target: ICUDataModule,
     folder: Path,
-    trainer: dict[str, Any],
-    seed: int,
+    recipe: run.Recipe,
     learning_rate: float | None,
     epochs: int,
-    checkpoint_minutes: float,
     wandb: Literal["offline", "online"] | None,
     config: str,
     rows: dict[str, tuple[pl.DataFrame, dict[str, Any]]],
@@ -251,11 +240,13 @@ def _transfer(
         model.facts = {
             "data": _description(target),
             "split_hash": target.split_hash(),
-            "seed": seed,
+            "seed": recipe.seed,
             "source": str(ckpt),
         }
-        logger = _logger(wandb, folder, config, "val_auroc_auprc", [target.name, type(model).__name__, "finetune"])
-        run.fit(folder, model, target, {**trainer, "max_epochs": epochs}, seed, "val_auroc_auprc", 5, checkpoint_minutes, logger)
+        recipe = recipe._replace(trainer={**recipe.trainer, "max_epochs": epochs}, monitor="val_auroc_auprc", patience=5)
+        run.fit(
+            folder, model, target, recipe, _logger(wandb, folder, config, recipe.monitor, [target.name, type(model).__name__, "finetune"])
+        )
     rows[f"{target.name} fine-tuned"] = run.conclude(folder, target)
     _log_scores({"zero-shot": rows[f"{target.name} zero-shot"][1], "fine-tuned": rows[f"{target.name} fine-tuned"][1]}, wandb)
     report.show({name: result for name, (_, result) in rows.items()}, console)

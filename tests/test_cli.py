@@ -451,7 +451,7 @@ def test_fine_tuning_uses_dropout(trained: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning.Trainer", lambda **_: Spy())
         with pytest.raises(Stop):
-            run.fit(trained / "nowhere", load(trained / "best.ckpt"), SyntheticEICU(), {}, 0, "val_loss", 1, 10.0, None)
+            run.fit(trained / "nowhere", load(trained / "best.ckpt"), SyntheticEICU(), run.Recipe({}, 0, "val_loss", 1, 10.0), None)
     assert seen == [True]
 
 
