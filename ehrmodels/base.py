@@ -199,8 +199,8 @@ def add_up(values: Tensor) -> Tensor:
     return values
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint as plain types and tensors, checked to be one of ours.
+def read_checkpoint(path: Path, advice: str | None = None) -> dict[str, Any]:
+    """A checkpoint as plain types and tensors, checked to be one of ours; ``advice`` says what to do where it is not.
 
     Raises:
         FileNotFoundError: there is none.
@@ -214,14 +214,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
         said = (str(error) or "the file is empty").splitlines()[0][:200]
-        raise ValueError(
-            f"{path}: the checkpoint is damaged or not a checkpoint ({said}); use another, such as last.ckpt beside it"
-        ) from error
+        other = advice or "use another, such as last.ckpt beside it"
+        raise ValueError(f"{path}: the checkpoint is damaged or not a checkpoint ({said}); {other}") from error
+    end = f"; {advice}" if advice else ""
     if not isinstance(checkpoint, dict) or "ehr" not in checkpoint or "state_dict" not in checkpoint:
-        raise ValueError(f"{path}: not a checkpoint of this framework: expected the entries 'ehr' and 'state_dict'")
+        raise ValueError(f"{path}: not a checkpoint of this framework: expected the entries 'ehr' and 'state_dict'{end}")
     lacking = [entry for entry in ("model", "arguments", "spec", "pos_weight") if entry not in checkpoint["ehr"]]
     if lacking:
-        raise ValueError(f"{path}: not a checkpoint of this framework: it lacks {', '.join(lacking)} in the entry 'ehr'")
+        raise ValueError(f"{path}: not a checkpoint of this framework: it lacks {', '.join(lacking)} in the entry 'ehr'{end}")
     return checkpoint
 
 

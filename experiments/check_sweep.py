@@ -122,7 +122,8 @@ def killed(folder: Path, storage: str | None, rng: random.Random) -> dict[str, A
         output_tail = (folder / "output").read_text()[-2000:]
         raise RuntimeError(f"the sweep ended with {process.returncode}: {output_tail}")
     study = opened(folder, storage)
-    trials, best = study.trials(), study.best()
+    trials = study.trials()
+    best = study.best(trials)
     assert best is not None
     numbers = sorted(t.number for t in trials)
     cli.main(["train", "-c", str(folder / "check" / "best.yaml")])
@@ -193,8 +194,11 @@ def check_speed(home: Path, trials: int = 40) -> None:
     whole = yaml.safe_load(configuration(home, 4000))
     write_text(home / "check.yaml", yaml.safe_dump(whole))
     write_text(home / "train.yaml", yaml.safe_dump({k: whole[k] for k in ("data", "model", "trainer")}))
-    code = f"from pathlib import Path; from experiments.check_sweep import plain; plain(Path({str(home)!r}), {trials})"
-    commands = {"Optuna's own loop, one process": ["-c", code]}
+
+    def loop(count: int) -> list[str]:
+        return ["-c", f"from pathlib import Path; from experiments.check_sweep import plain; plain(Path({str(home)!r}), {count})"]
+
+    commands = {"Optuna's own loop, one process": loop(trials)}
     for count in (1, 2, 4):
         line = [
             "sweep",
@@ -207,7 +211,7 @@ def check_speed(home: Path, trials: int = 40) -> None:
         ]
         commands[f"ehr sweep --workers {count}"] = ["-m", "experiments.cli", *line]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code.replace(f", {trials})", ", 1)")], check=True, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, *loop(1)], check=True, env=environment, stdout=subprocess.DEVNULL)
     shutil.rmtree(home / "plain-0")
     rows: list[dict[str, Any]] = []
     for what, arguments in commands.items():

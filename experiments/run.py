@@ -163,8 +163,7 @@ class _Epochs(Callback):
     """
 
     def __init__(self, path: Path, seed: int, last: Path, minutes: float, report: Callable[[int, dict[str, float]], None] | None):
-        self.report = report
-        self.path, self.seed, self.last, self.seconds = path, seed, last, 60 * minutes
+        self.path, self.seed, self.last, self.seconds, self.report = path, seed, last, 60 * minutes, report
         self.rows: list[dict[str, float]] = []
         self.within: dict[str, Any] | None = None  # of a checkpoint within an epoch
         self.world, self.saved = 1, 0.0
@@ -178,13 +177,10 @@ class _Epochs(Callback):
         self.world = world
         if not self.last.exists():
             return 0, 0
-        try:
-            checkpoint = read_checkpoint(self.last)
-        except ValueError as error:
-            said = str(error).partition("; use another")[0]
-            raise ValueError(
-                f"{said}; copy best.ckpt over it to continue from the best epoch, or delete it to train anew, and run the same command with --resume"
-            ) from error
+        checkpoint = read_checkpoint(
+            self.last,
+            "copy best.ckpt over it to continue from the best epoch, or delete it to train anew, and run the same command with --resume",
+        )
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         if state.get("world", 1) != world:
             raise ValueError(

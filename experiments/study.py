@@ -6,6 +6,7 @@ clocks or periods of grace: a running trial whose lock is free has lost its proc
 and in its run directory. Trials are drawn under one lock of the study, each from a seed of its own, so that no two processes draw the same.
 """
 
+import difflib
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 import optuna
+import yaml
 from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages.journal import JournalFileBackend
@@ -100,9 +102,9 @@ class Study:
         trials = self.trials()
         return len(trials) >= total and all(t.state.is_finished() for t in trials)
 
-    def best(self) -> FrozenTrial | None:
-        """The complete trial of the best value, if there is one."""
-        complete = [t for t in self.trials() if t.state == TrialState.COMPLETE]
+    def best(self, trials: list[FrozenTrial]) -> FrozenTrial | None:
+        """The complete trial of the best value among ``trials``, if there is one."""
+        complete = [t for t in trials if t.state == TrialState.COMPLETE]
         return (max if self.maximised else min)(complete, key=value, default=None)
 
     def importance(self) -> dict[str, float]:
@@ -245,10 +247,6 @@ def distributions(space: dict[str, Any]) -> dict[str, BaseDistribution]:
 
 def _differences(known: Any, found: Any) -> str:
     """Lines that are only there (-) or only here (+)."""
-    import difflib
-
-    import yaml
-
     texts = [value if isinstance(value, str) else yaml.safe_dump(value) for value in (known, found)]
     lines = difflib.unified_diff(texts[0].splitlines(), texts[1].splitlines(), lineterm="", n=0)
     return "\n".join(f"  {line}" for line in lines if not line.startswith(("---", "+++", "@@")))

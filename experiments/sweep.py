@@ -20,12 +20,11 @@ from optuna.trial import Trial, TrialState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from datamodules.module import ICUDataModule
-from experiments import cli, run
+from experiments import cli, run, verbs
 from experiments.files import console, write_text
 from experiments.run import MONITORS
 from experiments.study import Study, distributions, server_lost
 from experiments.sweep_report import summarise
-from experiments.verbs import Monitor
 
 RENEW = 75  # exit status of a worker whose device is not to be trusted any more; another process takes its place
 LOSSES = 20  # workers that may be lost without any progress in the study before the sweep gives up
@@ -44,7 +43,7 @@ def sweep(
     workers: int | None = None,
     storage: str | None = None,
     sampler_seed: int = 0,
-    monitor: Monitor = "val_auroc_auprc",
+    monitor: verbs.Monitor = "val_auroc_auprc",
 ) -> None:
     """Search the hyper-parameters of ``ehr train``; takes all its flags, which say what every trial starts from.
 
@@ -185,7 +184,7 @@ class _Workers:
                         if trial.state.is_finished() and trial.number not in said:
                             said.add(trial.number)
                             console.print(_line(trial, monitor), soft_wrap=True, highlight=False)
-                    best = study.best()
+                    best = study.best(trials)
                     shown = f"{self.order['name']}, best {best.value:.4f} (trial {best.number})" if best else self.order["name"]
                     bar.update(task, completed=len(said), description=shown)
                     if (now := len(said) + sum(len(t.intermediate_values) for t in trials)) != progress:
@@ -268,15 +267,13 @@ def attempt(study: Study, trial: Trial, name: str, folder: Path, parent: int) ->
         monitor = values["monitor"]
         for key, fact in (("config", values["config"]), ("seed", values["seed"]), ("run", str(folder / place)), ("host", platform.node())):
             trial.set_user_attr(key, fact)
-        from experiments import verbs
-
         verbs.train(**{**values, "resume": True}, trial=run.Trial(name, trial.number, trial.params, report))
         epochs = pl.read_csv(folder / place / "metrics.csv").sort(monitor, descending=MONITORS[monitor] == "max", maintain_order=True)
         best = epochs.row(0, named=True)
         study.end(trial, TrialState.COMPLETE, best[monitor], metrics=best)
     except optuna.TrialPruned:
         study.end(trial, TrialState.PRUNED)
-        _end_log("pruned")
+        verbs.end_log({"state": "pruned"})
     except KeyboardInterrupt:
         study.spare(trial)
         raise
@@ -287,7 +284,7 @@ def attempt(study: Study, trial: Trial, name: str, folder: Path, parent: int) ->
     except ValueError as error:
         print(f"{place}: {error}", flush=True)
         study.end(trial, TrialState.FAIL, reason=str(error))
-        _end_log("failed")
+        verbs.end_log({"state": "failed"}, failed=True)
     except Exception as error:
         if server_lost(error):
             raise
@@ -295,15 +292,8 @@ def attempt(study: Study, trial: Trial, name: str, folder: Path, parent: int) ->
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(r"out of memory|can't allocate memory", str(error))
         said = " ".join(str(error).split())[:500]
         study.end(trial, TrialState.FAIL, reason=cli.NO_MEMORY if memory else f"{type(error).__name__}: {said}")
-        _end_log("failed")
+        verbs.end_log({"state": "failed"}, failed=True)
         raise SystemExit(RENEW) from error
-
-
-def _end_log(state: str) -> None:
-    """Close the trial's run of Weights & Biases, where there is one, and say there how it ended."""
-    if (library := sys.modules.get("wandb")) is not None and library.run is not None:
-        library.run.summary["state"] = state
-        library.finish(exit_code=int(state == "failed"))
 
 
 if __name__ == "__main__":

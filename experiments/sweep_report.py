@@ -16,7 +16,8 @@ from experiments.study import Study, value
 
 def summarise(study: Study, folder: Path, monitor: str, name: str) -> None:
     """Print and write the summary of a study into its folder."""
-    trials, best, importance = study.trials(), study.best(), study.importance()
+    trials, importance = study.trials(), study.importance()
+    best = study.best(trials)
     count = {state: sum(t.state == state for t in trials) for state in TrialState}
     pruned = count[TrialState.PRUNED] / max(len(trials), 1)
     console.print(
@@ -39,7 +40,7 @@ def summarise(study: Study, folder: Path, monitor: str, name: str) -> None:
         console.print(
             f"  {parameter:{width}}  {chosen:.4g}{share}" if isinstance(chosen, float) else f"  {parameter:{width}}  {chosen}{share}"
         )
-    _draw(trials, importance, study.maximised, folder / "sweep.png", monitor, name)
+    _draw(trials, best, importance, study.maximised, folder / "sweep.png", monitor, name)
     console.print(f"wrote best.yaml, trials.csv and sweep.png to {folder}\nnext: ehr train -c {folder / 'best.yaml'}", soft_wrap=True)
 
 
@@ -69,12 +70,14 @@ def _table(trials: list[FrozenTrial], monitor: str) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def _draw(trials: list[FrozenTrial], importance: dict[str, float], maximised: bool, path: Path, monitor: str, name: str) -> None:
+def _draw(
+    trials: list[FrozenTrial], top: FrozenTrial, importance: dict[str, float], maximised: bool, path: Path, monitor: str, name: str
+) -> None:
     """History, epochs and importance above; below, every parameter against the value of its trials, the most important first."""
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     pruned = [t for t in trials if t.state == TrialState.PRUNED and t.intermediate_values]
     better: Any = max if maximised else min
-    top, values = better(complete, key=value), [value(t) for t in complete]
+    values = [value(t) for t in complete]
     worst = sorted(values, reverse=not maximised)[len(values) // 20]  # beyond it, points are drawn at the edge
     margin = 0.2 * abs(value(top) - worst) or 0.1
     limits = sorted([worst - margin * (1 if maximised else -1), value(top) + margin * (1 if maximised else -1)])
@@ -110,7 +113,7 @@ def _draw(trials: list[FrozenTrial], importance: dict[str, float], maximised: bo
         for axis in axes.flat[len(parameters) :]:
             axis.set_visible(False)
         for axis, parameter in zip(axes.flat, parameters, strict=False):
-            known = top.distributions[parameter]
+            known: Any = top.distributions[parameter]
             if isinstance(known, CategoricalDistribution):
                 where = {t.number: known.choices.index(t.params[parameter]) for t in complete}
                 axis.set_xticks(range(len(known.choices)), map(str, known.choices))

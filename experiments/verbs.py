@@ -103,7 +103,8 @@ def train(
             console.print(f"next: ehr train -c FILE --init_from {folder / 'best.ckpt'}", soft_wrap=True)
             return
         predictions, result = run.conclude(folder, data)
-        _log_scores({data.split: result}, wandb)
+        if wandb is not None:
+            end_log(_values(data.split, result))
         if finetune is None:
             report.show({data.name: result}, console)
             report.draw({data.name: predictions}, folder / "report.png")
@@ -248,7 +249,8 @@ def _transfer(
             folder, model, target, recipe, _logger(wandb, folder, config, recipe.monitor, [target.name, type(model).__name__, "finetune"])
         )
     rows[f"{target.name} fine-tuned"] = run.conclude(folder, target)
-    _log_scores({"zero-shot": rows[f"{target.name} zero-shot"][1], "fine-tuned": rows[f"{target.name} fine-tuned"][1]}, wandb)
+    if wandb is not None:
+        end_log({k: v for stage in ("zero-shot", "fine-tuned") for k, v in _values(stage, rows[f"{target.name} {stage}"][1]).items()})
     report.show({name: result for name, (_, result) in rows.items()}, console)
     gap = report.difference(zero, rows[f"{target.name} fine-tuned"][0])
     files.write_json(gap, folder / "difference.json")
@@ -340,12 +342,16 @@ def _logger(
     return WandbLogger(experiment=began)
 
 
-def _log_scores(scores: dict[str, dict[str, Any]], wandb: str | None) -> None:
-    """Scores of the best checkpoint into the summary of Weights & Biases' run, where there is one."""
-    if wandb is not None and (library := sys.modules.get("wandb")) is not None and library.run is not None:
-        for name, metrics in scores.items():
-            library.run.summary.update({f"{name}/{m}": v["value"] for m, v in metrics.items() if isinstance(v, dict)})
-        library.finish()
+def end_log(summary: dict[str, Any], failed: bool = False) -> None:
+    """Close the open run of Weights & Biases, where there is one, with these entries in its summary."""
+    if (library := sys.modules.get("wandb")) is not None and library.run is not None:
+        library.run.summary.update(summary)
+        library.finish(exit_code=int(failed))
+
+
+def _values(name: str, metrics: dict[str, Any]) -> dict[str, float]:
+    """Scores without their intervals, under names such as test/auroc."""
+    return {f"{name}/{m}": v["value"] for m, v in metrics.items() if isinstance(v, dict)}
 
 
 assert set(MONITORS) == set(Monitor.__args__)  # type: ignore[attr-defined]

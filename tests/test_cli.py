@@ -25,11 +25,12 @@ COLUMNS = ["stay_id", "patient_id", "minute", "target", "probability", "split"]
 TINY = "--model Fusion --model.width 16 --trainer.max_epochs 1"
 
 
-def ehr(line: str) -> None:
-    main(line.split())
+def ehr(line: str | list[str]) -> None:
+    """Run a command; a list is one whose arguments hold spaces."""
+    main(line.split() if isinstance(line, str) else line)
 
 
-def refused(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+def refused(line: str | list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What a command says that must fail, with its status."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:

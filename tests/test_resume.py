@@ -199,15 +199,21 @@ def test_killed_twice(killed: Run, whole: Path, mimic: Path, eicu: Path, tmp_pat
     same(whole, tmp_path / "runs")
 
 
-def test_killed_training_on_triplets(killed: Run, trained: Path, mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches gathered by length and observations left out at random are the same after a restart."""
-    model = "--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --model.thinning 0.3"
-    line = f"train {model} --data SyntheticMIMICIV --data.root {mimic} --trainer.max_epochs 4 --name run --data.batch_size 32"
-    folders = [tmp_path / name for name in ("whole", "broken")]
+def unbroken(line: str, parent: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A folder in which the command has run to its end, and an empty one for the same command to be killed in."""
+    folders = [parent / name for name in ("whole", "broken")]
     for folder in folders:
         folder.mkdir()
     monkeypatch.chdir(folders[0])
     main(line.split())
+    return folders
+
+
+def test_killed_training_on_triplets(killed: Run, trained: Path, mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches gathered by length and observations left out at random are the same after a restart."""
+    model = "--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --model.thinning 0.3"
+    line = f"train {model} --data SyntheticMIMICIV --data.root {mimic} --trainer.max_epochs 4 --name run --data.batch_size 32"
+    folders = unbroken(line, tmp_path, monkeypatch)
     assert killed(folders[1], line, lambda: rows(folders[1] / "runs" / "run" / "metrics.csv") >= 2) == -signal.SIGKILL
     monkeypatch.chdir(folders[1])
     main([*line.split(), "--resume"])
@@ -233,11 +239,7 @@ def test_killed_within_an_epoch(
     model, times = FORMS[form]
     data = f"--data SyntheticMIMICIV --data.root {mimic} --data.batch_size 8"  # 18 batches
     line = f"train {model} {data} --trainer.max_epochs 2 --name run --checkpoint_minutes 0"
-    folders = [tmp_path / name for name in ("whole", "broken")]
-    for folder in folders:
-        folder.mkdir()
-    monkeypatch.chdir(folders[0])
-    main(line.split())
+    folders = unbroken(line, tmp_path, monkeypatch)
     last = folders[1] / "runs" / "run" / "last.ckpt"
     seen: set[int] = set()
 

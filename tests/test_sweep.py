@@ -1,15 +1,11 @@
-"""Sweeps: no trial is lost, repeated or left without a reason, whatever happens to the processes that run them."""
+"""``ehr sweep``: what it refuses, how a trial ends, and a sweep whose workers are killed."""
 
-import contextlib
 import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,212 +16,14 @@ import pytest
 import torch
 import yaml
 from optuna.trial import TrialState
+from test_cli import refused
+from test_study import SETTINGS, claimed, eventually
 
 from ehrmodels.base import load
 from experiments import sweep, sweep_report, verbs
-from experiments.check_sweep import programs, server, workers
+from experiments.check_sweep import workers
 from experiments.cli import main
-from experiments.study import ATTEMPTS, Study, distributions
-
-SPACE: dict[str, Any] = {
-    "model.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
-    "model.width": [8, 16],
-    "model.lstm_layers": {"low": 1, "high": 2},
-}
-SETTINGS = {"space": SPACE, "direction": "max", "sampler_seed": 0, "warmup": 1, "config": "patience: 3\n"}
-
-
-@pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a PostgreSQL server that runs for these tests."""
-    pytest.importorskip("psycopg")
-    if programs() is None:
-        pytest.skip("PostgreSQL is not installed: initdb is not found")
-    folder = Path("/tmp") / f"ehr-test-{os.getpid()}"  # a folder that another user, as whom the server runs, can reach
-    try:
-        with server(folder) as url:
-            yield url
-    finally:
-        shutil.rmtree(folder)
-
-
-@pytest.fixture(params=["journal", "postgresql"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "journal":
-        return str(tmp_path / "study.journal")
-    return str(request.getfixturevalue("postgresql"))
-
-
-@pytest.fixture
-def study(storage: str, request: pytest.FixtureRequest) -> Iterator[Callable[[], Study]]:
-    """Makes a handle of one and the same study, as another process would hold it."""
-    with contextlib.ExitStack() as stack:
-        yield lambda: stack.enter_context(Study(request.node.name, storage, SETTINGS))
-
-
-def claimed(one: Study, total: int) -> optuna.Trial:
-    trial = one.claim(total)
-    assert trial is not None
-    return trial
-
-
-def die(one: Study) -> None:
-    """What the kernel and the server do when a process is killed."""
-    one._locks.close()
-
-
-# ---- the study -------------------------------------------------------------------------------------------------------------
-
-
-def test_processes_draw_different_trials(study: Callable[[], Study]) -> None:
-    handles = [study() for _ in range(4)]
-    claimed = [one.claim(6) for one in handles]
-    assert [t.number for t in claimed if t] == [0, 1, 2, 3]
-    assert len({json.dumps(t.params) for t in claimed if t}) == 4  # although they share one seed
-    for t in claimed:
-        assert t is not None
-        assert (
-            1e-4 <= t.params["model.learning_rate"] <= 1e-1
-            and t.params["model.width"] in (8, 16)
-            and t.params["model.lstm_layers"] in (1, 2)
-        )
-
-
-def test_draws_depend_on_seed_and_number_alone(tmp_path: Path) -> None:
-    drawn = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        one = Study(name, str(tmp_path / f"{name}.journal"), {**SETTINGS, "sampler_seed": seed})
-        for _ in range(3):
-            trial = claimed(one, 3)
-            one.end(trial, TrialState.COMPLETE, 1.0)
-        drawn.append([t.params for t in one.trials()])
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
-def test_a_trial_whose_process_died_goes_on_elsewhere(study: Callable[[], Study]) -> None:
-    first, second = study(), study()
-    one, other = first.claim(2), second.claim(2)
-    assert one is not None and other is not None
-    first.report(one, 0, 0.5)
-    assert second.claim(2) is None  # two in all, and the first is alive
-    assert not second.finished(2)
-    die(first)
-    again = _eventually(lambda: second.claim(2))
-    assert again.number == one.number and again.params == one.params
-    second.report(again, 0, 0.9)  # the epoch is known already
-    second.report(again, 1, 0.6)
-    assert second.trials()[again.number].intermediate_values == {0: 0.5, 1: 0.6}
-    second.end(again, TrialState.COMPLETE, 0.6)
-    second.end(other, TrialState.PRUNED)
-    assert second.finished(2) and second.claim(2) is None
-    assert second.best().number == again.number  # type: ignore[union-attr]
-
-
-def test_a_process_that_lost_its_connection_gives_its_trial_up(postgresql: str) -> None:
-    with Study("lost", postgresql, SETTINGS) as first, Study("lost", postgresql, SETTINGS) as second:
-        one = claimed(first, 1)
-        die(first)
-        other = _eventually(lambda: second.claim(1))
-        with pytest.raises(Exception, match="closed"):
-            first.report(one, 0, 0.5)
-        with pytest.raises(Exception, match="closed"):
-            first.end(one, TrialState.COMPLETE, 0.5)
-        second.end(other, TrialState.COMPLETE, 0.7)
-        assert second.trials()[0].value == 0.7
-
-
-def test_a_trial_that_kills_its_processes_is_given_up(study: Callable[[], Study]) -> None:
-    for attempt in range(ATTEMPTS):
-        one = study()
-        assert _eventually(lambda one=one: one.claim(1)).number == 0, attempt
-        die(one)
-    last = study()
-    _eventually(lambda: last.claim(1) is None or last.finished(1))
-    assert last.trials()[0].state == TrialState.FAIL
-    assert f"killed {ATTEMPTS} times in the same epoch" in last.trials()[0].user_attrs["reason"]
-
-
-def test_progress_and_intention_do_not_count_as_attempts(study: Callable[[], Study]) -> None:
-    for epoch in range(2 * ATTEMPTS):
-        one = study()
-        trial = _eventually(lambda one=one: one.claim(1))
-        if epoch % 2:
-            one.report(trial, epoch, 0.5)
-        else:
-            one.spare(trial)
-        die(one)
-    assert study().trials()[0].state == TrialState.RUNNING
-
-
-def test_a_study_with_other_settings_is_refused(study: Callable[[], Study], storage: str, request: pytest.FixtureRequest) -> None:
-    study()
-    with pytest.raises(ValueError, match=r"begun with another config:\n  -patience: 3\n  \+patience: 4\n"):
-        Study(request.node.name, storage, {**SETTINGS, "config": "patience: 4\n"})
-
-
-def test_first_trials_that_all_fail_end_the_study(study: Callable[[], Study]) -> None:
-    one = study()
-    for _ in range(5):
-        trial = claimed(one, 40)
-        one.end(trial, TrialState.FAIL, reason="no such column")
-    with pytest.raises(ValueError, match="the first 5 trials all failed, the last because: no such column"):
-        one.claim(40)
-
-
-def test_pruning_sees_the_epochs_of_other_processes(study: Callable[[], Study]) -> None:
-    one, other = study(), study()
-    for value in (0.7, 0.8, 0.9, 0.7, 0.8):
-        trial = claimed(one, 9)
-        for epoch in range(4):
-            one.report(trial, epoch, value)
-        one.end(trial, TrialState.COMPLETE, value)
-    trial = claimed(other, 9)
-    other.report(trial, 0, 0.1)  # too early to judge
-    with pytest.raises(optuna.TrialPruned):
-        other.report(trial, 1, 0.1)
-
-
-def test_half_a_line_in_the_journal_is_taken_away(tmp_path: Path) -> None:
-    path = tmp_path / "study.journal"
-    one = Study("s", str(path), SETTINGS)
-    trial = claimed(one, 2)
-    with path.open("ab") as journal:
-        journal.write(b'{"op_code":5,"trial' + b"x" * 10_000)
-    one.end(trial, TrialState.COMPLETE, 1.0)
-    assert Study("s", str(path), SETTINGS).trials()[0].value == 1.0
-    assert all(json.loads(line) for line in path.read_text().splitlines())
-
-
-def _eventually(get: Callable[[], Any]) -> Any:
-    """A server notices within moments, not at once, that a connection is gone."""
-    limit = time.monotonic() + 10
-    while not (found := get()) and time.monotonic() < limit:
-        time.sleep(0.05)
-    assert found
-    return found
-
-
-# ---- search space ------------------------------------------------------------------------------------------------------------
-
-
-def test_space() -> None:
-    found = distributions({**SPACE, "model.dropout": {"low": 0.0, "high": 0.5, "step": 0.1}, "model.pos_weight": [None, 1]})
-    assert found == {
-        "model.learning_rate": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True),
-        "model.width": optuna.distributions.CategoricalDistribution([8, 16]),
-        "model.lstm_layers": optuna.distributions.IntDistribution(1, 2),
-        "model.dropout": optuna.distributions.FloatDistribution(0.0, 0.5, step=0.1),
-        "model.pos_weight": optuna.distributions.CategoricalDistribution([None, 1]),
-    }
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command says that must fail."""
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
-
+from experiments.study import Study
 
 LINE = "sweep --model Fusion --model.width 8 --data SyntheticMIMICIV --data.root {} --runs {} --trainer.max_epochs 3 --name s --trials 4"
 
@@ -332,18 +130,11 @@ def swept(mimic: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) 
         code = [sys.executable, "-P", "-m", "experiments.cli"]
         process = subprocess.Popen([*code, *line], stdout=output, stderr=output, env=environment, cwd=folder)
         for wanted in ("trial-0000/metrics.csv", "trial-0001/metrics.csv"):
-            _within(120, lambda wanted=wanted: (folder / "s" / wanted).exists() or process.poll() is not None)
+            eventually(lambda wanted=wanted: (folder / "s" / wanted).exists() or process.poll() is not None, 120)
             for victim in workers(process.pid)[:1]:
                 os.kill(victim, signal.SIGKILL)
         assert process.wait(300) == 0, (folder / "output").read_text()
     return folder / "s"
-
-
-def _within(seconds: float, holds: Callable[[], bool]) -> None:
-    limit = time.monotonic() + seconds
-    while not holds() and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert holds()
 
 
 def test_sweep_ends_with_every_trial(swept: Path, tmp_path: Path) -> None:
@@ -437,12 +228,12 @@ def test_workers_end_with_the_command(mimic: Path, trained: Path, tmp_path: Path
         "1000",
     ]
     process = subprocess.Popen([sys.executable, "-m", "experiments.cli", *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _within(120, lambda: (tmp_path / "s" / "trial-0000" / "metrics.csv").exists())
+    eventually(lambda: (tmp_path / "s" / "trial-0000" / "metrics.csv").exists(), 120)
     mine = workers(process.pid)
     assert len(mine) == 1
     process.kill()
     process.wait()
-    _within(30, lambda: not Path(f"/proc/{mine[0]}").exists())
+    eventually(lambda: not Path(f"/proc/{mine[0]}").exists(), 30)
     one = json.loads((tmp_path / "s" / "study.journal").read_text().splitlines()[0])
     assert one["study_name"] == "s"
 
