@@ -8,7 +8,7 @@ import polars as pl
 
 from datamodules import eicu, eicu_sepsis, eicu_sofa, mimiciv, mimiciv_sepsis, physionet
 from datamodules.module import ICUDataModule
-from datamodules.synthetic import write
+from datamodules.simulate import write
 from datamodules.tasks import TaskName
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import polars as pl
 import torch
 
-from datamodules import synthetic
+from datamodules import simulate
 from datamodules.batch import Spec, Triplets
 from datamodules.hospitals import SyntheticMIMICIV
 from ehrmodels.base import load, read_checkpoint
@@ -67,10 +67,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="check-ranks-") as folder:
         os.environ |= {"OMP_NUM_THREADS": "1", "EHR_CACHE": f"{folder}/cache"}
         data = Path(folder) / "data"
-        synthetic.write("MIMICIV", data, STAYS, seed=1)
+        simulate.write("MIMICIV", data, STAYS, seed=1)
         here = Path(folder)
         _record("ranks", [*agreement(here), *scoring(here), *throughput(here, chosen.repeats)])
-        synthetic.write("MIMICIV", here / "few", KILLED_STAYS, seed=1)
+        simulate.write("MIMICIV", here / "few", KILLED_STAYS, seed=1)
         _record("kills", kills(here, chosen.kills, chosen.seed))
 
 

@@ -24,7 +24,7 @@ def synthesize(out: str, system: Literal["MIMICIV", "EICU"] = "MIMICIV", stays: 
         seed: The same seed writes the same files.
         extra_rows: Further rows in the largest table, to try out speed and memory.
     """
-    from datamodules.synthetic import write
+    from datamodules.simulate import write
 
     with progress() as bar:
         task = bar.add_task(f"{stays} simulated stays", total=stays)

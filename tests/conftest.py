@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules import synthetic
+from datamodules import simulate
 from experiments.cli import main
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -35,7 +35,7 @@ def one_thread() -> None:
 def mimic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A simulated MIMIC-IV of 300 stays."""
     folder = tmp_path_factory.mktemp("raw") / "mimic"
-    synthetic.write("MIMICIV", folder, 300, seed=1)
+    simulate.write("MIMICIV", folder, 300, seed=1)
     return folder
 
 
@@ -43,7 +43,7 @@ def mimic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def eicu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A simulated eICU of 300 stays."""
     folder = tmp_path_factory.mktemp("raw") / "eicu"
-    synthetic.write("EICU", folder, 300, seed=1)
+    simulate.write("EICU", folder, 300, seed=1)
     return folder
 
 

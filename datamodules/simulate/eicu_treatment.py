@@ -1,15 +1,26 @@
-"""Simulated patients -> the eICU-shaped tables of what is done to them: infusions, orders, urine, infection, and the scores of day one."""
+"""Simulated patients -> eICU-shaped tables of what is done to them: infusions, orders, urine, infection, scores."""
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from datamodules.synthetic_eicu_hospitals import PUMP_UNITS, URINE, Hospitals, Rows
-from datamodules.synthetic_patient import Patients
-from datamodules.synthetic_tables import ANTIBIOTICS, Orders, cultures, runs, spoil, text, twice
+from datamodules.simulate.habits import (
+    ANTIBIOTICS,
+    PUMP_UNITS,
+    URINE_CELLS,
+    Hospitals,
+    Orders,
+    Rows,
+    as_text,
+    rate_intervals,
+    specimens,
+    spoil,
+    twice,
+)
+from datamodules.simulate.patient import Patients
 
-SITES = ("Blood, Venipuncture", "Urine, Catheter Specimen", "Sputum, Tracheal Specimen", "Nasopharynx")
-ORGANISMS = (
+CULTURE_SITES = ("Blood, Venipuncture", "Urine, Catheter Specimen", "Sputum, Tracheal Specimen", "Nasopharynx")
+CULTURE_RESULTS = (
     "Escherichia coli",
     "Staphylococcus aureus",
     "Klebsiella pneumoniae",
@@ -18,7 +29,7 @@ ORGANISMS = (
     "no growth",
 )
 # drug, name, step, mcg per mL (vasopressin: units per mL), HICL code of an order
-DRIPS: tuple[tuple[str, str, float, float, int], ...] = (
+INFUSED_DRUGS: tuple[tuple[str, str, float, float, int], ...] = (
     ("norepinephrine", "Norepinephrine", 0.01, 32, 2051),
     ("epinephrine", "Epinephrine", 0.01, 40, 2050),
     ("dopamine", "Dopamine", 1.0, 1600, 2060),
@@ -28,12 +39,12 @@ DRIPS: tuple[tuple[str, str, float, float, int], ...] = (
 )
 
 
-def drips(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
+def write_infusions(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
     """infusionDrug in the hospital's unit, orders in medication, and the vasopressor strings of treatment."""
     p, h = patients.stays, patients.hours
-    frames, told = [], []
-    for drug, name, step, strength, hicl in DRIPS:
-        stay, first, after, rate = runs(patients, drug, step)
+    frames, noted = [], []
+    for drug, name, step, strength, hicl in INFUSED_DRUGS:
+        stay, first, after, rate = rate_intervals(patients, drug, step)
         hospital, weight = p["hospital"][stay], p["weight"][stay]
         unit = hospitals.pump[hospital]
         if drug == "vasopressin":
@@ -53,14 +64,18 @@ def drips(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, ro
             columns = {
                 "stay": stay[due],
                 "infusionoffset": offset[due] + later * 60,
-                "drugrate": text(dose[due], 3),
+                "drugrate": as_text(dose[due], 3),
                 "unit": units[unit[due]],
             }
             columns["patientweight"] = pl.Series(weighed[due]).fill_nan(None)
             frames.append(pl.DataFrame(columns).with_columns(name=pl.lit(name)))
         following = np.append((stay[1:] == stay[:-1]) & (first[1:] == after[:-1]), False)[: len(stay)]
         over = ~following & hospitals.fills["infusionDrug"][hospital] & (ends < p["icu_minutes"][stay])
-        zero = {"stay": stay[over], "infusionoffset": ends[over], "drugrate": pl.repeat("0", int(over.sum()), eager=True)}
+        zero = {
+            "stay": stay[over],
+            "infusionoffset": ends[over],
+            "drugrate": pl.repeat("0", int(over.sum()), eager=True),
+        }
         frames.append(pl.DataFrame({**zero, "unit": units[unit[over]]}).with_columns(name=pl.lit(name)))
         # once a day the daily note tells the drug and its dose tier
         daily = np.unique(stay * 20 + first // 24, return_index=True)[1]
@@ -74,23 +89,37 @@ def drips(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, ro
             continue
         daily = daily[rng.random(len(daily)) < 0.6]
         strings = pl.lit("cardiovascular|shock|vasopressors|") + pl.Series("s", note[daily], dtype=pl.String)
-        told.append(pl.DataFrame({"stay": stay[daily], "treatmentoffset": offset[daily] + 30}).with_columns(treatmentstring=strings))
+        noted.append(
+            pl.DataFrame({"stay": stay[daily], "treatmentoffset": offset[daily] + 30}).with_columns(
+                treatmentstring=strings
+            )
+        )
         begin = np.unique(stay, return_index=True)[1]
         begin = begin[hospitals.fills["medication"][hospital[begin]]]
-        _order(stay[begin], offset[begin] - 10, ends[begin], name.upper(), np.full(len(begin), hicl), patients, hospitals, rng, rows)
+        _medication(
+            stay[begin],
+            offset[begin] - 10,
+            ends[begin],
+            name.upper(),
+            np.full(len(begin), hicl),
+            patients,
+            hospitals,
+            rng,
+            rows,
+        )
     frame = pl.concat(frames, how="diagonal_relaxed").sort("stay", "infusionoffset", "name", maintain_order=True)
     frame = frame.with_columns(drugname=pl.format("{} ({})", "name", "unit"))
     frame = frame.with_columns(infusionrate=pl.when(pl.col("unit") == "ml/hr").then("drugrate"))
     rows.put("infusionDrug", frame["stay"], frame)
-    treatment = pl.concat(told).sort("stay", "treatmentoffset", maintain_order=True)
-    rows.put("treatment", treatment["stay"], treatment, activeupondischarge="False")
+    notes = pl.concat(noted).sort("stay", "treatmentoffset", maintain_order=True)
+    rows.put("treatment", notes["stay"], notes, activeupondischarge="False")
     sick = np.flatnonzero((h["vent"] > 0) & (h["hour"] % 24 == 3))
     frame = pl.DataFrame({"treatmentoffset": h["hour"][sick] * 60})
     string = "pulmonary|ventilation and oxygenation|mechanical ventilation"
     rows.put("treatment", h["stay"][sick], frame, treatmentstring=string, activeupondischarge="False")
 
 
-def _order(
+def _medication(
     stay: NDArray,
     start: NDArray,
     stop: NDArray,
@@ -113,7 +142,7 @@ def _order(
     rows.put("medication", stay, frame, drugivadmixture="No", drugordercancelled="No", routeadmin="IV", prn="No")
 
 
-def urine(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
+def write_urine(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
     """intakeOutput: urine summed over the hospital's interval."""
     p, h = patients.stays, patients.hours
     stay, hour = h["stay"], h["hour"]
@@ -122,10 +151,12 @@ def urine(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, ro
     charted = ~p["silent"][stay] & hospitals.fills["intakeOutput"][hospital] & (rng.random(len(stay)) < 0.95)
     at = np.flatnonzero(charted & (hour % every == every - 1))
     total = np.concatenate([[0.0], np.cumsum(h["urine"])])
-    volume = text(spoil(total[at + 1] - total[at + 1 - every[at]], rng), 0)
+    volume = as_text(spoil(total[at + 1] - total[at + 1 - every[at]], rng), 0)
     offset = np.minimum(hour[at] * 60 + 59, p["icu_minutes"][stay[at]])
-    cell = pl.Series(URINE).gather(hospitals.urine_cell[hospital[at]])
-    frame = pl.DataFrame({"stay": stay[at], "intakeoutputoffset": offset, "celllabel": cell, "cellvaluenumeric": volume})
+    cell = pl.Series(URINE_CELLS).gather(hospitals.urine_cell[hospital[at]])
+    frame = pl.DataFrame(
+        {"stay": stay[at], "intakeoutputoffset": offset, "celllabel": cell, "cellvaluenumeric": volume}
+    )
     frame = twice(frame, rng).with_columns(
         intakeoutputentryoffset="intakeoutputoffset",
         cellvaluetext="cellvaluenumeric",
@@ -135,7 +166,7 @@ def urine(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, ro
     rows.put("intakeOutput", frame["stay"], frame, intaketotal="0.0000", dialysistotal="0.0000")
 
 
-def fluids(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
+def write_boluses(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
     """intakeOutput: a bolus of half a litre in some hours of low pressure, as in the other system."""
     h = patients.hours
     stay = h["stay"]
@@ -153,20 +184,29 @@ def fluids(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, r
     rows.put("intakeOutput", frame["stay"], frame, outputtotal="0.0000", dialysistotal="0.0000")
 
 
-def infection(patients: Patients, hospitals: Hospitals, orders: Orders, rng: np.random.Generator, rows: Rows) -> None:
+def write_infection(
+    patients: Patients, hospitals: Hospitals, orders: Orders, rng: np.random.Generator, rows: Rows
+) -> None:
     """Antibiotics in medication and treatment, diagnoses, and the cultures of the few hospitals that report them."""
     p = patients.stays
     stay, drug, start, stop = orders
     hospital = p["hospital"]
     kept = hospitals.fills["medication"][hospital[stay]]
     names, codes = pl.Series([a.order for a in ANTIBIOTICS]), np.array([a.hicl for a in ANTIBIOTICS])
-    _order(stay[kept], start[kept], stop[kept], names.gather(drug[kept]), codes[drug[kept]], patients, hospitals, rng, rows)
-    told = np.flatnonzero((rng.random(len(stay)) < 0.6) & (drug < 6) & (start < p["icu_minutes"][stay]))
-    strings = pl.Series(["infectious diseases|medications|therapeutic antibacterials|" + a.treatment for a in ANTIBIOTICS]).gather(
-        drug[told]
+    _medication(
+        stay[kept], start[kept], stop[kept], names.gather(drug[kept]), codes[drug[kept]], patients, hospitals, rng, rows
     )
-    offset = np.clip(start[told] + rng.integers(0, 200, len(told)), 5, p["icu_minutes"][stay[told]])
-    rows.put("treatment", stay[told], pl.DataFrame({"treatmentoffset": offset, "treatmentstring": strings}), activeupondischarge="False")
+    noted = np.flatnonzero((rng.random(len(stay)) < 0.6) & (drug < 6) & (start < p["icu_minutes"][stay]))
+    strings = pl.Series(
+        ["infectious diseases|medications|therapeutic antibacterials|" + a.treatment_string for a in ANTIBIOTICS]
+    ).gather(drug[noted])
+    offset = np.clip(start[noted] + rng.integers(0, 200, len(noted)), 5, p["icu_minutes"][stay[noted]])
+    rows.put(
+        "treatment",
+        stay[noted],
+        pl.DataFrame({"treatmentoffset": offset, "treatmentstring": strings}),
+        activeupondischarge="False",
+    )
     count = len(hospital)
     written = np.flatnonzero(p["infected"] & (rng.random(count) < 0.6))
     which = rng.choice(4, len(written), p=(0.4, 0.25, 0.15, 0.2))
@@ -185,14 +225,20 @@ def infection(patients: Patients, hospitals: Hospitals, orders: Orders, rng: np.
     other = "pulmonary|respiratory failure|acute respiratory failure"
     priority = {"diagnosispriority": "Major", "activeupondischarge": "False"}
     rows.put("diagnosis", failing, frame, diagnosisstring=other, icd9code="518.81, J96.00", **priority)
-    stay, minute, site, organism = cultures(patients, rng)
+    stay, minute, site, organism = specimens(patients, rng)
     kept = hospitals.fills["microLab"][hospital[stay]] & (site < 3) & (minute < p["icu_minutes"][stay])
-    frame = pl.DataFrame({"culturetakenoffset": minute[kept], "culturesite": pl.Series(SITES).gather(site[kept])})
-    rows.put("microLab", stay[kept], frame.with_columns(organism=pl.Series(ORGANISMS).gather(organism[kept] % len(ORGANISMS))))
+    frame = pl.DataFrame(
+        {"culturetakenoffset": minute[kept], "culturesite": pl.Series(CULTURE_SITES).gather(site[kept])}
+    )
+    rows.put(
+        "microLab",
+        stay[kept],
+        frame.with_columns(organism=pl.Series(CULTURE_RESULTS).gather(organism[kept] % len(CULTURE_RESULTS))),
+    )
 
 
-def day_one(patients: Patients, rng: np.random.Generator, rows: Rows) -> None:
-    """apacheApsVar: the worst values of the first day (which therefore leak into any shorter window); -1 where missing."""
+def write_apache(patients: Patients, rng: np.random.Generator, rows: Rows) -> None:
+    """apacheApsVar: the worst values of the first day (they leak into any shorter window); -1 where missing."""
     p, h = patients.stays, patients.hours
     day = h["hour"] < 24
     stay, count = h["stay"][day], len(p["age"])
@@ -201,7 +247,7 @@ def day_one(patients: Patients, rng: np.random.Generator, rows: Rows) -> None:
 
     def worst(name: str, low: bool = False, decimals: int = 0, share: float = 1.0) -> pl.Series:
         values = (np.minimum if low else np.maximum).reduceat(h[name][day], starts)
-        return text(np.where(rng.random(count) < share, values, -1), decimals)
+        return as_text(np.where(rng.random(count) < share, values, -1), decimals)
 
     vent = worst("vent")
     chosen = np.flatnonzero((rng.random(count) < 0.88) & ~p["silent"])
@@ -210,7 +256,7 @@ def day_one(patients: Patients, rng: np.random.Generator, rows: Rows) -> None:
             "intubated": vent,
             "vent": vent,
             **{name: worst(name, low=True) for name in ("eyes", "motor", "verbal")},
-            "urine": text(np.add.reduceat(h["urine"][day], starts), 0),
+            "urine": as_text(np.add.reduceat(h["urine"][day], starts), 0),
             "wbc": worst("wbc", decimals=1, share=0.8),
             "temperature": worst("temperature", decimals=1, share=0.95),
             "respiratoryrate": worst("respiration"),
@@ -226,7 +272,9 @@ def day_one(patients: Patients, rng: np.random.Generator, rows: Rows) -> None:
             "bun": worst("bun", share=0.85),
             "glucose": worst("glucose", share=0.9),
             "bilirubin": worst("bilirubin", decimals=1, share=0.4),
-            "fio2": text(np.where(rng.random(count) < 0.25, 100 * np.maximum.reduceat(h["fio2"][day], starts), -1), 0),
+            "fio2": as_text(
+                np.where(rng.random(count) < 0.25, 100 * np.maximum.reduceat(h["fio2"][day], starts), -1), 0
+            ),
         }
     )
     rows.put("apacheApsVar", chosen, frame[chosen], dialysis=0, meds=0)

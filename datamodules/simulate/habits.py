@@ -1,8 +1,8 @@
-"""Simulated patients -> rows of MIMIC-IV and eICU tables, in the publishers' columns, names, units and bad habits.
+"""What the simulated systems share: habits of hospitals, laboratory catalogue, typing errors, what is ordered, row ids.
 
-The values come from ``synthetic_patient.simulate``; this file decides what is charted, where, how often and how badly: about 0.1 %
-of the charted numbers are typing errors, 0.3 % of the rows stand twice, some cultures have a date only, eICU hospitals differ in
-density, infusion units and in the tables that they fill at all. Simulated data throughout: no row is of a real patient.
+The values come from ``patient.simulate_stays``; this file decides what is charted, how often and how badly: about
+0.1 % of the charted numbers are typing errors, 0.3 % of the rows stand twice, hospitals differ in density, infusion
+units and in the tables that they fill at all. Simulated data throughout: no row is of a real patient.
 """
 
 from collections.abc import Callable
@@ -12,71 +12,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from datamodules.synthetic_patient import Patients
+from datamodules.simulate.headers import EICU
+from datamodules.simulate.patient import CaseMix, Patients
 
 Add = Callable[[str, pl.DataFrame], None]  # takes the next rows of a table
 Orders = tuple[NDArray, NDArray, NDArray, NDArray]  # of antibiotics: stay, which, start minute, stop minute
-
-
-# the publishers' columns, table by table
-MIMICIV: dict[str, str] = {
-    "hosp/patients": "subject_id,gender,anchor_age,anchor_year,anchor_year_group,dod",
-    "hosp/admissions": "subject_id,hadm_id,admittime,dischtime,deathtime,admission_type,admit_provider_id,admission_location,"
-    "discharge_location,insurance,language,marital_status,race,edregtime,edouttime,hospital_expire_flag",
-    "hosp/labevents": "labevent_id,subject_id,hadm_id,specimen_id,itemid,order_provider_id,charttime,storetime,value,valuenum,"
-    "valueuom,ref_range_lower,ref_range_upper,flag,priority,comments",
-    "hosp/prescriptions": "subject_id,hadm_id,pharmacy_id,poe_id,poe_seq,order_provider_id,starttime,stoptime,drug_type,drug,"
-    "formulary_drug_cd,gsn,ndc,prod_strength,form_rx,dose_val_rx,dose_unit_rx,form_val_disp,form_unit_disp,doses_per_24_hrs,route",
-    "hosp/microbiologyevents": "microevent_id,subject_id,hadm_id,micro_specimen_id,order_provider_id,chartdate,charttime,spec_itemid,"
-    "spec_type_desc,test_seq,storedate,storetime,test_itemid,test_name,org_itemid,org_name,isolate_num,quantity,ab_itemid,ab_name,"
-    "dilution_text,dilution_comparison,dilution_value,interpretation,comments",
-    "hosp/diagnoses_icd": "subject_id,hadm_id,seq_num,icd_code,icd_version",
-    "icu/icustays": "subject_id,hadm_id,stay_id,first_careunit,last_careunit,intime,outtime,los",
-    "icu/d_items": "itemid,label,abbreviation,linksto,category,unitname,param_type,lownormalvalue,highnormalvalue",
-    "icu/chartevents": "subject_id,hadm_id,stay_id,caregiver_id,charttime,storetime,itemid,value,valuenum,valueuom,warning",
-    "icu/inputevents": "subject_id,hadm_id,stay_id,caregiver_id,starttime,endtime,storetime,itemid,amount,amountuom,rate,rateuom,"
-    "orderid,linkorderid,ordercategoryname,secondaryordercategoryname,ordercomponenttypedescription,ordercategorydescription,"
-    "patientweight,totalamount,totalamountuom,isopenbag,continueinnextdept,statusdescription,originalamount,originalrate",
-    "icu/outputevents": "subject_id,hadm_id,stay_id,caregiver_id,charttime,storetime,itemid,value,valueuom",
-    "icu/procedureevents": "subject_id,hadm_id,stay_id,caregiver_id,starttime,endtime,storetime,itemid,value,valueuom,location,"
-    "locationcategory,orderid,linkorderid,ordercategoryname,ordercategorydescription,patientweight,isopenbag,continueinnextdept,"
-    "statusdescription,ORIGINALAMOUNT,ORIGINALRATE",
-}
-
-EICU: dict[str, str] = {
-    "patient": "patientunitstayid,patienthealthsystemstayid,gender,age,ethnicity,hospitalid,wardid,apacheadmissiondx,admissionheight,"
-    "hospitaladmittime24,hospitaladmitoffset,hospitaladmitsource,hospitaldischargeyear,hospitaldischargetime24,"
-    "hospitaldischargeoffset,hospitaldischargelocation,hospitaldischargestatus,unittype,unitadmittime24,unitadmitsource,"
-    "unitvisitnumber,unitstaytype,admissionweight,dischargeweight,unitdischargetime24,unitdischargeoffset,unitdischargelocation,"
-    "unitdischargestatus,uniquepid",
-    "hospital": "hospitalid,numbedscategory,teachingstatus,region",
-    "vitalPeriodic": "vitalperiodicid,patientunitstayid,observationoffset,temperature,sao2,heartrate,respiration,cvp,etco2,"
-    "systemicsystolic,systemicdiastolic,systemicmean,pasystolic,padiastolic,pamean,st1,st2,st3,icp",
-    "vitalAperiodic": "vitalaperiodicid,patientunitstayid,observationoffset,noninvasivesystolic,noninvasivediastolic,"
-    "noninvasivemean,paop,cardiacoutput,cardiacinput,svr,svri,pvr,pvri",
-    "lab": "labid,patientunitstayid,labresultoffset,labtypeid,labname,labresult,labresulttext,labmeasurenamesystem,"
-    "labmeasurenameinterface,labresultrevisedoffset",
-    "nurseCharting": "nursingchartid,patientunitstayid,nursingchartoffset,nursingchartentryoffset,nursingchartcelltypecat,"
-    "nursingchartcelltypevallabel,nursingchartcelltypevalname,nursingchartvalue",
-    "respiratoryCharting": "respchartid,patientunitstayid,respchartoffset,respchartentryoffset,respcharttypecat,"
-    "respchartvaluelabel,respchartvalue",
-    "respiratoryCare": "respcareid,patientunitstayid,respcarestatusoffset,currenthistoryseqnum,airwaytype,airwaysize,airwayposition,"
-    "cuffpressure,ventstartoffset,ventendoffset,priorventstartoffset,priorventendoffset,apneaparams,lowexhmvlimit,hiexhmvlimit,"
-    "lowexhtvlimit,hipeakpreslimit,lowpeakpreslimit,hirespratelimit,lowrespratelimit,sighpreslimit,lowironoxlimit,highironoxlimit,"
-    "meanairwaypreslimit,peeplimit,cpaplimit,setapneainterval,setapneatv,setapneaippeephigh,setapnearr,setapneapeakflow,"
-    "setapneainsptime,setapneaie,setapneafio2",
-    "infusionDrug": "infusiondrugid,patientunitstayid,infusionoffset,drugname,drugrate,infusionrate,drugamount,volumeoffluid,patientweight",
-    "intakeOutput": "intakeoutputid,patientunitstayid,intakeoutputoffset,intaketotal,outputtotal,dialysistotal,nettotal,"
-    "intakeoutputentryoffset,cellpath,celllabel,cellvaluenumeric,cellvaluetext",
-    "medication": "medicationid,patientunitstayid,drugorderoffset,drugstartoffset,drugivadmixture,drugordercancelled,drugname,"
-    "drughiclseqno,dosage,routeadmin,frequency,loadingdose,prn,drugstopoffset,gtc",
-    "treatment": "treatmentid,patientunitstayid,treatmentoffset,treatmentstring,activeupondischarge",
-    "diagnosis": "diagnosisid,patientunitstayid,activeupondischarge,diagnosisoffset,diagnosisstring,icd9code,diagnosispriority",
-    "admissionDx": "admissiondxid,patientunitstayid,admitdxenteredoffset,admitdxpath,admitdxname,admitdxtext",
-    "microLab": "microlabid,patientunitstayid,culturetakenoffset,culturesite,organism,antibiotic,sensitivitylevel",
-    "apacheApsVar": "apacheapsvarid,patientunitstayid,intubated,vent,dialysis,eyes,motor,verbal,meds,urine,wbc,temperature,"
-    "respiratoryrate,sodium,heartrate,meanbp,ph,hematocrit,creatinine,albumin,pao2,pco2,bun,glucose,bilirubin,fio2",
-}
 
 
 class Lab(NamedTuple):
@@ -91,7 +31,7 @@ class Lab(NamedTuple):
     decimals: int
 
 
-LABS: tuple[Lab, ...] = (
+LAB_CATALOGUE: tuple[Lab, ...] = (
     Lab("gas", "ph", 50820, "units", "pH", "", 2),
     Lab("gas", "pao2", 50821, "mm Hg", "paO2", "mm Hg", 0),
     Lab("gas", "paco2", 50818, "mm Hg", "paCO2", "mm Hg", 0),
@@ -145,12 +85,18 @@ class Antibiotic(NamedTuple):
     itemid: int
     order: str
     hicl: int
-    treatment: str
+    treatment_string: str
 
 
 ANTIBIOTICS: tuple[Antibiotic, ...] = (
     Antibiotic("Vancomycin", 225798, "VANCOMYCIN 1.25 GM IN NS 250 ML IVPB (REPACKAGE)", 10093, "vancomycin"),
-    Antibiotic("Piperacillin-Tazobactam", 225893, "PIPERACILLIN-TAZOBACTAM 3.375 G", 8738, "penicillins|piperacillin/tazobactam"),
+    Antibiotic(
+        "Piperacillin-Tazobactam",
+        225893,
+        "PIPERACILLIN-TAZOBACTAM 3.375 G",
+        8738,
+        "penicillins|piperacillin/tazobactam",
+    ),
     Antibiotic("CefePIME", 225851, "CEFEPIME HCL 2 G IJ SOLR", 10132, "fourth generation cephalosporin|cefepime"),
     Antibiotic("CeftriaXONE", 225855, "CEFTRIAXONE 1 GM IVPB", 3996, "third generation cephalosporin|ceftriaxone"),
     Antibiotic("Meropenem", 225883, "MEROPENEM 1 GM VIAL", 11254, "carbapenem|meropenem"),
@@ -160,7 +106,7 @@ ANTIBIOTICS: tuple[Antibiotic, ...] = (
 
 
 class Event(NamedTuple):
-    """Rows of one item: index of the stay, minute since ICU admission, charted text or number, and the item's own fields."""
+    """Rows of one item: index of the stay, minute since ICU admission, charted text or number, fields of the item."""
 
     stay: NDArray
     minute: NDArray
@@ -168,7 +114,7 @@ class Event(NamedTuple):
     fields: dict[str, Any]
 
 
-def text(values: NDArray, decimals: int) -> pl.Series:
+def as_text(values: NDArray, decimals: int) -> pl.Series:
     """Numbers as a nurse or a laboratory would write them: 7.40 -> "7.4", 80.0 -> "80"."""
     return pl.Series(np.round(values, decimals) + 0.0, dtype=pl.Float64).cast(pl.String).str.strip_suffix(".0")
 
@@ -188,19 +134,32 @@ def twice(frame: pl.DataFrame, rng: np.random.Generator, rate: float = 0.003) ->
 
 
 def stack(events: list[Event]) -> pl.DataFrame:
-    """All events as one frame: ``stay``, ``minute``, ``value`` (text, null if empty) and the fields, by stay and minute."""
+    """All events as one frame, sorted: ``stay``, ``minute``, ``value`` (text, null if empty) and the fields."""
     frames = []
     for event in events:
-        value = event.value if isinstance(event.value, pl.Series) else text(event.value, 1)
-        columns = {"stay": event.stay.astype(np.int64), "minute": event.minute.astype(np.int64), "value": value.rename("value")}
+        value = event.value if isinstance(event.value, pl.Series) else as_text(event.value, 1)
+        columns = {
+            "stay": event.stay.astype(np.int64),
+            "minute": event.minute.astype(np.int64),
+            "value": value.rename("value"),
+        }
         columns |= {name: field for name, field in event.fields.items() if isinstance(field, np.ndarray | pl.Series)}
         constant = {name: field for name, field in event.fields.items() if name not in columns}
         frames.append(pl.DataFrame(columns).with_columns(pl.lit(field).alias(name) for name, field in constant.items()))
     return pl.concat(frames, how="diagonal_relaxed").sort("stay", "minute", maintain_order=True)
 
 
-def draws(patients: Patients, rng: np.random.Generator, density: NDArray) -> dict[str, NDArray]:
-    """Indices into the hours at which each panel is drawn; ``density`` is one factor per stay for draws beyond the daily one."""
+def panel_draws(patients: Patients, rng: np.random.Generator, density: NDArray) -> dict[str, NDArray]:
+    """When each panel is drawn.
+
+    Args:
+        patients: the simulated stays.
+        rng: source of randomness.
+        density: one factor per stay for draws beyond the daily one.
+
+    Returns:
+        Panel -> indices into the hours of ``patients``.
+    """
     h, stay = patients.hours, patients.hours["stay"]
     count, size = len(density), len(stay)
     first, sick = h["hour"] == 0, np.clip(h["severity"], 0, 3) * density[stay]
@@ -232,8 +191,17 @@ def draws(patients: Patients, rng: np.random.Generator, density: NDArray) -> dic
     return {name: np.flatnonzero(mask & ~patients.stays["silent"][stay]) for name, mask in panels.items()}
 
 
-def runs(patients: Patients, drug: str, step: float) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Intervals of constant rate (rounded to ``step``): stay, first hour, hour after the last, rate; zero rates are left out."""
+def rate_intervals(patients: Patients, drug: str, step: float) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """Intervals of constant rate, zero rates left out.
+
+    Args:
+        patients: the simulated stays.
+        drug: a name in their hours.
+        step: what rates are rounded to, in the drug's unit.
+
+    Returns:
+        Stay, first hour, hour after the last, and rate, one entry per interval.
+    """
     stay, hour = patients.hours["stay"], patients.hours["hour"]
     level = np.round(patients.hours[drug] / step).astype(np.int64)
     change = np.ones(len(stay), bool)
@@ -245,13 +213,18 @@ def runs(patients: Patients, drug: str, step: float) -> tuple[NDArray, NDArray, 
     return stay[start], hour[start], hour[end] + 1, level[start] * step
 
 
-def antibiotics(patients: Patients, rng: np.random.Generator) -> Orders:
-    """Orders: stay, index into ``ANTIBIOTICS``, start and stop minute. Infected stays get one or two, some others a prophylaxis."""
+def antibiotic_orders(patients: Patients, rng: np.random.Generator) -> Orders:
+    """Orders: stay, index into ``ANTIBIOTICS``, start and stop minute.
+
+    Infected stays get one or two, some others a prophylaxis.
+    """
     p = patients.stays
     begin = (p["onset_minute"] + rng.integers(30, 400, len(p["age"]))) // 60 * 60
     treated = p["infected"] & (rng.random(len(begin)) < 0.96) & (begin < p["icu_minutes"])
     broad, glyco = np.flatnonzero(treated), np.flatnonzero(treated & (rng.random(len(begin)) < 0.6))
-    surgery = np.flatnonzero(~p["infected"] & (rng.random(len(begin)) < np.where(np.isin(p["unit"], (1, 3)), 0.6, 0.05)))
+    surgery = np.flatnonzero(
+        ~p["infected"] & (rng.random(len(begin)) < np.where(np.isin(p["unit"], (1, 3)), 0.6, 0.05))
+    )
     stay = np.concatenate([broad, glyco, surgery])
     drug = np.concatenate([rng.integers(1, 6, len(broad)), np.zeros(len(glyco), np.int64), np.full(len(surgery), 6)])
     start = np.concatenate([begin[broad], begin[glyco] + 60, np.full(len(surgery), -60)])
@@ -259,17 +232,107 @@ def antibiotics(patients: Patients, rng: np.random.Generator) -> Orders:
     return stay, drug, start, np.minimum(planned, np.maximum(p["discharge_minute"][stay], start + 60))
 
 
-def cultures(patients: Patients, rng: np.random.Generator) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+def specimens(patients: Patients, rng: np.random.Generator) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     """Specimens: stay, minute, kind (0 blood, 1 urine, 2 sputum, 3 MRSA screen) and organism (-1 none)."""
     p = patients.stays
     count = len(p["age"])
-    taken = p["onset_minute"] + np.where(rng.random(count) < 0.75, rng.integers(-300, 60, count), rng.integers(60, 900, count))
+    taken = p["onset_minute"] + np.where(
+        rng.random(count) < 0.75, rng.integers(-300, 60, count), rng.integers(60, 900, count)
+    )
     parts = []
     for which, share in enumerate((0.85, 0.55, 0.3)):
         chosen = np.flatnonzero((p["infected"] & (rng.random(count) < share)) | (rng.random(count) < 0.06))
-        parts.append((chosen, np.where(p["infected"], taken, rng.integers(-300, 2000, count))[chosen], np.full(len(chosen), which)))
+        parts.append(
+            (
+                chosen,
+                np.where(p["infected"], taken, rng.integers(-300, 2000, count))[chosen],
+                np.full(len(chosen), which),
+            )
+        )
     screened = np.flatnonzero(rng.random(count) < 0.4)
     parts.append((screened, rng.integers(60, 600, len(screened)), np.full(len(screened), 3)))
     stay, minute, kind = (np.concatenate(column) for column in zip(*parts, strict=True))
     positive = rng.random(len(stay)) < np.where(p["infected"][stay], 0.3, 0.05)
     return stay, minute, kind, np.where(positive, rng.integers(0, 5, len(stay)), -1)
+
+
+URINE_CELLS = ("Urine", "URINE CATHETER", "Urinary Catheter Output: Indwelling/Continuous Ure")
+PUMP_UNITS = ("mcg/min", "ml/hr", "", "mcg/kg/min")
+
+
+class Hospitals:
+    """The habits of the simulated hospitals, one entry each."""
+
+    def __init__(self, mix: CaseMix, rng: np.random.Generator) -> None:
+        count = mix.hospitals
+        self.id = 100 + 7 * np.arange(count)
+        self.density = rng.uniform(0.45, 1.0, count)  # of vital signs and of draws beyond the daily one
+        self.pump = rng.choice(len(PUMP_UNITS), count, p=(0.46, 0.40, 0.09, 0.05))
+        self.strong = rng.random(count) < 0.15  # pumps in mL/h are filled with twice the usual concentration
+        self.fills = {  # does the hospital fill the table at all?
+            table: rng.random(count) < share
+            for table, share in (
+                ("infusionDrug", 0.68),
+                ("medication", 0.78),
+                ("intakeOutput", 0.88),
+                ("microLab", 0.1),
+                ("nurse", 0.85),
+            )
+        }
+        self.fills["infusionDrug"][:2] = self.fills["medication"][:2] = True  # the two largest fill them
+        self.urine_every = rng.choice((1, 2, 4, 6), count, p=(0.3, 0.3, 0.25, 0.15))
+        self.urine_cell = rng.choice(len(URINE_CELLS), count, p=(0.8, 0.12, 0.08))
+        self.named = rng.uniform(0.2, 1.0, count)  # share of orders whose drug is named, not only coded
+        self.fraction = rng.random(count) < 0.1  # oxygen as 0.4 instead of 40
+        self.fahrenheit = rng.random(count) < 0.2
+        self.assay = {lab.name: np.exp(rng.normal(0, 0.06 * mix.offset, count)) for lab in LAB_CATALOGUE}
+        for name in ("lactate", "creatinine", "bilirubin", "troponin_t", "crp", "bun"):
+            self.assay[name] = np.exp(rng.normal(0, 0.2 * mix.offset, count))
+        for name in ("ph", "spo2", "sodium", "chloride"):  # well standardised
+            self.assay[name] = np.ones(count)
+        self.pressure = rng.normal(0, 5 * mix.offset, count)  # offset of the cuffs, mmHg
+
+
+class Rows:
+    """Adds rows with the id of their stay and a number of their own."""
+
+    def __init__(self, base: int, add: Add) -> None:
+        self.base, self.add, self.count = base, add, dict.fromkeys(EICU, 0)
+
+    def put(self, table: str, stay: NDArray | pl.Series, frame: pl.DataFrame, **constant: Any) -> None:
+        first = self.base * 50_000 + self.count[table]  # no table has so many rows per stay
+        self.count[table] += frame.height
+        ids = {EICU[table].split(",")[0]: first + np.arange(frame.height)}
+        if table == "patient":
+            ids = {}
+        ids["patientunitstayid"] = 140_000 + self.base + np.asarray(stay, np.int64)
+        self.add(table, frame.with_columns(**ids, **{k: pl.lit(v) for k, v in constant.items()}))
+
+
+class Calendar:
+    """Ids and shifted dates of some stays: every patient's first ICU admission lies between 2110 and 2190."""
+
+    def __init__(self, patients: Patients, base: int, rng: np.random.Generator) -> None:
+        p = patients.stays
+        origin = rng.integers(4_418_064_000, 6_942_585_600, len(p["age"]))  # 2110 .. 2189, seconds since 1970
+        self.seconds = origin[p["first"]] + p["since_minute"] * 60
+        self.pad = -(-self.seconds // 3600) * 60 - self.seconds // 60  # minutes to the next full hour of the clock
+        self.subject, self.hadm = 10_000_000 + base + p["first"], 20_000_000 + base + p["admission"]
+        self.stay = 30_000_000 + base + np.arange(len(p["age"]))
+
+    def when(self, stay: NDArray, minute: NDArray, grain: int = 60) -> pl.Series:
+        """Minute since ICU admission -> "YYYY-MM-DD HH:MM:SS", on the full minute as staff writes it.
+
+        Args:
+            stay: index of the stay, one entry per row.
+            minute: since ICU admission, one entry per row.
+            grain: seconds that times are rounded down to.
+        """
+        return (
+            pl.Series((self.seconds[stay] + minute * 60) // grain * grain * 1000)
+            .cast(pl.Datetime("ms"))
+            .dt.to_string("%Y-%m-%d %H:%M:%S")
+        )
+
+    def ids(self, stay: NDArray, *names: str) -> dict[str, NDArray]:
+        return {f"{name}_id": getattr(self, name)[stay] for name in names or ("subject", "hadm", "stay")}

@@ -4,13 +4,16 @@ What drives what, hour by hour:
 
 - A hidden severity (mean-reverting to a level of its own, pushed up by an infection) strains six organs, each with a
   susceptibility of its own, so that no single measurement tells the severity.
-- The strained organs move the *native* vital signs and the laboratory values (creatinine, bilirubin and platelets with a lag).
-- Treatment masks illness: a pressor is titrated every hour against a target mean pressure, oxygen and ventilation against a
-  target saturation. Charted pressure is native pressure plus pressor effect, so that the dose carries what the pressure hides.
+- The strained organs move the *native* vital signs and the laboratory values (creatinine, bilirubin, platelets with a
+  lag).
+- Treatment masks illness: a pressor is titrated every hour against a target mean pressure, oxygen and ventilation
+  against a target saturation. Charted pressure is native pressure plus pressor effect, so that the dose carries what
+  the pressure hides.
 - The hourly hazard of death depends on the severity, the *native* shock, the urine deficit and the chronic risk.
 
-``MIMICIV`` and ``EICU`` share the physiology and differ in case mix, targets, hospital offsets and the weights of the hazard.
-Arrays are ragged: ``hours`` has one entry per stay and hour, stays one after the other; ``stays`` one entry per stay.
+The systems share the physiology and differ in their ``CaseMix``: patients, targets, hospital offsets, weights of the
+hazard. Arrays are ragged: ``hours`` has one entry per stay and hour, stays one after the other; ``stays`` one entry
+per stay.
 """
 
 from typing import NamedTuple
@@ -19,19 +22,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+CHUNK = 2000  # stays simulated at a time
 HOURS = 240  # longest simulated ICU stay
 BEFORE = 8  # hours simulated before ICU admission, in which treatment starts
-UNITS = ("medical", "surgical", "cardiac", "cardiac_surgery", "neuro", "mixed")
+CARE_UNITS = ("medical", "surgical", "cardiac", "cardiac_surgery", "neuro", "mixed")
 
 
-class System(NamedTuple):
+class CaseMix(NamedTuple):
     """How one hospital system differs from the other.
 
     Attributes:
         severity: mean hidden severity on admission.
         infected: share of infected patients.
         age: mean age in years.
-        units: share of each of ``UNITS``.
+        units: share of each of ``CARE_UNITS``.
         hospitals: number of hospitals.
         offset: standard deviation of the hospitals' measurement offsets, in units of a typical personal offset.
         target: mean arterial pressure that pressors are titrated to, mmHg.
@@ -50,12 +54,6 @@ class System(NamedTuple):
     weights: tuple[float, float, float, float]
 
 
-SYSTEMS: dict[str, System] = {
-    "MIMICIV": System(0.15, 0.42, 64, (0.34, 0.22, 0.10, 0.14, 0.08, 0.12), 1, 0.0, 66, -9.7, (0.7, 2.8, 3.4, 0.6)),
-    "EICU": System(0.0, 0.38, 67, (0.16, 0.08, 0.12, 0.06, 0.06, 0.52), 40, 0.6, 63, -9.2, (1.2, 1.5, 1.5, 1.3)),
-}
-
-
 class Patients(NamedTuple):
     """Some simulated stays: ``stays[name]`` one entry per stay, ``hours[name]`` one entry per stay and hour."""
 
@@ -68,22 +66,21 @@ def _bend(x: Array) -> Array:
     return np.logaddexp(0.0, x)
 
 
-def simulate(system: str, count: int, rng: np.random.Generator) -> Patients:
+def simulate_stays(mix: CaseMix, count: int, rng: np.random.Generator) -> Patients:
     """Simulate ``count`` stays.
 
     Args:
-        system: "MIMICIV" or "EICU".
+        mix: who the patients of the hospital system are.
         count: number of stays; some are of the same patient, one after the other.
         rng: source of randomness.
 
     Returns:
-        The stays. Times are minutes (``*_minute``) or hours since ICU admission; doses are mcg/kg/min, vasopressin units/h,
-        pressures mmHg, urine mL in the hour. ``severity`` and ``native_map`` are hidden: no table shows them.
+        The stays. Times are minutes (``*_minute``) or hours since ICU admission; doses are mcg/kg/min, vasopressin
+        units/h, pressures mmHg, urine mL in the hour. ``severity`` and ``native_map`` are hidden: no table shows them.
     """
-    world = SYSTEMS[system]
-    stays = _people(world, count, rng)
-    course = _course(world, stays, rng)
-    length = _outcomes(world, stays, course, rng)
+    stays = _people(mix, count, rng)
+    course = _course(mix, stays, rng)
+    length = _outcomes(mix, stays, course, rng)
     inside = np.arange(HOURS) < length[:, None]  # (B, T)
     hours: dict[str, NDArray] = {name: values[:, BEFORE:][inside] for name, values in course.items()}
     hours["stay"], hours["hour"] = (index.astype(np.int32) for index in np.nonzero(inside))
@@ -91,24 +88,24 @@ def simulate(system: str, count: int, rng: np.random.Generator) -> Patients:
     return Patients(stays, hours)
 
 
-def _people(world: System, n: int, rng: np.random.Generator) -> dict[str, NDArray]:
+def _people(mix: CaseMix, n: int, rng: np.random.Generator) -> dict[str, NDArray]:
     """Who they are: demographics, chronic risk, care unit, infection, personal offsets and susceptibilities."""
     again = rng.random(n) < 0.16  # this stay is of the same patient as the one before
     again[0] = False
     first = np.maximum.accumulate(np.where(again, 0, np.arange(n)))  # the patient's first stay
-    age = np.clip(rng.normal(world.age, 16, n), 19, 97)
+    age = np.clip(rng.normal(mix.age, 16, n), 19, 97)
     age = np.where(rng.random(n) < 0.01, rng.integers(15, 18, n), age)[first]
     male = (rng.random(n) < 0.56)[first]
     height = (np.where(male, 176, 162) + rng.normal(0, 7.5, n)[first]).round()
     weight = np.clip(np.exp(rng.normal(np.log(27.5), 0.2, n))[first] * (height / 100) ** 2, 38, 190).round(1)
     chronic = 0.025 * (age - 64) + rng.normal(0, 0.6, n)[first]
     # a hospital's weight falls with its number: some large, many small
-    size = 1 / (np.arange(world.hospitals) + 3.0)
-    hospital = rng.choice(world.hospitals, n, p=size / size.sum())[first]
-    unit = rng.choice(len(UNITS), n, p=world.units)
-    infected = rng.random(n) < world.infected + np.array([0.1, 0, -0.15, -0.2, -0.1, 0.03])[unit]
+    size = 1 / (np.arange(mix.hospitals) + 3.0)
+    hospital = rng.choice(mix.hospitals, n, p=size / size.sum())[first]
+    unit = rng.choice(len(CARE_UNITS), n, p=mix.units)
+    infected = rng.random(n) < mix.infected + np.array([0.1, 0, -0.15, -0.2, -0.1, 0.03])[unit]
     onset = np.where(rng.random(n) < 0.12, rng.uniform(24, 96, n), np.clip(rng.normal(-2, 7, n), -14, 24))
-    start = world.severity + 0.3 * chronic + np.array([0.1, 0, 0, -0.2, -0.1, 0])[unit] + rng.normal(0, 0.85, n)
+    start = mix.severity + 0.3 * chronic + np.array([0.1, 0, 0, -0.2, -0.1, 0])[unit] + rng.normal(0, 0.85, n)
     stays: dict[str, NDArray] = {
         "again": again,
         "first": first,
@@ -137,15 +134,28 @@ def _people(world: System, n: int, rng: np.random.Generator) -> dict[str, NDArra
     return stays
 
 
-def _course(world: System, p: dict[str, NDArray], rng: np.random.Generator) -> dict[str, Array]:
+def _course(mix: CaseMix, p: dict[str, NDArray], rng: np.random.Generator) -> dict[str, Array]:
     """The hidden course and the treatment titrated against it, each (B, hours from -BEFORE)."""
     n = len(p["age"])
-    names = ("severity", "native_map", "map", "dose", "vaso", "vent", "pf", "fio2", "urine", "creatinine", "platelets", "bilirubin")
+    names = (
+        "severity",
+        "native_map",
+        "map",
+        "dose",
+        "vaso",
+        "vent",
+        "pf",
+        "fio2",
+        "urine",
+        "creatinine",
+        "platelets",
+        "bilirubin",
+    )
     course = {name: np.zeros((n, BEFORE + HOURS)) for name in names}
     base = 85 + rng.normal(0, 8, n)  # a person's own mean pressure
     response = np.exp(rng.normal(0, 0.25, n))  # to pressors
     flow = np.exp(rng.normal(0.1, 0.3, n))  # urine, mL/kg/h
-    target = world.target + rng.normal(0, 2.5, n)
+    target = mix.target + rng.normal(0, 2.5, n)
     fever = p["onset_minute"] / 60
     lasting = rng.uniform(20, 70, n)  # of an infection, h
     creatinine0 = np.exp(rng.normal(-0.1, 0.25, n) + 0.12 * p["chronic"])
@@ -169,7 +179,9 @@ def _course(world: System, p: dict[str, NDArray], rng: np.random.Generator) -> d
         pressure = native + response * 62 * total / (total + 0.25)
         lung = _bend(p["lung"] * severity + p["lung_bias"])
         pf = 430 * np.exp(-0.55 * lung + 0.06 * noise[2])
-        vent = np.where(vent, (pf < 260) | (hour < 6) | operated & (hour < awake), (pf < 150 + 12 * noise[3]) | (severity > 3.3))
+        vent = np.where(
+            vent, (pf < 260) | (hour < 6) | operated & (hour < awake), (pf < 150 + 12 * noise[3]) | (severity > 3.3)
+        )
         fio2 = np.clip(np.round(92 / pf * 20) / 20, np.where(vent, 0.4, 0.21), 1.0)
         kidney = 2.0 - 1.5 * _bend(p["kidney"] * severity + p["kidney_bias"])
         course["urine"][:, column] = p["weight"] * flow * np.exp(0.3 * noise[4]) * 1.25 / (1 + np.exp(-kidney))
@@ -183,19 +195,27 @@ def _course(world: System, p: dict[str, NDArray], rng: np.random.Generator) -> d
         dose = np.where(dose < 0.02, 0, dose)
         vaso = np.where(vaso, dose > 0.08, dose > 0.3)
         creatinine += 0.02 * (creatinine0 * (1 + 1.3 * np.maximum(1.6 - kidney, 0)) - creatinine)
-        platelets += 0.02 * (platelets0 * np.exp(-0.55 * _bend(p["blood"] * severity + p["blood_bias"])) * 1.3 - platelets)
-        bilirubin += 0.02 * (bilirubin0 * np.exp(1.1 * _bend(p["liver"] * severity + p["liver_bias"] - 0.8)) - bilirubin)
+        platelets += 0.02 * (
+            platelets0 * np.exp(-0.55 * _bend(p["blood"] * severity + p["blood_bias"])) * 1.3 - platelets
+        )
+        bilirubin += 0.02 * (
+            bilirubin0 * np.exp(1.1 * _bend(p["liver"] * severity + p["liver_bias"] - 0.8)) - bilirubin
+        )
     course["deficit"] = np.clip(1 - course["urine"] / (0.8 * p["weight"] * flow)[:, None], 0, 1)
     return course
 
 
-def _outcomes(world: System, p: dict[str, NDArray], course: dict[str, Array], rng: np.random.Generator) -> NDArray[np.int64]:
+def _outcomes(
+    mix: CaseMix, p: dict[str, NDArray], course: dict[str, Array], rng: np.random.Generator
+) -> NDArray[np.int64]:
     """Length of stay, death and the place of a stay in its patient's history; returns the hours in the ICU."""
     n = len(p["age"])
-    sick, shock, dry, frail = world.weights
-    strain = sick * course["severity"] + shock * np.clip(66 - course["native_map"], 0, 40) / 10 + dry * course["deficit"]
+    sick, shock, dry, frail = mix.weights
+    strain = (
+        sick * course["severity"] + shock * np.clip(66 - course["native_map"], 0, 40) / 10 + dry * course["deficit"]
+    )
     # log hazards above -3 (5 % an hour) do not grow further
-    log_hazard = np.minimum(world.hazard + strain[:, BEFORE:] + frail * p["chronic"][:, None], -3.0)
+    log_hazard = np.minimum(mix.hazard + strain[:, BEFORE:] + frail * p["chronic"][:, None], -3.0)
     dies = rng.random((n, HOURS)) < np.exp(log_hazard)
     death = np.where(dies.any(1), dies.argmax(1) + 1, HOURS + 1)
     planned = np.exp(rng.normal(np.log(56), 0.6, n) + 0.12 * p["start"] + 0.15 * p["burden"])
@@ -204,7 +224,9 @@ def _outcomes(world: System, p: dict[str, NDArray], course: dict[str, Array], rn
     length = np.minimum(death, planned)
     end = log_hazard[np.arange(n), length - 1]
     later = ~in_icu & (rng.random(n) < 1 / (1 + np.exp(-(end + 5.0)))) & (rng.random(n) < 0.7)  # dies on the ward
-    after = np.where(later, rng.uniform(6, 120, n), rng.gamma(2.0, 50, n))  # hours from ICU to hospital discharge or death
+    after = np.where(
+        later, rng.uniform(6, 120, n), rng.gamma(2.0, 50, n)
+    )  # hours from ICU to hospital discharge or death
     minutes = length * 60 + rng.integers(0, 60, n) * ~in_icu
     p["icu_minutes"] = minutes
     p["discharge_minute"] = np.where(in_icu, minutes, minutes + after * 60).astype(np.int64)
@@ -220,7 +242,9 @@ def _outcomes(world: System, p: dict[str, NDArray], course: dict[str, Array], rn
     step = np.where(p["same_admission"], back, step)
     p["since_minute"] = np.cumsum(step) - np.cumsum(step)[p["first"]]  # ICU admission, from the patient's first
     follows = np.concatenate([p["same_admission"][1:], [False]])
-    admission = np.maximum.accumulate(np.where(p["same_admission"], 0, np.arange(n)))  # first stay of the hospital admission
+    admission = np.maximum.accumulate(
+        np.where(p["same_admission"], 0, np.arange(n))
+    )  # first stay of the hospital admission
     p["admission"], p["last_of_admission"] = admission, ~follows
     p["visit"] = np.arange(n) - admission + 1
     return length
@@ -240,16 +264,23 @@ def _measure(p: dict[str, NDArray], h: dict[str, NDArray], rng: np.random.Genera
     infection = (p["infected"][stay] & (h["hour"] * 60 > p["onset_minute"][stay])) * np.minimum(p["burden"][stay], 2)
     h["temperature"] = 36.8 + person(0.25) + noise(0.25) + 0.45 * infection * (0.5 + rng.random(n))[stay]
     strain = _bend(0.8 * severity)
-    h["heart_rate"] = 74 + person(10) + noise(4) + 9 * strain + 6 * (h["temperature"] - 36.8) + 6 * np.minimum(h["dose"], 0.6)
+    h["heart_rate"] = (
+        74 + person(10) + noise(4) + 9 * strain + 6 * (h["temperature"] - 36.8) + 6 * np.minimum(h["dose"], 0.6)
+    )
     h["map_read"] = h["map"] + noise(4)
     pulse = np.maximum(46 + person(8) - 1.5 * strain + noise(3), 18)
     h["systolic"], h["diastolic"] = h["map_read"] + pulse * 0.64, h["map_read"] - pulse * 0.36
-    h["respiration"] = np.where(h["vent"] > 0, 17, 14.5) + person(2) + noise(2) + 2.6 * strain * np.where(h["vent"] > 0, 0.5, 1)
+    h["respiration"] = (
+        np.where(h["vent"] > 0, 17, 14.5) + person(2) + noise(2) + 2.6 * strain * np.where(h["vent"] > 0, 0.5, 1)
+    )
     h["pao2"] = np.clip(h["pf"] * h["fio2"] * np.exp(noise(0.12)), 38, 480)
     h["spo2"] = np.clip(100 / (1 + (23.4 / h["pao2"]) ** 2.7) + noise(0.8), 70, 100)
     h["peep"] = np.clip(np.round(5 + 12 * (h["fio2"] - 0.4)), 5, 18)
     # consciousness: 0 = comatose .. 1 = awake
-    awake = 1 / (1 + np.exp(-(3.6 + person(0.9) - 2.2 * p["brain"][stay] * np.maximum(severity + p["brain_bias"][stay] - 0.2, 0))))
+    awake = 1 / (
+        1
+        + np.exp(-(3.6 + person(0.9) - 2.2 * p["brain"][stay] * np.maximum(severity + p["brain_bias"][stay] - 0.2, 0)))
+    )
     awake = np.where(h["vent"] > 0, awake * 0.6, awake)
     h["eyes"] = np.clip(np.round(1 + 3 * awake + noise(0.25)), 1, 4)
     h["motor"] = np.clip(np.round(1 + 5.2 * awake**0.8 + noise(0.25)), 1, 6)

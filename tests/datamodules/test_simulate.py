@@ -1,4 +1,4 @@
-"""The simulated hospitals: the publishers' columns, repeatable bytes, sizes as asked, and a treatment that masks illness."""
+"""The simulated hospitals: the publishers' columns, repeatable bytes, sizes as asked, treatment that masks illness."""
 
 import gzip
 from hashlib import sha256
@@ -8,10 +8,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from datamodules import synthetic
-from datamodules.synthetic_patient import Patients, simulate
+from datamodules import simulate
+from datamodules.simulate import patient
+from datamodules.simulate.patient import Patients
+from datamodules.simulate.write import SYSTEMS
 
-DEMO = Path(__file__).parents[2] / "shared" / "data"
+DEMO = Path(__file__).parents[3] / "shared" / "data"
 FOLDERS = {"MIMICIV": DEMO / "mimic-iv-demo", "EICU": DEMO / "eicu-demo"}
 
 # as published with MIMIC-IV 2.2 and eICU-CRD 2.0 (the wide eICU tables: those columns that are filled here)
@@ -19,30 +21,35 @@ PUBLISHED = {
     "MIMICIV": {
         "hosp/patients": "subject_id gender anchor_age anchor_year anchor_year_group dod",
         "hosp/diagnoses_icd": "subject_id hadm_id seq_num icd_code icd_version",
-        "hosp/labevents": "labevent_id subject_id hadm_id specimen_id itemid order_provider_id charttime storetime value valuenum valueuom "
-        "ref_range_lower ref_range_upper flag priority comments",
-        "hosp/prescriptions": "subject_id hadm_id pharmacy_id poe_id poe_seq order_provider_id starttime stoptime drug_type drug "
-        "formulary_drug_cd gsn ndc prod_strength form_rx dose_val_rx dose_unit_rx form_val_disp form_unit_disp doses_per_24_hrs route",
+        "hosp/labevents": "labevent_id subject_id hadm_id specimen_id itemid order_provider_id charttime storetime "
+        "value valuenum valueuom ref_range_lower ref_range_upper flag priority comments",
+        "hosp/prescriptions": "subject_id hadm_id pharmacy_id poe_id poe_seq order_provider_id starttime stoptime "
+        "drug_type drug formulary_drug_cd gsn ndc prod_strength form_rx dose_val_rx dose_unit_rx form_val_disp "
+        "form_unit_disp doses_per_24_hrs route",
         "icu/icustays": "subject_id hadm_id stay_id first_careunit last_careunit intime outtime los",
-        "icu/chartevents": "subject_id hadm_id stay_id caregiver_id charttime storetime itemid value valuenum valueuom warning",
-        "icu/inputevents": "subject_id hadm_id stay_id caregiver_id starttime endtime storetime itemid amount amountuom rate rateuom orderid "
-        "linkorderid ordercategoryname secondaryordercategoryname ordercomponenttypedescription ordercategorydescription patientweight "
-        "totalamount totalamountuom isopenbag continueinnextdept statusdescription originalamount originalrate",
+        "icu/chartevents": "subject_id hadm_id stay_id caregiver_id charttime storetime itemid value valuenum "
+        "valueuom warning",
+        "icu/inputevents": "subject_id hadm_id stay_id caregiver_id starttime endtime storetime itemid amount "
+        "amountuom rate rateuom orderid linkorderid ordercategoryname secondaryordercategoryname "
+        "ordercomponenttypedescription ordercategorydescription patientweight totalamount totalamountuom isopenbag "
+        "continueinnextdept statusdescription originalamount originalrate",
         "icu/outputevents": "subject_id hadm_id stay_id caregiver_id charttime storetime itemid value valueuom",
         "icu/d_items": "itemid label abbreviation linksto category unitname param_type lownormalvalue highnormalvalue",
     },
     "EICU": {
-        "vitalAperiodic": "vitalaperiodicid patientunitstayid observationoffset noninvasivesystolic noninvasivediastolic noninvasivemean "
-        "paop cardiacoutput cardiacinput svr svri pvr pvri",
-        "vitalPeriodic": "vitalperiodicid patientunitstayid observationoffset temperature sao2 heartrate respiration cvp etco2 "
-        "systemicsystolic systemicdiastolic systemicmean pasystolic padiastolic pamean st1 st2 st3 icp",
-        "lab": "labid patientunitstayid labresultoffset labtypeid labname labresult labresulttext labmeasurenamesystem "
-        "labmeasurenameinterface labresultrevisedoffset",
-        "nurseCharting": "nursingchartid patientunitstayid nursingchartoffset nursingchartentryoffset nursingchartcelltypecat "
-        "nursingchartcelltypevallabel nursingchartcelltypevalname nursingchartvalue",
-        "infusionDrug": "infusiondrugid patientunitstayid infusionoffset drugname drugrate infusionrate drugamount volumeoffluid patientweight",
+        "vitalAperiodic": "vitalaperiodicid patientunitstayid observationoffset noninvasivesystolic "
+        "noninvasivediastolic noninvasivemean paop cardiacoutput cardiacinput svr svri pvr pvri",
+        "vitalPeriodic": "vitalperiodicid patientunitstayid observationoffset temperature sao2 heartrate respiration "
+        "cvp etco2 systemicsystolic systemicdiastolic systemicmean pasystolic padiastolic pamean st1 st2 st3 icp",
+        "lab": "labid patientunitstayid labresultoffset labtypeid labname labresult labresulttext "
+        "labmeasurenamesystem labmeasurenameinterface labresultrevisedoffset",
+        "nurseCharting": "nursingchartid patientunitstayid nursingchartoffset nursingchartentryoffset "
+        "nursingchartcelltypecat nursingchartcelltypevallabel nursingchartcelltypevalname nursingchartvalue",
+        "infusionDrug": "infusiondrugid patientunitstayid infusionoffset drugname drugrate infusionrate drugamount "
+        "volumeoffluid patientweight",
         "treatment": "treatmentid patientunitstayid treatmentoffset treatmentstring activeupondischarge",
-        "diagnosis": "diagnosisid patientunitstayid activeupondischarge diagnosisoffset diagnosisstring icd9code diagnosispriority",
+        "diagnosis": "diagnosisid patientunitstayid activeupondischarge diagnosisoffset diagnosisstring icd9code "
+        "diagnosispriority",
         "microLab": "microlabid patientunitstayid culturetakenoffset culturesite organism antibiotic sensitivitylevel",
     },
 }
@@ -51,14 +58,14 @@ PUBLISHED = {
 @pytest.fixture(scope="module", params=["MIMICIV", "EICU"])
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Both systems, 150 stays each."""
-    folder = tmp_path_factory.mktemp("synthetic") / request.param
-    synthetic.write(request.param, folder, 150, seed=3)
+    folder = tmp_path_factory.mktemp("simulated") / request.param
+    simulate.write(request.param, folder, 150, seed=3)
     return request.param, folder
 
 
 @pytest.fixture(scope="module")
 def patients() -> Patients:
-    return simulate("MIMICIV", 3000, np.random.default_rng(0))
+    return simulate.simulate("MIMICIV", 3000, np.random.default_rng(0))
 
 
 def read(folder: Path, table: str) -> pl.DataFrame:
@@ -66,7 +73,9 @@ def read(folder: Path, table: str) -> pl.DataFrame:
 
 
 def files(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def test_every_table_has_the_publishers_columns(written: tuple[str, Path]) -> None:
@@ -87,57 +96,61 @@ def test_every_table_has_the_columns_of_the_real_demo(written: tuple[str, Path])
             with gzip.open(path, "rt") as ours, gzip.open(real[name], "rt") as theirs:
                 assert ours.readline() == theirs.readline(), name
             checked += 1
-    assert checked >= len(synthetic.TABLES[system]) - 1
+    assert checked >= len(SYSTEMS[system].headers) - 1
 
 
 def test_every_table_has_rows(written: tuple[str, Path]) -> None:
     system, folder = written
-    assert {name.removesuffix(".csv.gz") for name in files(folder)} == set(synthetic.TABLES[system])
-    assert all(read(folder, table).height > 0 for table in synthetic.TABLES[system])
+    assert {name.removesuffix(".csv.gz") for name in files(folder)} == set(SYSTEMS[system].headers)
+    assert all(read(folder, table).height > 0 for table in SYSTEMS[system].headers)
 
 
 @pytest.mark.parametrize("system", ["MIMICIV", "EICU"])
 def test_the_seed_decides_every_byte(system: str, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        synthetic.write(system, tmp_path / name, 20, seed=seed)
+        simulate.write(system, tmp_path / name, 20, seed=seed)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert files(tmp_path / "a") != files(tmp_path / "c")
 
 
 @pytest.mark.parametrize(("system", "table"), [("MIMICIV", "icu/chartevents"), ("EICU", "nurseCharting")])
-def test_extra_rows_are_added_and_change_nothing_else(system: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthetic, "CHUNK", 8)  # the rows are shared out over chunks
-    synthetic.write(system, tmp_path / "plain", 20)
-    synthetic.write(system, tmp_path / "more", 20, extra_rows=1001)
+def test_extra_rows_are_added_and_change_nothing_else(
+    system: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patient, "CHUNK", 8)  # the rows are shared out over chunks
+    simulate.write(system, tmp_path / "plain", 20)
+    simulate.write(system, tmp_path / "more", 20, extra_rows=1001)
     assert read(tmp_path / "more", table).height - read(tmp_path / "plain", table).height == 1001
     plain, more = files(tmp_path / "plain"), files(tmp_path / "more")
     assert {name for name in plain if plain[name] != more[name]} <= {f"{table}.csv.gz"}
 
 
 def test_uncompressed_files_hold_the_same(tmp_path: Path) -> None:
-    synthetic.write("EICU", tmp_path / "plain", 5, compress=False)
-    synthetic.write("EICU", tmp_path / "packed", 5)
-    assert (tmp_path / "plain" / "lab.csv").read_bytes() == gzip.decompress((tmp_path / "packed" / "lab.csv.gz").read_bytes())
+    simulate.write("EICU", tmp_path / "plain", 5, compress=False)
+    simulate.write("EICU", tmp_path / "packed", 5)
+    assert (tmp_path / "plain" / "lab.csv").read_bytes() == gzip.decompress(
+        (tmp_path / "packed" / "lab.csv.gz").read_bytes()
+    )
 
 
 def test_progress_counts_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthetic, "CHUNK", 4)
+    monkeypatch.setattr(patient, "CHUNK", 4)
     seen: list[tuple[int, int]] = []
-    synthetic.write("EICU", tmp_path / "a", 9, progress=lambda done, total: seen.append((done, total)))
+    simulate.write("EICU", tmp_path / "a", 9, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(4, 9), (8, 9), (9, 9)]
 
 
 def test_a_filled_folder_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="is not empty"):
-        synthetic.write("MIMICIV", tmp_path, 5)
+        simulate.write("MIMICIV", tmp_path, 5)
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 
 @pytest.mark.parametrize(("system", "stays", "extra"), [("HIRID", 5, 0), ("EICU", 0, 0), ("EICU", 5, -1)])
 def test_impossible_wishes_are_refused(system: str, stays: int, extra: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected"):
-        synthetic.write(system, tmp_path / "out", stays, extra_rows=extra)
+        simulate.write(system, tmp_path / "out", stays, extra_rows=extra)
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
@@ -145,7 +158,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        synthetic.write("EICU", tmp_path / "out", 5, progress=stop)
+        simulate.write("EICU", tmp_path / "out", 5, progress=stop)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -169,7 +182,7 @@ def test_the_hidden_shock_kills(patients: Patients) -> None:
 
 @pytest.mark.parametrize("system", ["MIMICIV", "EICU"])
 def test_outcomes_are_plausible(system: str) -> None:
-    p = simulate(system, 2500, np.random.default_rng(5)).stays
+    p = simulate.simulate(system, 2500, np.random.default_rng(5)).stays
     day = p["icu_minutes"] >= 1440
     assert 0.08 < p["hospital_death"][day].mean() < 0.16
     assert 0.05 < (~day).mean() < 0.3  # short stays, for the attrition table
@@ -197,7 +210,9 @@ def test_mimic_rows_belong_to_their_stays(written: tuple[str, Path]) -> None:
     )
     chart = chart.with_columns(times)
     assert chart.height == read(folder, "icu/chartevents").height
-    assert chart.select((pl.col("charttime") <= pl.col("outtime")).all() & (pl.col("outtime") <= pl.col("dischtime")).all()).item()
+    assert chart.select(
+        (pl.col("charttime") <= pl.col("outtime")).all() & (pl.col("outtime") <= pl.col("dischtime")).all()
+    ).item()
     assert chart.select((pl.col("charttime") >= pl.col("intime").dt.truncate("1m")).all()).item()
     words = set(chart.filter(pl.col("itemid") == "223900")["value"])
     assert {"No Response-ETT", "Oriented"} <= words
@@ -206,7 +221,7 @@ def test_mimic_rows_belong_to_their_stays(written: tuple[str, Path]) -> None:
 
 
 def test_eicu_hospitals_differ(tmp_path: Path) -> None:
-    synthetic.write("EICU", tmp_path / "e", 1000)
+    simulate.write("EICU", tmp_path / "e", 1000)
     patient = read(tmp_path / "e", "patient")
     assert "> 89" in set(patient["age"])
     hospital = patient.select("patientunitstayid", "hospitalid")

@@ -1,7 +1,8 @@
-"""Simulated patients -> eICU-shaped tables of many unequal hospitals: the publisher's columns, names, units and gaps. No real data.
+"""Simulated patients -> eICU-shaped tables of many unequal hospitals, in the publisher's names and units; no real data.
 
-A hospital has habits (``Hospitals``): how densely it charts, the unit of its infusion pumps, offsets of its laboratory, and which
-tables it fills at all. So "no infusionDrug row" means "no pressor" in one hospital and nothing in another, as in the real database.
+A hospital has habits (``Hospitals``): how densely it charts, the unit of its infusion pumps, offsets of its
+laboratory, and which tables it fills at all. So "no infusionDrug row" means "no pressor" in one hospital and nothing
+in another, as in the real database.
 """
 
 from collections.abc import Callable
@@ -10,14 +11,40 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from datamodules import synthetic_eicu_treatment as treatment
-from datamodules.synthetic_eicu_hospitals import Hospitals, Rows
-from datamodules.synthetic_patient import Patients
-from datamodules.synthetic_tables import LABS, Add, Event, antibiotics, draws, runs, spoil, stack, text, twice
+from datamodules.simulate.eicu_treatment import (
+    write_apache,
+    write_boluses,
+    write_infection,
+    write_infusions,
+    write_urine,
+)
+from datamodules.simulate.habits import (
+    LAB_CATALOGUE,
+    Add,
+    Event,
+    Hospitals,
+    Rows,
+    antibiotic_orders,
+    as_text,
+    panel_draws,
+    rate_intervals,
+    spoil,
+    stack,
+    twice,
+)
+from datamodules.simulate.patient import CaseMix, Patients
 
+# severity, infected, age, units, hospitals, offset, target, hazard, weights: see CaseMix
+EICU_MIX = CaseMix(0.0, 0.38, 67, (0.16, 0.08, 0.12, 0.06, 0.06, 0.52), 40, 0.6, 63, -9.2, (1.2, 1.5, 1.5, 1.3))
 UNIT_TYPES = ("MICU", "SICU", "Cardiac ICU", "CSICU", "Neuro ICU", "Med-Surg ICU")
-SEPSIS = ("Sepsis, pulmonary", "Sepsis, renal/UTI (including bladder)", "Sepsis, GI", "Sepsis, unknown", "Pneumonia, bacterial")
-OTHER = (
+SEPSIS_DIAGNOSES = (
+    "Sepsis, pulmonary",
+    "Sepsis, renal/UTI (including bladder)",
+    "Sepsis, GI",
+    "Sepsis, unknown",
+    "Pneumonia, bacterial",
+)
+OTHER_DIAGNOSES = (
     "Emphysema/bronchitis",
     "Bleeding, upper GI",
     "Infarction, acute myocardial (MI)",
@@ -26,10 +53,26 @@ OTHER = (
     "CHF, congestive heart failure",
 )
 LAB_TYPES = {"gas": 7, "count": 3, "differential": 3, "coagulation": 3, "fibrinogen": 3}  # all others: 1, chemistry
-ALARMS = ("Pain Score", "Bed Position", "Safety Check", "Braden Score")  # charted, extracted by nobody
+IDLE_LABELS = ("Pain Score", "Bed Position", "Safety Check", "Braden Score")  # charted, extracted by nobody
 
 
-def write_chunk(patients: Patients, hospitals: Hospitals, base: int, extra: int, rng: np.random.Generator, add: Add) -> None:
+def write_hospitals(hospitals: Hospitals, add: Add) -> None:
+    """Add the table ``hospital``."""
+    index = np.arange(len(hospitals.id))
+    size = np.array([">= 500", "250 - 499", "100 - 249", "<100"])[np.minimum(index // 10, 3)]
+    region = np.array(["Midwest", "South", "West", "Northeast"])[index % 4]
+    teaching = np.where(index < 8, "t", "f")
+    add(
+        "hospital",
+        pl.DataFrame(
+            {"hospitalid": hospitals.id, "numbedscategory": size, "teachingstatus": teaching, "region": region}
+        ),
+    )
+
+
+def write_eicu(
+    patients: Patients, hospitals: Hospitals, base: int, extra: int, rng: np.random.Generator, add: Add
+) -> None:
     """Add the rows of some stays to every table.
 
     Args:
@@ -41,42 +84,51 @@ def write_chunk(patients: Patients, hospitals: Hospitals, base: int, extra: int,
         add: takes the next rows of a table.
     """
     rows = Rows(base, add)
-    orders = antibiotics(patients, rng)
-    _people(patients, hospitals, base, rng, rows)
-    _monitor(patients, hospitals, rng, rows)
-    _nurse(patients, hospitals, rng, rows)
-    _labs(patients, hospitals, rng, rows)
-    _breathing(patients, hospitals, rng, rows)
-    treatment.drips(patients, hospitals, rng, rows)
-    treatment.urine(patients, hospitals, rng, rows)
-    treatment.infection(patients, hospitals, orders, rng, rows)
-    treatment.day_one(patients, rng, rows)
-    treatment.fluids(patients, hospitals, rng, rows)
+    orders = antibiotic_orders(patients, rng)
+    _patient(patients, hospitals, base, rng, rows)
+    _vitals(patients, hospitals, rng, rows)
+    _nurse_charting(patients, hospitals, rng, rows)
+    _lab(patients, hospitals, rng, rows)
+    _respiratory(patients, hospitals, rng, rows)
+    write_infusions(patients, hospitals, rng, rows)
+    write_urine(patients, hospitals, rng, rows)
+    write_infection(patients, hospitals, orders, rng, rows)
+    write_apache(patients, rng, rows)
+    write_boluses(patients, hospitals, rng, rows)
     for start in range(0, extra, 1_000_000):
-        _extra(patients, min(1_000_000, extra - start), rng, rows)
+        _extra_nurse_charting(patients, min(1_000_000, extra - start), rng, rows)
 
 
-def _people(patients: Patients, hospitals: Hospitals, base: int, rng: np.random.Generator, rows: Rows) -> None:
+def _patient(patients: Patients, hospitals: Hospitals, base: int, rng: np.random.Generator, rows: Rows) -> None:
     """patient and admissionDx."""
     p = patients.stays
     count = len(p["age"])
     clock = rng.integers(0, 1440, count)
 
-    def hand(minute: NDArray) -> pl.Series:
-        of_day = pl.Series((clock + minute) % 1440)
-        return pl.select((of_day // 60).cast(pl.String).str.zfill(2) + ":" + (of_day % 60).cast(pl.String).str.zfill(2) + ":00").to_series()
+    def of_day(minute: NDArray) -> pl.Series:
+        clock_minute = pl.Series((clock + minute) % 1440)
+        return pl.select(
+            (clock_minute // 60).cast(pl.String).str.zfill(2)
+            + ":"
+            + (clock_minute % 60).cast(pl.String).str.zfill(2)
+            + ":00"
+        ).to_series()
 
-    # admission and hospital discharge are those of the whole hospital stay, seen from each of its ICU stays
+    # admission and hospital discharge are those of the whole hospital stay, charted from each of its ICU stays
     first, every = p["admission"], np.arange(count)
     final = np.flatnonzero(p["last_of_admission"])[np.cumsum(p["last_of_admission"]) - p["last_of_admission"]]
     admitted = p["since_minute"][first] - p["since_minute"] - p["before_minute"][first]
     discharged = p["since_minute"][final] - p["since_minute"] + p["discharge_minute"][final]
     dies = p["hospital_death"][final]
     septic = p["infected"] & (p["onset_minute"] < 600) & (rng.random(count) < 0.45)
-    cause = np.where(septic, np.array(SEPSIS)[rng.integers(0, len(SEPSIS), count)], np.array(OTHER)[p["unit"]])
+    cause = np.where(
+        septic,
+        np.array(SEPSIS_DIAGNOSES)[rng.integers(0, len(SEPSIS_DIAGNOSES), count)],
+        np.array(OTHER_DIAGNOSES)[p["unit"]],
+    )
     cause = np.where(rng.random(count) < 0.1, "", cause)
     age = np.where(p["age"] >= 90, "> 89", p["age"].astype(int).astype(str))
-    known = rng.random(count) > 0.01
+    reported = rng.random(count) > 0.01
     frame = pl.DataFrame(
         {
             "patienthealthsystemstayid": 120_000 + base + first,
@@ -86,43 +138,49 @@ def _people(patients: Patients, hospitals: Hospitals, base: int, rng: np.random.
             "wardid": hospitals.id[p["hospital"]] * 10 + p["unit"],
             "apacheadmissiondx": cause,
             "admissionheight": pl.Series(np.where(rng.random(count) < 0.02, np.nan, p["height"])).fill_nan(None),
-            "hospitaladmittime24": hand(admitted),
+            "hospitaladmittime24": of_day(admitted),
             "hospitaladmitoffset": admitted,
-            "hospitaldischargetime24": hand(discharged),
+            "hospitaldischargetime24": of_day(discharged),
             "hospitaldischargeoffset": discharged,
             "hospitaldischargelocation": np.where(dies, "Death", "Home"),
-            "hospitaldischargestatus": np.where(known, np.where(dies, "Expired", "Alive"), ""),
+            "hospitaldischargestatus": np.where(reported, np.where(dies, "Expired", "Alive"), ""),
             "unittype": np.array(UNIT_TYPES)[p["unit"]],
-            "unitadmittime24": hand(0 * every),
+            "unitadmittime24": of_day(0 * every),
             "unitvisitnumber": p["visit"],
             "unitstaytype": np.where(p["visit"] > 1, "readmit", "admit"),
             "admissionweight": pl.Series(np.where(rng.random(count) < 0.03, np.nan, p["weight"])).fill_nan(None),
-            "unitdischargetime24": hand(p["icu_minutes"]),
+            "unitdischargetime24": of_day(p["icu_minutes"]),
             "unitdischargeoffset": p["icu_minutes"],
             "unitdischargelocation": np.where(p["icu_death"], "Death", "Floor"),
             "unitdischargestatus": np.where(p["icu_death"], "Expired", "Alive"),
             "uniquepid": pl.select(pl.lit("002-") + pl.Series(10_000 + base + p["first"]).cast(pl.String)).to_series(),
         }
     )
-    constant = {"ethnicity": "Other/Unknown", "hospitaladmitsource": "Emergency Department", "unitadmitsource": "Emergency Department"}
+    constant = {
+        "ethnicity": "Other/Unknown",
+        "hospitaladmitsource": "Emergency Department",
+        "unitadmitsource": "Emergency Department",
+    }
     rows.put("patient", every, frame, hospitaldischargeyear=2015, **constant)
     with_cause = np.flatnonzero((cause != "") & (rng.random(count) < 0.92))
     path = "admission diagnosis|All Diagnosis|Non-operative|Diagnosis|Cardiovascular|"
-    named = pl.DataFrame({"admitdxname": cause[with_cause], "admitdxenteredoffset": rng.integers(5, 300, len(with_cause))})
+    named = pl.DataFrame(
+        {"admitdxname": cause[with_cause], "admitdxenteredoffset": rng.integers(5, 300, len(with_cause))}
+    )
     named = named.with_columns(admitdxpath=pl.lit(path) + pl.col("admitdxname"), admitdxtext="admitdxname")
     rows.put("admissionDx", with_cause, named)
 
 
-def _monitor(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
+def _vitals(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
     """vitalPeriodic (monitor, every 15 minutes, arterial pressure only with a catheter) and vitalAperiodic (cuff)."""
     p, h = patients.stays, patients.hours
     stay, hour = h["stay"], h["hour"]
     hospital = p["hospital"][stay]
-    density, seen = hospitals.density[hospital], ~p["silent"][stay]
+    density, charted = hospitals.density[hospital], ~p["silent"][stay]
     line = (p["catheter"][stay] & (density > 0.7)) | (h["dose"] > 0.1)
     at = np.repeat(np.arange(len(stay)), 4)
     offset = hour[at] * 60 + np.tile(np.arange(4) * 15, len(stay)) + rng.integers(0, 15, len(p["age"]))[stay][at]
-    keep = (seen[at]) & (rng.random(len(at)) < density[at]) & (offset <= p["icu_minutes"][stay[at]])
+    keep = (charted[at]) & (rng.random(len(at)) < density[at]) & (offset <= p["icu_minutes"][stay[at]])
     at, offset = at[keep], offset[keep]
     jitter = rng.normal(0, 2, len(at))
     probe = (rng.random(len(p["age"])) < 0.12)[stay[at]]  # a temperature probe
@@ -138,35 +196,45 @@ def _monitor(patients: Patients, hospitals: Hospitals, rng: np.random.Generator,
     frame = pl.DataFrame({"observationoffset": offset})
     for name, (values, decimals, where) in columns.items():
         missing = rng.random(len(at)) < 0.03
-        charted = text(spoil(values, rng, 0.0005), decimals)
-        frame = frame.with_columns(pl.when(pl.lit(pl.Series(~missing if where is None else where))).then(charted).alias(name))
+        numbers = as_text(spoil(values, rng, 0.0005), decimals)
+        frame = frame.with_columns(
+            pl.when(pl.lit(pl.Series(~missing if where is None else where))).then(numbers).alias(name)
+        )
     rows.put("vitalPeriodic", stay[at], frame)
-    at = np.flatnonzero(seen & (rng.random(len(stay)) < np.where(line, 0.3, density)))
+    at = np.flatnonzero(charted & (rng.random(len(stay)) < np.where(line, 0.3, density)))
     offset = hour[at] * 60 + rng.integers(0, 60, len(at))
     shift = (hospitals.pressure[hospital] + rng.normal(0, 3, len(stay)))[at]
     cuff = {"observationoffset": offset}
-    names = (("noninvasivesystolic", "systolic"), ("noninvasivediastolic", "diastolic"), ("noninvasivemean", "map_read"))
-    frame = pl.DataFrame(cuff | {to: text(spoil(h[name][at] + shift, rng), 0) for to, name in names})
+    names = (
+        ("noninvasivesystolic", "systolic"),
+        ("noninvasivediastolic", "diastolic"),
+        ("noninvasivemean", "map_read"),
+    )
+    frame = pl.DataFrame(cuff | {to: as_text(spoil(h[name][at] + shift, rng), 0) for to, name in names})
     frame = twice(frame.with_columns(stay=stay[at]), rng)
     rows.put("vitalAperiodic", frame["stay"], frame)
 
 
-def _nurse(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
+def _nurse_charting(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
     """nurseCharting: GCS in two spellings, temperature, and the vital signs once more."""
     p, h = patients.stays, patients.hours
     stay, hour = h["stay"], h["hour"]
     hospital = p["hospital"][stay]
-    seen = ~p["silent"][stay] & hospitals.fills["nurse"][hospital]
+    charted = ~p["silent"][stay] & hospitals.fills["nurse"][hospital]
     chance = rng.random(len(stay)) < hospitals.density[hospital]
-    fourth = seen & chance & (hour % 4 == 0)
+    fourth = charted & chance & (hour % 4 == 0)
     fahrenheit, value_only = hospitals.fahrenheit[hospital], hospital % 3 == 2
     minute = hour * 60 + rng.integers(0, 60, len(p["age"]))[stay]
     events = []
 
     def chart(where: NDArray, values: NDArray, decimals: int, kind: str, label: str, name: str) -> None:
         at = np.flatnonzero(where)
-        fields = {"nursingchartcelltypecat": kind, "nursingchartcelltypevallabel": label, "nursingchartcelltypevalname": name}
-        events.append(Event(stay[at], minute[at], text(spoil(values[at], rng), decimals), fields))
+        fields = {
+            "nursingchartcelltypecat": kind,
+            "nursingchartcelltypevallabel": label,
+            "nursingchartcelltypevalname": name,
+        }
+        events.append(Event(stay[at], minute[at], as_text(spoil(values[at], rng), decimals), fields))
 
     total = h["eyes"] + h["verbal"] + h["motor"]
     for values, name in ((total, "GCS Total"), (h["eyes"], "Eyes"), (h["verbal"], "Verbal"), (h["motor"], "Motor")):
@@ -174,49 +242,51 @@ def _nurse(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, r
     chart(fourth & value_only, total, 0, "Scores", "Score (Glasgow Coma Scale)", "Value")
     chart(fourth & ~fahrenheit, h["temperature"], 1, "Vital Signs", "Temperature", "Temperature (C)")
     chart(fourth & fahrenheit, h["temperature"] * 1.8 + 32, 1, "Vital Signs", "Temperature", "Temperature (F)")
-    second = seen & chance & (hour % 2 == 0)
+    second = charted & chance & (hour % 2 == 0)
     chart(second, h["heart_rate"], 0, "Vital Signs", "Heart Rate", "Heart Rate")
     chart(second, h["respiration"], 0, "Vital Signs", "Respiratory Rate", "Respiratory Rate")
     chart(second, h["spo2"], 0, "Vital Signs", "O2 Saturation", "O2 Saturation")
     for name, label in (("systolic", "Systolic"), ("diastolic", "Diastolic"), ("map_read", "Mean")):
         chart(second, h[name], 0, "Vital Signs", "Non-Invasive BP", f"Non-Invasive BP {label}")
-    _add_nurse(twice(stack(events), rng), rows)
+    _add_nurse_charting(twice(stack(events), rng), rows)
 
 
-def _add_nurse(frame: pl.DataFrame, rows: Rows) -> None:
+def _add_nurse_charting(frame: pl.DataFrame, rows: Rows) -> None:
     frame = frame.with_columns(nursingchartoffset="minute", nursingchartentryoffset="minute", nursingchartvalue="value")
     rows.put("nurseCharting", frame["stay"], frame)
 
 
-def _extra(patients: Patients, count: int, rng: np.random.Generator, rows: Rows) -> None:
-    """Rows for benchmarks: checks and the like of random hours, and one quarter heart rates that agree with the patient's own."""
+def _extra_nurse_charting(patients: Patients, count: int, rng: np.random.Generator, rows: Rows) -> None:
+    """Rows for benchmarks: checks and the like of random hours, one quarter heart rates of the patient."""
     h = patients.hours
-    heard = np.flatnonzero(~patients.stays["silent"][h["stay"]])
-    at = np.sort(heard[rng.integers(0, len(heard), count)])
+    charted = np.flatnonzero(~patients.stays["silent"][h["stay"]])
+    at = np.sort(charted[rng.integers(0, len(charted), count)])
     real = rng.random(count) < 0.25
-    which = np.where(real, len(ALARMS), rng.integers(0, len(ALARMS), count))
+    which = np.where(real, len(IDLE_LABELS), rng.integers(0, len(IDLE_LABELS), count))
     number = np.clip(np.where(real, h["heart_rate"][at], rng.integers(0, 11, count)), 0, 300).astype(int)
     frame = pl.DataFrame(
         {
             "stay": h["stay"][at].astype(np.int64),
             "minute": h["hour"][at] * 60 + rng.integers(0, 60, count),
             "value": pl.Series([str(n) for n in range(301)]).gather(number),
-            "nursingchartcelltypecat": pl.Series(["Other Vital Signs and Infusions", "Vital Signs"]).gather(real.astype(int)),
-            "nursingchartcelltypevallabel": pl.Series([*ALARMS, "Heart Rate"]).gather(which),
+            "nursingchartcelltypecat": pl.Series(["Other Vital Signs and Infusions", "Vital Signs"]).gather(
+                real.astype(int)
+            ),
+            "nursingchartcelltypevallabel": pl.Series([*IDLE_LABELS, "Heart Rate"]).gather(which),
         }
     )
-    _add_nurse(frame.with_columns(nursingchartcelltypevalname="nursingchartcelltypevallabel"), rows)
+    _add_nurse_charting(frame.with_columns(nursingchartcelltypevalname="nursingchartcelltypevallabel"), rows)
 
 
-def _labs(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
+def _lab(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
     """lab: every hospital's assays read a little high or low."""
     p, h = patients.stays, patients.hours
     hospital = p["hospital"]
     values = {**h, "fio2_percent": h["fio2"] * 100, "anion_gap": h["sodium"] - h["chloride"] - h["bicarbonate"]}
-    panels = draws(patients, rng, 0.8 * hospitals.density[hospital])
+    panels = panel_draws(patients, rng, 0.8 * hospitals.density[hospital])
     jitter = rng.integers(-50, 50, len(h["stay"]))
     events = []
-    for lab in LABS:
+    for lab in LAB_CATALOGUE:
         at = panels[lab.panel]
         number = spoil(values[lab.name][at] * hospitals.assay[lab.name][hospital[h["stay"][at]]], rng, 0.0005)
         if lab.name == "fio2_percent":
@@ -224,7 +294,7 @@ def _labs(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, ro
         fields = {"labname": lab.eicu, "labmeasurenamesystem": lab.eicu_unit, "labmeasurenameinterface": lab.eicu_unit}
         fields["labtypeid"] = LAB_TYPES.get(lab.panel.split("_")[0], 1)  # type: ignore[assignment]
         decimals = 2 if lab.name == "fio2_percent" else lab.decimals
-        events.append(Event(h["stay"][at], h["hour"][at] * 60 + jitter[at], text(number, decimals), fields))
+        events.append(Event(h["stay"][at], h["hour"][at] * 60 + jitter[at], as_text(number, decimals), fields))
     frame = twice(stack(events), rng, 0.001)
     frame = frame.with_columns(
         labresultoffset="minute", labresult="value", labresulttext="value", labresultrevisedoffset=pl.col("minute") + 40
@@ -232,12 +302,12 @@ def _labs(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, ro
     rows.put("lab", frame["stay"], frame)
 
 
-def _breathing(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
+def _respiratory(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
     """respiratoryCharting every few hours, respiratoryCare for the intervals of ventilation."""
     p, h = patients.stays, patients.hours
     stay, hour = h["stay"], h["hour"]
     hospital = p["hospital"][stay]
-    seen = ~p["silent"][stay] & (rng.random(len(stay)) < hospitals.density[hospital]) & (hour % 3 == 0)
+    charted = ~p["silent"][stay] & (rng.random(len(stay)) < hospitals.density[hospital]) & (hour % 3 == 0)
     vent = h["vent"] > 0
     minute = hour * 60 + rng.integers(0, 60, len(p["age"]))[stay]
     events = []
@@ -246,22 +316,33 @@ def _breathing(patients: Patients, hospitals: Hospitals, rng: np.random.Generato
         at = np.flatnonzero(where)
         events.append(Event(stay[at], minute[at], make(at), {"respcharttypecat": kind, "respchartvaluelabel": label}))
 
-    on_oxygen = seen & (vent | (h["fio2"] > 0.35))
+    on_oxygen = charted & (vent | (h["fio2"] > 0.35))
     percent = hospital % 5 == 4
-    chart(on_oxygen & ~percent, lambda at: text(spoil(h["fio2"][at] * 100, rng), 0), "respFlowSettings", "FiO2")
-    chart(on_oxygen & percent, lambda at: text(h["fio2"][at] * 100, 0) + "%", "respFlowSettings", "FiO2")
-    chart(seen & vent, lambda at: text(h["peep"][at], 0), "respFlowSettings", "PEEP")
-    chart(seen & vent, lambda at: text(h["respiration"][at], 0), "respFlowPtVentData", "Total RR")
-    chart(seen & vent & (hour % 12 == 0), lambda at: pl.repeat("Continued", len(at), eager=True), "respFlowCareData", "RT Vent On/Off")
+    chart(on_oxygen & ~percent, lambda at: as_text(spoil(h["fio2"][at] * 100, rng), 0), "respFlowSettings", "FiO2")
+    chart(on_oxygen & percent, lambda at: as_text(h["fio2"][at] * 100, 0) + "%", "respFlowSettings", "FiO2")
+    chart(charted & vent, lambda at: as_text(h["peep"][at], 0), "respFlowSettings", "PEEP")
+    chart(charted & vent, lambda at: as_text(h["respiration"][at], 0), "respFlowPtVentData", "Total RR")
+    chart(
+        charted & vent & (hour % 12 == 0),
+        lambda at: pl.repeat("Continued", len(at), eager=True),
+        "respFlowCareData",
+        "RT Vent On/Off",
+    )
     names = pl.Series(("None (Room air)", "Nasal cannula", "Ventilator"))
     device = np.where(vent, 2, h["fio2"] > 0.22).astype(int)
-    chart(seen & (hour % 6 == 0), lambda at: names.gather(device[at]), "respFlowCareData", "O2 Device")
+    chart(charted & (hour % 6 == 0), lambda at: names.gather(device[at]), "respFlowCareData", "O2 Device")
     frame = stack(events).with_columns(respchartoffset="minute", respchartentryoffset="minute", respchartvalue="value")
     rows.put("respiratoryCharting", frame["stay"], frame)
-    index, first, after, _ = runs(patients, "vent", 1.0)
+    index, first, after, _ = rate_intervals(patients, "vent", 1.0)
     kept = rng.random(len(index)) < hospitals.density[p["hospital"][index]]
     start, end = first[kept] * 60 + 1, np.minimum(after[kept] * 60, p["icu_minutes"][index[kept]])
     frame = pl.DataFrame({"respcarestatusoffset": start, "ventstartoffset": start, "ventendoffset": end})
     rows.put(
-        "respiratoryCare", index[kept], frame, currenthistoryseqnum=1, airwaytype="Oral ETT", priorventstartoffset=0, priorventendoffset=0
+        "respiratoryCare",
+        index[kept],
+        frame,
+        currenthistoryseqnum=1,
+        airwaytype="Oral ETT",
+        priorventstartoffset=0,
+        priorventendoffset=0,
     )

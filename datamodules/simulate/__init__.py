@@ -1,0 +1,5 @@
+"""Simulated MIMIC-IV and eICU: raw files of any size, for demos, tests and benchmarks, never for medicine."""
+
+from datamodules.simulate.write import simulate, write
+
+__all__ = ["simulate", "write"]
