@@ -1,5 +1,6 @@
 """Simulated MIMIC-IV and eICU: raw files of any size, for demos, tests and benchmarks, never for medicine."""
 
+from datamodules.simulate.truth import truth
 from datamodules.simulate.write import simulate, write
 
-__all__ = ["simulate", "write"]
+__all__ = ["simulate", "truth", "write"]

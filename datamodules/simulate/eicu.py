@@ -26,8 +26,14 @@ from datamodules.simulate.habits import (
     Rows,
     antibiotic_orders,
     as_text,
+    cuff_values,
+    draw_minutes,
+    lab_values,
+    laboratory_delay,
+    later_entry,
     panel_draws,
     rate_intervals,
+    scatter,
     spoil,
     stack,
     twice,
@@ -100,7 +106,10 @@ def write_eicu(
 
 
 def _patient(patients: Patients, hospitals: Hospitals, base: int, rng: np.random.Generator, rows: Rows) -> None:
-    """patient and admissionDx."""
+    """patient and admissionDx.
+
+    Some body sizes are in another unit or in each other's field; a few who died in the unit left the hospital alive.
+    """
     p = patients.stays
     count = len(p["age"])
     clock = rng.integers(0, 1440, count)
@@ -114,7 +123,7 @@ def _patient(patients: Patients, hospitals: Hospitals, base: int, rng: np.random
             + ":00"
         ).to_series()
 
-    # admission and hospital discharge are those of the whole hospital stay, charted from each of its ICU stays
+    # admission and hospital discharge are those of the whole hospital stay, seen from each of its ICU stays
     first, every = p["admission"], np.arange(count)
     final = np.flatnonzero(p["last_of_admission"])[np.cumsum(p["last_of_admission"]) - p["last_of_admission"]]
     admitted = p["since_minute"][first] - p["since_minute"] - p["before_minute"][first]
@@ -129,6 +138,9 @@ def _patient(patients: Patients, hospitals: Hospitals, base: int, rng: np.random
     cause = np.where(rng.random(count) < 0.1, "", cause)
     age = np.where(p["age"] >= 90, "> 89", p["age"].astype(int).astype(str))
     reported = rng.random(count) > 0.01
+    slips = rng.spawn(1)[0]
+    height, weight = _body_sizes(p["height"], p["weight"], slips)
+    status = np.where(dies & ~(p["icu_death"] & (slips.random(count) < 0.04)), "Expired", "Alive")
     frame = pl.DataFrame(
         {
             "patienthealthsystemstayid": 120_000 + base + first,
@@ -137,18 +149,18 @@ def _patient(patients: Patients, hospitals: Hospitals, base: int, rng: np.random
             "hospitalid": hospitals.id[p["hospital"]],
             "wardid": hospitals.id[p["hospital"]] * 10 + p["unit"],
             "apacheadmissiondx": cause,
-            "admissionheight": pl.Series(np.where(rng.random(count) < 0.02, np.nan, p["height"])).fill_nan(None),
+            "admissionheight": pl.Series(np.where(rng.random(count) < 0.02, np.nan, height)).fill_nan(None),
             "hospitaladmittime24": of_day(admitted),
             "hospitaladmitoffset": admitted,
             "hospitaldischargetime24": of_day(discharged),
             "hospitaldischargeoffset": discharged,
             "hospitaldischargelocation": np.where(dies, "Death", "Home"),
-            "hospitaldischargestatus": np.where(reported, np.where(dies, "Expired", "Alive"), ""),
+            "hospitaldischargestatus": np.where(reported, status, ""),
             "unittype": np.array(UNIT_TYPES)[p["unit"]],
             "unitadmittime24": of_day(0 * every),
             "unitvisitnumber": p["visit"],
             "unitstaytype": np.where(p["visit"] > 1, "readmit", "admit"),
-            "admissionweight": pl.Series(np.where(rng.random(count) < 0.03, np.nan, p["weight"])).fill_nan(None),
+            "admissionweight": pl.Series(np.where(rng.random(count) < 0.03, np.nan, weight)).fill_nan(None),
             "unitdischargetime24": of_day(p["icu_minutes"]),
             "unitdischargeoffset": p["icu_minutes"],
             "unitdischargelocation": np.where(p["icu_death"], "Death", "Floor"),
@@ -161,18 +173,28 @@ def _patient(patients: Patients, hospitals: Hospitals, base: int, rng: np.random
         "hospitaladmitsource": "Emergency Department",
         "unitadmitsource": "Emergency Department",
     }
-    rows.put("patient", every, frame, hospitaldischargeyear=2015, **constant)
+    rows.put("patient", frame.with_columns(stay=every), hospitaldischargeyear=2015, **constant)
     with_cause = np.flatnonzero((cause != "") & (rng.random(count) < 0.92))
     path = "admission diagnosis|All Diagnosis|Non-operative|Diagnosis|Cardiovascular|"
     named = pl.DataFrame(
         {"admitdxname": cause[with_cause], "admitdxenteredoffset": rng.integers(5, 300, len(with_cause))}
     )
     named = named.with_columns(admitdxpath=pl.lit(path) + pl.col("admitdxname"), admitdxtext="admitdxname")
-    rows.put("admissionDx", with_cause, named)
+    rows.put("admissionDx", named.with_columns(stay=with_cause))
+
+
+def _body_sizes(height: NDArray, weight: NDArray, rng: np.random.Generator) -> tuple[NDArray, NDArray]:
+    """Heights (cm) and weights (kg) as written: 2 % in inches, 1 % in metres, 1.5 % in pounds, 0.5 % swapped."""
+    slip = np.digitize(rng.random(len(height)), (0.02, 0.03, 0.045, 0.05))
+    tall = np.choose(slip, (np.round(height / 2.54), height / 100, height, weight, height))
+    return tall, np.choose(slip, (weight, weight, np.round(weight * 2.2046, 1), height, weight))
 
 
 def _vitals(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
-    """vitalPeriodic (monitor, every 15 minutes, arterial pressure only with a catheter) and vitalAperiodic (cuff)."""
+    """vitalPeriodic (monitor, every 15 minutes, arterial pressure only with a catheter) and vitalAperiodic (cuff).
+
+    Every hospital's cuffs read a little high or low, and their rows come in no order.
+    """
     p, h = patients.stays, patients.hours
     stay, hour = h["stay"], h["hour"]
     hospital = p["hospital"][stay]
@@ -200,23 +222,23 @@ def _vitals(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, 
         frame = frame.with_columns(
             pl.when(pl.lit(pl.Series(~missing if where is None else where))).then(numbers).alias(name)
         )
-    rows.put("vitalPeriodic", stay[at], frame)
+    rows.put("vitalPeriodic", frame.with_columns(stay=stay[at]))
     at = np.flatnonzero(charted & (rng.random(len(stay)) < np.where(line, 0.3, density)))
     offset = hour[at] * 60 + rng.integers(0, 60, len(at))
-    shift = (hospitals.pressure[hospital] + rng.normal(0, 3, len(stay)))[at]
+    pressures, noise = cuff_values(patients, hospitals), rng.normal(0, 3, len(stay))[at]
     cuff = {"observationoffset": offset}
     names = (
         ("noninvasivesystolic", "systolic"),
         ("noninvasivediastolic", "diastolic"),
         ("noninvasivemean", "map_read"),
     )
-    frame = pl.DataFrame(cuff | {to: as_text(spoil(h[name][at] + shift, rng), 0) for to, name in names})
+    frame = pl.DataFrame(cuff | {to: as_text(spoil(pressures[name][at] + noise, rng), 0) for to, name in names})
     frame = twice(frame.with_columns(stay=stay[at]), rng)
-    rows.put("vitalAperiodic", frame["stay"], frame)
+    rows.put("vitalAperiodic", scatter(frame, rng.spawn(1)[0]))
 
 
 def _nurse_charting(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
-    """nurseCharting: GCS in two spellings, temperature, and the vital signs once more."""
+    """nurseCharting: GCS in two spellings, temperature, the vital signs once more; a quarter is entered later."""
     p, h = patients.stays, patients.hours
     stay, hour = h["stay"], h["hour"]
     hospital = p["hospital"][stay]
@@ -246,14 +268,16 @@ def _nurse_charting(patients: Patients, hospitals: Hospitals, rng: np.random.Gen
     chart(second, h["heart_rate"], 0, "Vital Signs", "Heart Rate", "Heart Rate")
     chart(second, h["respiration"], 0, "Vital Signs", "Respiratory Rate", "Respiratory Rate")
     chart(second, h["spo2"], 0, "Vital Signs", "O2 Saturation", "O2 Saturation")
+    pressures = cuff_values(patients, hospitals)
     for name, label in (("systolic", "Systolic"), ("diastolic", "Diastolic"), ("map_read", "Mean")):
-        chart(second, h[name], 0, "Vital Signs", "Non-Invasive BP", f"Non-Invasive BP {label}")
-    _add_nurse_charting(twice(stack(events), rng), rows)
+        chart(second, pressures[name], 0, "Vital Signs", "Non-Invasive BP", f"Non-Invasive BP {label}")
+    frame = stack(events)
+    _add_nurse_charting(twice(frame.with_columns(entry=later_entry(frame["minute"], rng.spawn(1)[0])), rng), rows)
 
 
 def _add_nurse_charting(frame: pl.DataFrame, rows: Rows) -> None:
-    frame = frame.with_columns(nursingchartoffset="minute", nursingchartentryoffset="minute", nursingchartvalue="value")
-    rows.put("nurseCharting", frame["stay"], frame)
+    frame = frame.with_columns(nursingchartoffset="minute", nursingchartentryoffset="entry", nursingchartvalue="value")
+    rows.put("nurseCharting", frame)
 
 
 def _extra_nurse_charting(patients: Patients, count: int, rng: np.random.Generator, rows: Rows) -> None:
@@ -275,41 +299,62 @@ def _extra_nurse_charting(patients: Patients, count: int, rng: np.random.Generat
             "nursingchartcelltypevallabel": pl.Series([*IDLE_LABELS, "Heart Rate"]).gather(which),
         }
     )
-    _add_nurse_charting(frame.with_columns(nursingchartcelltypevalname="nursingchartcelltypevallabel"), rows)
+    entry = later_entry(frame["minute"], rng)
+    _add_nurse_charting(
+        frame.with_columns(nursingchartcelltypevalname="nursingchartcelltypevallabel", entry=entry), rows
+    )
 
 
 def _lab(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
-    """lab: every hospital's assays read a little high or low."""
+    """lab: every hospital's assays read a little high or low.
+
+    One result in seven is revised later than the draw, and a few of these had another value before. A few results are
+    only text, such as ">16.00" or "26".
+    """
     p, h = patients.stays, patients.hours
     hospital = p["hospital"]
-    values = {**h, "fio2_percent": h["fio2"] * 100, "anion_gap": h["sodium"] - h["chloride"] - h["bicarbonate"]}
+    values, slips = lab_values(patients, hospitals), rng.spawn(1)[0]
     panels = panel_draws(patients, rng, 0.8 * hospitals.density[hospital])
-    jitter = rng.integers(-50, 50, len(h["stay"]))
+    drawn = draw_minutes(patients, rng)
     events = []
     for lab in LAB_CATALOGUE:
         at = panels[lab.panel]
-        number = spoil(values[lab.name][at] * hospitals.assay[lab.name][hospital[h["stay"][at]]], rng, 0.0005)
+        number = spoil(values[lab.name][at], rng, 0.0005)
         if lab.name == "fio2_percent":
             number = np.where(hospitals.fraction[hospital[h["stay"][at]]], values[lab.name][at] / 100, np.round(number))
         fields = {"labname": lab.eicu, "labmeasurenamesystem": lab.eicu_unit, "labmeasurenameinterface": lab.eicu_unit}
         fields["labtypeid"] = LAB_TYPES.get(lab.panel.split("_")[0], 1)  # type: ignore[assignment]
         decimals = 2 if lab.name == "fio2_percent" else lab.decimals
-        events.append(Event(h["stay"][at], h["hour"][at] * 60 + jitter[at], as_text(number, decimals), fields))
-    frame = twice(stack(events), rng, 0.001)
+        before = as_text(number * np.exp(slips.normal(0, 0.2, len(at))), decimals)
+        events.append(Event(h["stay"][at], drawn[at], as_text(number, decimals), fields | {"before": before}))
+    frame = stack(events).with_columns(labresultoffset="minute")
+    revised = np.where(slips.random(frame.height) < 0.15, laboratory_delay(frame.height, slips), 0)
+    frame = frame.with_columns(labresultrevisedoffset=frame["minute"] + revised)
+    corrected = pl.Series((revised > 0) & (slips.random(frame.height) < 0.05)) & (frame["before"] != frame["value"])
+    first = frame.filter(corrected).with_columns(value="before", labresultrevisedoffset="minute")
+    frame = pl.concat([frame, first]).sort("stay", "minute", maintain_order=True)
+    share = pl.Series(slips.random(frame.height))
+    above = (share < 0.002) & ~frame["value"].str.contains("[-.]")
     frame = frame.with_columns(
-        labresultoffset="minute", labresult="value", labresulttext="value", labresultrevisedoffset=pl.col("minute") + 40
+        labresult=pl.when(share > 0.005).then("value"),
+        labresulttext=pl.when(above).then(">" + pl.col("value") + ".00").otherwise("value"),
     )
-    rows.put("lab", frame["stay"], frame)
+    rows.put("lab", twice(frame, rng, 0.001))
 
 
 def _respiratory(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
-    """respiratoryCharting every few hours, respiratoryCare for the intervals of ventilation."""
+    """respiratoryCharting every few hours, respiratoryCare for the intervals of ventilation.
+
+    respiratoryCharting has spells of a ventilator shorter than half an hour, rows that are entered hours later, and no
+    order. A row of respiratoryCare is written hours after its start, often with an end of 0: the ventilator still runs.
+    """
     p, h = patients.stays, patients.hours
     stay, hour = h["stay"], h["hour"]
     hospital = p["hospital"][stay]
     charted = ~p["silent"][stay] & (rng.random(len(stay)) < hospitals.density[hospital]) & (hour % 3 == 0)
     vent = h["vent"] > 0
     minute = hour * 60 + rng.integers(0, 60, len(p["age"]))[stay]
+    slips = rng.spawn(1)[0]
     events = []
 
     def chart(where: NDArray, make: Callable[[NDArray], pl.Series], kind: str, label: str) -> None:
@@ -328,21 +373,32 @@ def _respiratory(patients: Patients, hospitals: Hospitals, rng: np.random.Genera
         "respFlowCareData",
         "RT Vent On/Off",
     )
-    names = pl.Series(("None (Room air)", "Nasal cannula", "Ventilator"))
-    device = np.where(vent, 2, h["fio2"] > 0.22).astype(int)
-    chart(charted & (hour % 6 == 0), lambda at: names.gather(device[at]), "respFlowCareData", "O2 Device")
-    frame = stack(events).with_columns(respchartoffset="minute", respchartentryoffset="minute", respchartvalue="value")
-    rows.put("respiratoryCharting", frame["stay"], frame)
+    names = pl.Series(("None (Room air)", "Nasal cannula", "high flow nasal cannula", "Ventilator"))
+    chart(charted & (hour % 6 == 0), lambda at: names.gather(h["support"][at]), "respFlowCareData", "O2 Device")
+    short = np.flatnonzero(charted & ~vent & (slips.random(len(stay)) < 0.004))
+    start = hour[short] * 60 + slips.integers(0, 30, len(short))
+    spell = {"respcharttypecat": "respFlowCareData", "respchartvaluelabel": "RT Vent On/Off"}
+    events.append(Event(stay[short], start, pl.repeat("Start", len(short), eager=True), spell))
+    stop = start + slips.integers(5, 30, len(short))
+    events.append(Event(stay[short], stop, pl.repeat("Off", len(short), eager=True), spell))
+    frame = stack(events).with_columns(respchartoffset="minute", respchartvalue="value")
+    frame = frame.with_columns(respchartentryoffset=later_entry(frame["minute"], slips))
+    rows.put("respiratoryCharting", scatter(frame, slips))
     index, first, after, _ = rate_intervals(patients, "vent", 1.0)
     kept = rng.random(len(index)) < hospitals.density[p["hospital"][index]]
     start, end = first[kept] * 60 + 1, np.minimum(after[kept] * 60, p["icu_minutes"][index[kept]])
-    frame = pl.DataFrame({"respcarestatusoffset": start, "ventstartoffset": start, "ventendoffset": end})
-    rows.put(
-        "respiratoryCare",
-        index[kept],
-        frame,
-        currenthistoryseqnum=1,
-        airwaytype="Oral ETT",
-        priorventstartoffset=0,
-        priorventendoffset=0,
+    index, leave = index[kept], p["icu_minutes"][index[kept]]
+    status = np.minimum(start + slips.integers(10, 720, len(start)), leave)
+    seen_off = slips.random(len(start)) < 0.5
+    off = np.minimum(end + slips.integers(0, 240, len(end)), leave)
+    frame = pl.DataFrame(
+        {
+            "stay": np.concatenate([index, index[seen_off]]),
+            "respcarestatusoffset": np.concatenate([status, off[seen_off]]),
+            "ventstartoffset": np.concatenate([start, start[seen_off]]),
+            "ventendoffset": np.concatenate([np.where(status < end, 0, end), end[seen_off]]),
+        }
     )
+    frame = frame.sort("stay", "respcarestatusoffset", maintain_order=True)
+    prior = {"priorventstartoffset": 0, "priorventendoffset": 0}
+    rows.put("respiratoryCare", frame, currenthistoryseqnum=1, airwaytype="Oral ETT", **prior)

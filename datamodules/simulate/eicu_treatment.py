@@ -12,7 +12,9 @@ from datamodules.simulate.habits import (
     Orders,
     Rows,
     as_text,
+    later_entry,
     rate_intervals,
+    scatter,
     specimens,
     spoil,
     twice,
@@ -40,8 +42,13 @@ INFUSED_DRUGS: tuple[tuple[str, str, float, float, int], ...] = (
 
 
 def write_infusions(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
-    """infusionDrug in the hospital's unit, orders in medication, and the vasopressor strings of treatment."""
+    """Add infusionDrug in the hospital's unit, orders in medication, and the vasopressor strings of treatment.
+
+    A rate is written when it changes and every one to eight hours while it holds, as the hospital does it. Where it
+    ends follows a 0 or "OFF", or nothing at all. A few rates are slips ("ERROR", "2..5"), some have a comma ("1,000").
+    """
     p, h = patients.stays, patients.hours
+    slips = rng.spawn(1)[0]
     frames, noted = [], []
     for drug, name, step, strength, hicl in INFUSED_DRUGS:
         stay, first, after, rate = rate_intervals(patients, drug, step)
@@ -56,25 +63,25 @@ def write_infusions(patients: Patients, hospitals: Hospitals, rng: np.random.Gen
             dose = np.where(unit == 1, rate * weight * 60 / each, np.where(unit == 3, rate, rate * weight))
         offset, ends = first * 60 + rng.integers(0, 10, len(first)), after * 60
         weighed = np.where(rng.random(len(stay)) < 0.04, weight, np.nan)
-        # a row when the rate changes and every four hours while it holds; a zero where it ends
-        for later in range(0, 240, 4):
-            if not (first + later < after).any():
-                break
-            due = (first + later < after) & hospitals.fills["infusionDrug"][hospital]
-            columns = {
-                "stay": stay[due],
-                "infusionoffset": offset[due] + later * 60,
-                "drugrate": as_text(dose[due], 3),
-                "unit": units[unit[due]],
-            }
-            columns["patientweight"] = pl.Series(weighed[due]).fill_nan(None)
-            frames.append(pl.DataFrame(columns).with_columns(name=pl.lit(name)))
+        filled = hospitals.fills["infusionDrug"][hospital]
+        every = hospitals.pump_every[hospital]
+        times = np.where(filled, -(-(after - first) // every), 0)
+        row = np.repeat(np.arange(len(stay)), times)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(times) - times, times)
+        columns = {
+            "stay": stay[row],
+            "infusionoffset": offset[row] + nth * every[row] * 60,
+            "drugrate": _rate_texts(dose[row], slips),
+            "unit": units[unit[row]],
+            "patientweight": pl.Series(weighed[row]).fill_nan(None),
+        }
+        frames.append(pl.DataFrame(columns).with_columns(name=pl.lit(name)))
         following = np.append((stay[1:] == stay[:-1]) & (first[1:] == after[:-1]), False)[: len(stay)]
-        over = ~following & hospitals.fills["infusionDrug"][hospital] & (ends < p["icu_minutes"][stay])
+        over = ~following & filled & (ends < p["icu_minutes"][stay]) & (slips.random(len(stay)) < 0.7)
         zero = {
             "stay": stay[over],
             "infusionoffset": ends[over],
-            "drugrate": pl.repeat("0", int(over.sum()), eager=True),
+            "drugrate": pl.Series(("0", "OFF")).gather((slips.random(over.sum()) < 0.3).astype(int)),
         }
         frames.append(pl.DataFrame({**zero, "unit": units[unit[over]]}).with_columns(name=pl.lit(name)))
         # once a day the daily note tells the drug and its dose tier
@@ -110,13 +117,28 @@ def write_infusions(patients: Patients, hospitals: Hospitals, rng: np.random.Gen
     frame = pl.concat(frames, how="diagonal_relaxed").sort("stay", "infusionoffset", "name", maintain_order=True)
     frame = frame.with_columns(drugname=pl.format("{} ({})", "name", "unit"))
     frame = frame.with_columns(infusionrate=pl.when(pl.col("unit") == "ml/hr").then("drugrate"))
-    rows.put("infusionDrug", frame["stay"], frame)
+    rows.put("infusionDrug", frame)
     notes = pl.concat(noted).sort("stay", "treatmentoffset", maintain_order=True)
-    rows.put("treatment", notes["stay"], notes, activeupondischarge="False")
+    rows.put("treatment", notes, activeupondischarge="False")
     sick = np.flatnonzero((h["vent"] > 0) & (h["hour"] % 24 == 3))
-    frame = pl.DataFrame({"treatmentoffset": h["hour"][sick] * 60})
+    frame = pl.DataFrame({"stay": h["stay"][sick], "treatmentoffset": h["hour"][sick] * 60})
     string = "pulmonary|ventilation and oxygenation|mechanical ventilation"
-    rows.put("treatment", h["stay"][sick], frame, treatmentstring=string, activeupondischarge="False")
+    rows.put("treatment", frame, treatmentstring=string, activeupondischarge="False")
+
+
+def _rate_texts(rates: NDArray, rng: np.random.Generator) -> pl.Series:
+    """Rates as written: numbers, those from 1,000 up with a comma half the time, and 0.4 % words and slips."""
+    share = pl.Series(rng.random(len(rates)))
+    frame = pl.DataFrame({"text": as_text(rates, 3), "share": share, "rate": rates})
+    return frame.select(
+        pl.when(pl.col("share") < 0.002)
+        .then(pl.lit("ERROR"))
+        .when((pl.col("share") < 0.01) & pl.col("text").str.contains(".", literal=True))
+        .then(pl.col("text").str.replace(".", "..", literal=True))
+        .when((pl.col("share") < 0.5) & (pl.col("rate") >= 1000))
+        .then(pl.col("text").str.replace(r"^(\d+)(\d{3})", "$1,$2"))
+        .otherwise("text")
+    ).to_series()
 
 
 def _medication(
@@ -130,20 +152,22 @@ def _medication(
     rng: np.random.Generator,
     rows: Rows,
 ) -> None:
-    """medication: an order carries the drug's name, or only its HICL code."""
+    """medication: an order carries the drug's name, or only its HICL code; some are written after the start."""
     hospital = patients.stays["hospital"][stay]
     named = rng.random(len(stay)) < hospitals.named[hospital]
     coded = ~named | (rng.random(len(stay)) < 0.85)
-    frame = pl.DataFrame({"drugorderoffset": start - 20, "drugstartoffset": start, "drugstopoffset": stop})
+    slips = rng.spawn(1)[0]
+    ordered = start + np.where(slips.random(len(stay)) < 0.15, slips.integers(5, 120, len(stay)), -20)
+    frame = pl.DataFrame({"stay": stay, "drugorderoffset": ordered, "drugstartoffset": start, "drugstopoffset": stop})
     frame = frame.with_columns(
         drugname=pl.when(pl.Series(named)).then(pl.lit(name)),
         drughiclseqno=pl.when(pl.Series(coded)).then(pl.Series(hicl)),
     )
-    rows.put("medication", stay, frame, drugivadmixture="No", drugordercancelled="No", routeadmin="IV", prn="No")
+    rows.put("medication", frame, drugivadmixture="No", drugordercancelled="No", routeadmin="IV", prn="No")
 
 
 def write_urine(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
-    """intakeOutput: urine summed over the hospital's interval."""
+    """Add urine to intakeOutput, summed over the hospital's interval; some entries are made hours later."""
     p, h = patients.stays, patients.hours
     stay, hour = h["stay"], h["hour"]
     hospital = p["hospital"][stay]
@@ -157,31 +181,34 @@ def write_urine(patients: Patients, hospitals: Hospitals, rng: np.random.Generat
     frame = pl.DataFrame(
         {"stay": stay[at], "intakeoutputoffset": offset, "celllabel": cell, "cellvaluenumeric": volume}
     )
+    slips = rng.spawn(1)[0]
+    frame = frame.with_columns(intakeoutputentryoffset=later_entry(frame["intakeoutputoffset"], slips))
     frame = twice(frame, rng).with_columns(
-        intakeoutputentryoffset="intakeoutputoffset",
         cellvaluetext="cellvaluenumeric",
         outputtotal="cellvaluenumeric",
         cellpath=pl.lit("flowsheet|Flowsheet Cell Labels|I&O|Output (ml)|") + pl.col("celllabel"),
     )
-    rows.put("intakeOutput", frame["stay"], frame, intaketotal="0.0000", dialysistotal="0.0000")
+    rows.put("intakeOutput", scatter(frame, slips), intaketotal="0.0000", dialysistotal="0.0000")
 
 
 def write_boluses(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
-    """intakeOutput: a bolus of half a litre in some hours of low pressure, as in the other system."""
+    """Add boluses to intakeOutput; some entries are made hours later, a few stand twice."""
     h = patients.hours
     stay = h["stay"]
     charted = ~patients.stays["silent"][stay] & hospitals.fills["intakeOutput"][patients.stays["hospital"][stay]]
-    at = np.flatnonzero(charted & (h["map"] < 62) & (rng.random(len(stay)) < 0.15))
+    at = np.flatnonzero(charted & (h["bolus"] > 0))
     cell = "Crystalloids (ml)|NS "
-    frame = pl.DataFrame({"stay": stay[at], "intakeoutputoffset": h["hour"][at] * 60 + 30}).with_columns(
-        intakeoutputentryoffset="intakeoutputoffset",
+    minute = h["hour"][at] * 60 + 30
+    frame = pl.DataFrame(
+        {"stay": stay[at], "intakeoutputoffset": minute, "intakeoutputentryoffset": later_entry(minute, rng)}
+    ).with_columns(
         celllabel=pl.lit(cell),
         cellvaluenumeric=pl.lit("500.0000"),
         cellvaluetext=pl.lit("500"),
         intaketotal=pl.lit("500.0000"),
         cellpath=pl.lit("flowsheet|Flowsheet Cell Labels|I&O|Intake (ml)|" + cell),
     )
-    rows.put("intakeOutput", frame["stay"], frame, outputtotal="0.0000", dialysistotal="0.0000")
+    rows.put("intakeOutput", scatter(twice(frame, rng), rng), outputtotal="0.0000", dialysistotal="0.0000")
 
 
 def write_infection(
@@ -201,12 +228,8 @@ def write_infection(
         ["infectious diseases|medications|therapeutic antibacterials|" + a.treatment_string for a in ANTIBIOTICS]
     ).gather(drug[noted])
     offset = np.clip(start[noted] + rng.integers(0, 200, len(noted)), 5, p["icu_minutes"][stay[noted]])
-    rows.put(
-        "treatment",
-        stay[noted],
-        pl.DataFrame({"treatmentoffset": offset, "treatmentstring": strings}),
-        activeupondischarge="False",
-    )
+    frame = pl.DataFrame({"stay": stay[noted], "treatmentoffset": offset, "treatmentstring": strings})
+    rows.put("treatment", frame, activeupondischarge="False")
     count = len(hospital)
     written = np.flatnonzero(p["infected"] & (rng.random(count) < 0.6))
     which = rng.choice(4, len(written), p=(0.4, 0.25, 0.15, 0.2))
@@ -217,24 +240,30 @@ def write_infection(
         ("pulmonary|pulmonary infections|pneumonia", "486, J18.9"),
     )
     offset = np.clip(p["onset_minute"][written] + rng.integers(20, 900, len(written)), 3, p["icu_minutes"][written])
-    columns = {"diagnosisoffset": offset, "diagnosisstring": pl.Series([s for s, _ in sentences]).gather(which)}
+    columns = {
+        "stay": written,
+        "diagnosisoffset": offset,
+        "diagnosisstring": pl.Series([s for s, _ in sentences]).gather(which),
+    }
     frame = pl.DataFrame({**columns, "icd9code": pl.Series([c for _, c in sentences]).gather(which)})
-    rows.put("diagnosis", written, frame, diagnosispriority="Primary", activeupondischarge="True")
+    rows.put("diagnosis", frame, diagnosispriority="Primary", activeupondischarge="True")
     failing = np.flatnonzero(rng.random(count) < 0.3)
-    frame = pl.DataFrame({"diagnosisoffset": np.minimum(rng.integers(5, 600, len(failing)), p["icu_minutes"][failing])})
+    offset = np.minimum(rng.integers(5, 600, len(failing)), p["icu_minutes"][failing])
+    frame = pl.DataFrame({"stay": failing, "diagnosisoffset": offset})
     other = "pulmonary|respiratory failure|acute respiratory failure"
     priority = {"diagnosispriority": "Major", "activeupondischarge": "False"}
-    rows.put("diagnosis", failing, frame, diagnosisstring=other, icd9code="518.81, J96.00", **priority)
+    rows.put("diagnosis", frame, diagnosisstring=other, icd9code="518.81, J96.00", **priority)
     stay, minute, site, organism = specimens(patients, rng)
     kept = hospitals.fills["microLab"][hospital[stay]] & (site < 3) & (minute < p["icu_minutes"][stay])
     frame = pl.DataFrame(
-        {"culturetakenoffset": minute[kept], "culturesite": pl.Series(CULTURE_SITES).gather(site[kept])}
+        {
+            "stay": stay[kept],
+            "culturetakenoffset": minute[kept],
+            "culturesite": pl.Series(CULTURE_SITES).gather(site[kept]),
+            "organism": pl.Series(CULTURE_RESULTS).gather(organism[kept] % len(CULTURE_RESULTS)),
+        }
     )
-    rows.put(
-        "microLab",
-        stay[kept],
-        frame.with_columns(organism=pl.Series(CULTURE_RESULTS).gather(organism[kept] % len(CULTURE_RESULTS))),
-    )
+    rows.put("microLab", frame)
 
 
 def write_apache(patients: Patients, rng: np.random.Generator, rows: Rows) -> None:
@@ -277,4 +306,4 @@ def write_apache(patients: Patients, rng: np.random.Generator, rows: Rows) -> No
             ),
         }
     )
-    rows.put("apacheApsVar", chosen, frame[chosen], dialysis=0, meds=0)
+    rows.put("apacheApsVar", frame.with_columns(stay=np.arange(count))[chosen], dialysis=0, meds=0)

@@ -2,7 +2,8 @@
 
 The values come from ``patient.simulate_stays``; this file decides what is charted, how often and how badly: about
 0.1 % of the charted numbers are typing errors, 0.3 % of the rows stand twice, hospitals differ in density, infusion
-units and in the tables that they fill at all. Simulated data throughout: no row is of a real patient.
+units and in the tables that they fill at all. What is charted is entered later than it happened. Simulated data
+throughout: no row is of a real patient.
 """
 
 from collections.abc import Callable
@@ -105,6 +106,44 @@ ANTIBIOTICS: tuple[Antibiotic, ...] = (
 )
 
 
+URINE_CELLS = ("Urine", "URINE CATHETER", "Urinary Catheter Output: Indwelling/Continuous Ure")
+PUMP_UNITS = ("mcg/min", "ml/hr", "", "mcg/kg/min")
+
+
+class Hospitals:
+    """The habits of the simulated hospitals, one entry each."""
+
+    def __init__(self, mix: CaseMix, rng: np.random.Generator) -> None:
+        count = mix.hospitals
+        self.id = 100 + 7 * np.arange(count)
+        self.density = rng.uniform(0.45, 1.0, count)  # of vital signs and of draws beyond the daily one
+        self.pump = rng.choice(len(PUMP_UNITS), count, p=(0.46, 0.40, 0.09, 0.05))
+        self.strong = rng.random(count) < 0.15  # pumps in mL/h are filled with twice the usual concentration
+        self.fills = {  # does the hospital fill the table at all?
+            table: rng.random(count) < share
+            for table, share in (
+                ("infusionDrug", 0.68),
+                ("medication", 0.78),
+                ("intakeOutput", 0.88),
+                ("microLab", 0.1),
+                ("nurse", 0.85),
+            )
+        }
+        self.fills["infusionDrug"][:2] = self.fills["medication"][:2] = True  # the two largest fill them
+        self.urine_every = rng.choice((1, 2, 4, 6), count, p=(0.3, 0.3, 0.25, 0.15))
+        self.urine_cell = rng.choice(len(URINE_CELLS), count, p=(0.8, 0.12, 0.08))
+        self.named = rng.uniform(0.2, 1.0, count)  # share of orders whose drug is named, not only coded
+        self.fraction = rng.random(count) < 0.1  # oxygen as 0.4 instead of 40
+        self.fahrenheit = rng.random(count) < 0.2
+        self.assay = {lab.name: np.exp(rng.normal(0, 0.06 * mix.offset, count)) for lab in LAB_CATALOGUE}
+        for name in ("lactate", "creatinine", "bilirubin", "troponin_t", "crp", "bun"):
+            self.assay[name] = np.exp(rng.normal(0, 0.2 * mix.offset, count))
+        for name in ("ph", "spo2", "sodium", "chloride", "fio2_percent"):  # well standardised, or set
+            self.assay[name] = np.ones(count)
+        self.pressure = rng.normal(0, 5 * mix.offset, count)  # offset of the cuffs, mmHg
+        self.pump_every = rng.choice((1, 2, 4, 8), count, p=(0.2, 0.25, 0.4, 0.15))  # hours, while a rate holds
+
+
 class Event(NamedTuple):
     """Rows of one item: index of the stay, minute since ICU admission, charted text or number, fields of the item."""
 
@@ -133,6 +172,43 @@ def twice(frame: pl.DataFrame, rng: np.random.Generator, rate: float = 0.003) ->
     return pl.concat([frame, frame[np.flatnonzero(rng.random(frame.height) < rate)]])
 
 
+def charting_delay(size: int, rng: np.random.Generator) -> NDArray:
+    """Minutes from a charted time to its entry by staff: up to an hour for most, some hours for 4 %.
+
+    Args:
+        size: number of entries.
+        rng: source of randomness.
+    """
+    late = rng.random(size) < 0.04
+    return np.where(late, rng.integers(120, 360, size), rng.integers(0, 61, size))
+
+
+def laboratory_delay(size: int, rng: np.random.Generator) -> NDArray:
+    """Minutes from a draw to its results: 65 in the median, up to 8 hours.
+
+    Args:
+        size: number of draws.
+        rng: source of randomness.
+    """
+    return np.clip(np.exp(rng.normal(np.log(65), 0.6, size)), 10, 480).astype(np.int64)
+
+
+def later_entry(minute: NDArray | pl.Series, rng: np.random.Generator) -> NDArray:
+    """When rows are entered: a quarter of them up to four hours after the minute that they are for, the others at once.
+
+    Args:
+        minute: since ICU admission, one per row.
+        rng: source of randomness.
+    """
+    late = rng.random(len(minute)) < 0.25
+    return np.asarray(minute) + np.where(late, rng.integers(1, 241, len(minute)), 0)
+
+
+def scatter(frame: pl.DataFrame, rng: np.random.Generator) -> pl.DataFrame:
+    """The rows in no order."""
+    return frame[rng.permutation(frame.height)]
+
+
 def stack(events: list[Event]) -> pl.DataFrame:
     """All events as one frame, sorted: ``stay``, ``minute``, ``value`` (text, null if empty) and the fields."""
     frames = []
@@ -147,6 +223,50 @@ def stack(events: list[Event]) -> pl.DataFrame:
         constant = {name: field for name, field in event.fields.items() if name not in columns}
         frames.append(pl.DataFrame(columns).with_columns(pl.lit(field).alias(name) for name, field in constant.items()))
     return pl.concat(frames, how="diagonal_relaxed").sort("stay", "minute", maintain_order=True)
+
+
+def lab_values(patients: Patients, hospitals: Hospitals) -> dict[str, NDArray]:
+    """What the hospitals' assays read, before rounding and errors.
+
+    Args:
+        patients: the simulated stays.
+        hospitals: their hospitals.
+
+    Returns:
+        Name in ``LAB_CATALOGUE`` -> values in its unit, one per stay and hour.
+    """
+    h, hospital = patients.hours, patients.stays["hospital"][patients.hours["stay"]]
+    values = {**h, "fio2_percent": h["fio2"] * 100, "anion_gap": h["sodium"] - h["chloride"] - h["bicarbonate"]}
+    return {lab.name: values[lab.name] * hospitals.assay[lab.name][hospital] for lab in LAB_CATALOGUE}
+
+
+def cuff_values(patients: Patients, hospitals: Hospitals) -> dict[str, NDArray]:
+    """Pressures as the hospitals' cuffs read them, before rounding and errors.
+
+    Args:
+        patients: the simulated stays.
+        hospitals: their hospitals.
+
+    Returns:
+        "systolic", "diastolic" and "map_read" -> mmHg, one per stay and hour.
+    """
+    offset = hospitals.pressure[patients.stays["hospital"][patients.hours["stay"]]]
+    return {name: patients.hours[name] + offset for name in ("systolic", "diastolic", "map_read")}
+
+
+def draw_minutes(patients: Patients, rng: np.random.Generator) -> NDArray:
+    """The minute of a draw in each hour, since ICU admission; in the first hour it may be before it.
+
+    Args:
+        patients: the simulated stays.
+        rng: source of randomness.
+
+    Returns:
+        One minute per stay and hour.
+    """
+    hour = patients.hours["hour"]
+    jitter = rng.integers(-50, 50, len(hour))
+    return hour * 60 + np.where(hour == 0, jitter, (jitter + 50) * 59 // 100 + 1)
 
 
 def panel_draws(patients: Patients, rng: np.random.Generator, density: NDArray) -> dict[str, NDArray]:
@@ -256,41 +376,7 @@ def specimens(patients: Patients, rng: np.random.Generator) -> tuple[NDArray, ND
     return stay, minute, kind, np.where(positive, rng.integers(0, 5, len(stay)), -1)
 
 
-URINE_CELLS = ("Urine", "URINE CATHETER", "Urinary Catheter Output: Indwelling/Continuous Ure")
-PUMP_UNITS = ("mcg/min", "ml/hr", "", "mcg/kg/min")
-
-
-class Hospitals:
-    """The habits of the simulated hospitals, one entry each."""
-
-    def __init__(self, mix: CaseMix, rng: np.random.Generator) -> None:
-        count = mix.hospitals
-        self.id = 100 + 7 * np.arange(count)
-        self.density = rng.uniform(0.45, 1.0, count)  # of vital signs and of draws beyond the daily one
-        self.pump = rng.choice(len(PUMP_UNITS), count, p=(0.46, 0.40, 0.09, 0.05))
-        self.strong = rng.random(count) < 0.15  # pumps in mL/h are filled with twice the usual concentration
-        self.fills = {  # does the hospital fill the table at all?
-            table: rng.random(count) < share
-            for table, share in (
-                ("infusionDrug", 0.68),
-                ("medication", 0.78),
-                ("intakeOutput", 0.88),
-                ("microLab", 0.1),
-                ("nurse", 0.85),
-            )
-        }
-        self.fills["infusionDrug"][:2] = self.fills["medication"][:2] = True  # the two largest fill them
-        self.urine_every = rng.choice((1, 2, 4, 6), count, p=(0.3, 0.3, 0.25, 0.15))
-        self.urine_cell = rng.choice(len(URINE_CELLS), count, p=(0.8, 0.12, 0.08))
-        self.named = rng.uniform(0.2, 1.0, count)  # share of orders whose drug is named, not only coded
-        self.fraction = rng.random(count) < 0.1  # oxygen as 0.4 instead of 40
-        self.fahrenheit = rng.random(count) < 0.2
-        self.assay = {lab.name: np.exp(rng.normal(0, 0.06 * mix.offset, count)) for lab in LAB_CATALOGUE}
-        for name in ("lactate", "creatinine", "bilirubin", "troponin_t", "crp", "bun"):
-            self.assay[name] = np.exp(rng.normal(0, 0.2 * mix.offset, count))
-        for name in ("ph", "spo2", "sodium", "chloride"):  # well standardised
-            self.assay[name] = np.ones(count)
-        self.pressure = rng.normal(0, 5 * mix.offset, count)  # offset of the cuffs, mmHg
+MIMICIV_FIRST_STAY, EICU_FIRST_STAY = 30_000_000, 140_000  # id of the first stay
 
 
 class Rows:
@@ -299,14 +385,20 @@ class Rows:
     def __init__(self, base: int, add: Add) -> None:
         self.base, self.add, self.count = base, add, dict.fromkeys(EICU, 0)
 
-    def put(self, table: str, stay: NDArray | pl.Series, frame: pl.DataFrame, **constant: Any) -> None:
+    def put(self, table: str, frame: pl.DataFrame, **constant: Any) -> None:
+        """Add rows.
+
+        Args:
+            table: its name.
+            frame: the rows; column ``stay`` is the index of the stay.
+            constant: further columns.
+        """
         first = self.base * 50_000 + self.count[table]  # no table has so many rows per stay
         self.count[table] += frame.height
-        ids = {EICU[table].split(",")[0]: first + np.arange(frame.height)}
-        if table == "patient":
-            ids = {}
-        ids["patientunitstayid"] = 140_000 + self.base + np.asarray(stay, np.int64)
-        self.add(table, frame.with_columns(**ids, **{k: pl.lit(v) for k, v in constant.items()}))
+        number = EICU[table].split(",")[0]
+        frame = frame.with_columns(pl.Series(number, first + np.arange(frame.height)))
+        stay = EICU_FIRST_STAY + self.base + pl.col("stay").cast(pl.Int64)  # the number of a row of patient is its stay
+        self.add(table, frame.with_columns(patientunitstayid=stay, **{k: pl.lit(v) for k, v in constant.items()}))
 
 
 class Calendar:
@@ -318,7 +410,7 @@ class Calendar:
         self.seconds = origin[p["first"]] + p["since_minute"] * 60
         self.pad = -(-self.seconds // 3600) * 60 - self.seconds // 60  # minutes to the next full hour of the clock
         self.subject, self.hadm = 10_000_000 + base + p["first"], 20_000_000 + base + p["admission"]
-        self.stay = 30_000_000 + base + np.arange(len(p["age"]))
+        self.stay = MIMICIV_FIRST_STAY + base + np.arange(len(p["age"]))
 
     def when(self, stay: NDArray, minute: NDArray, grain: int = 60) -> pl.Series:
         """Minute since ICU admission -> "YYYY-MM-DD HH:MM:SS", on the full minute as staff writes it.

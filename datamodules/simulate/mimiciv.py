@@ -15,6 +15,10 @@ from datamodules.simulate.habits import (
     Hospitals,
     antibiotic_orders,
     as_text,
+    charting_delay,
+    draw_minutes,
+    lab_values,
+    laboratory_delay,
     panel_draws,
     spoil,
     stack,
@@ -85,6 +89,7 @@ ITEMS: tuple[tuple[int, str, str, str, str | None, str], ...] = (
     (225792, "Invasive Ventilation", "procedureevents", "2-Ventilation", None, "Processes"),
 )
 CHARTED_UNITS = {item: unit for item, _, _, _, unit, _ in ITEMS}
+TUBES = {"gas": 0, "count": 2, "differential": 2, "coagulation": 3, "fibrinogen": 3}  # all others: 1, chemistry
 IDLE_ITEMS = np.array([220046, 220047, 223751, 220074])  # charted, extracted by nobody
 
 
@@ -110,7 +115,7 @@ def write_mimiciv(
     dates = Calendar(patients, base, rng)
     _admissions(patients, dates, add)
     _chartevents(patients, dates, rng, add)
-    _labevents(patients, dates, base, rng, add)
+    _labevents(patients, hospitals, dates, base, rng, add)
     orders = antibiotic_orders(patients, rng)
     write_inputevents(patients, dates, orders, rng, add)
     write_outputevents(patients, dates, rng, add)
@@ -120,9 +125,10 @@ def write_mimiciv(
 
 
 def _admissions(patients: Patients, dates: Calendar, add: Add) -> None:
+    """icustays, admissions, patients and diagnoses_icd; nothing is written about the end of a stay that goes on."""
     p = patients.stays
     every = np.arange(len(p["age"]))
-    outtime = dates.when(every, p["icu_minutes"], grain=1)
+    outtime = _unless(p["present"], dates.when(every, p["icu_minutes"], grain=1))
     ward = pl.Series(WARDS).gather(p["unit"])
     stays = {
         "first_careunit": ward,
@@ -130,20 +136,24 @@ def _admissions(patients: Patients, dates: Calendar, add: Add) -> None:
         "intime": dates.when(every, 0 * every, grain=1),
         "outtime": outtime,
     }
-    add("icu/icustays", pl.DataFrame({**dates.ids(every), **stays, "los": p["icu_minutes"] / 1440}))
+    add(
+        "icu/icustays",
+        pl.DataFrame({**dates.ids(every), **stays, "los": _unless(p["present"], pl.Series(p["icu_minutes"] / 1440))}),
+    )
     # one row per hospital admission: begins before its first stay, ends with its last
     last = np.flatnonzero(p["last_of_admission"])
     first = p["admission"][last]
     dies = p["hospital_death"][last]
-    left = dates.when(last, p["discharge_minute"][last], grain=1)
+    present = p["present"][last]
+    left = _unless(present, dates.when(last, p["discharge_minute"][last], grain=1))
     admissions = pl.DataFrame(
         {
             **dates.ids(first, "subject", "hadm"),
             "admittime": dates.when(first, -p["before_minute"][first]),
             "dischtime": left,
-            "deathtime": pl.DataFrame({"t": left, "d": dies}).select(pl.when("d").then("t")).to_series(),
-            "discharge_location": np.where(dies, "DIED", "HOME"),
-            "hospital_expire_flag": dies.astype(np.int8),
+            "deathtime": _unless(~dies, left),
+            "discharge_location": _unless(present, pl.Series(np.where(dies, "DIED", "HOME"))),
+            "hospital_expire_flag": _unless(present, pl.Series(dies.astype(np.int8))),
         }
     )
     constant = {
@@ -165,23 +175,29 @@ def _admissions(patients: Patients, dates: Calendar, add: Add) -> None:
     one = np.flatnonzero(p["first"] == every)
     final = np.append(one[1:], len(every)) - 1
     years = dates.when(one, 0 * one).str.slice(0, 4)
-    dod = pl.DataFrame(
-        {"t": dates.when(final, p["discharge_minute"][final]).str.slice(0, 10), "d": p["hospital_death"][final]}
-    )
+    dod = _unless(~p["hospital_death"][final], dates.when(final, p["discharge_minute"][final]).str.slice(0, 10))
     patients_table = pl.DataFrame(
         {
             **dates.ids(one, "subject"),
             "gender": np.where(p["male"][one], "M", "F"),
             "anchor_age": np.where(p["age"][one] > 89, 91, p["age"][one]).astype(np.int64),
             "anchor_year": years,
-            "dod": dod.select(pl.when("d").then("t")).to_series(),
+            "dod": dod,
         }
     )
     add("hosp/patients", patients_table.with_columns(anchor_year_group=pl.lit("2011 - 2013")))
 
 
+def _unless(empty: NDArray, values: pl.Series) -> pl.Series:
+    """The values, null where ``empty``."""
+    return pl.select(pl.when(pl.Series(~empty)).then(values)).to_series()
+
+
 def _chartevents(patients: Patients, dates: Calendar, rng: np.random.Generator, add: Add) -> None:
-    """chartevents: vital signs by the hour, consciousness and ventilation every four hours, weight once a day."""
+    """chartevents: vital signs by the hour, consciousness and ventilation every four hours, weight once a day.
+
+    What a nurse charts in one round is stored together, later: see ``charting_delay``.
+    """
     p, h = patients.stays, patients.hours
     stay, hour, size = h["stay"], h["hour"], len(h["stay"])
     minute = hour * 60 + dates.pad[stay]
@@ -192,17 +208,20 @@ def _chartevents(patients: Patients, dates: Calendar, rng: np.random.Generator, 
     vent = h["vent"] > 0
     celsius = rng.random(len(p["age"]))[stay] < 0.08
     oxygen = ~vent & (h["fio2"] > 0.21)
+    delay = charting_delay(size, rng.spawn(1)[0])
     events = []
 
     def chart(item: int, where: NDArray, values: NDArray, decimals: int, share: float = 0.97) -> None:
         at = np.flatnonzero(where & (rng.random(size) < share))
-        events.append(Event(stay[at], minute[at], as_text(spoil(values[at], rng), decimals), {"itemid": item}))
+        fields = {"itemid": item, "delay": delay[at]}
+        events.append(Event(stay[at], minute[at], as_text(spoil(values[at], rng), decimals), fields))
 
     def note(item: int, where: NDArray, words: tuple[str, ...], which: NDArray, score: bool = False) -> None:
         at = np.flatnonzero(where & (rng.random(size) < 0.95))
-        events.append(Event(stay[at], minute[at], pl.Series(words).gather(which[at].astype(int)), {"itemid": item}))
+        fields: dict[str, Any] = {"itemid": item, "delay": delay[at]}
         if score:
-            events[-1].fields["valuenum"] = as_text(np.minimum(which[at] + 1, 6.0), 0)
+            fields["valuenum"] = as_text(np.minimum(which[at] + 1, 6.0), 0)
+        events.append(Event(stay[at], minute[at], pl.Series(words).gather(which[at].astype(int)), fields))
 
     chart(220045, charted, h["heart_rate"], 0)
     chart(220210, charted, h["respiration"], 0)
@@ -216,30 +235,28 @@ def _chartevents(patients: Patients, dates: Calendar, rng: np.random.Generator, 
     chart(220339, fourth & vent, h["peep"], 0)
     chart(223834, fourth & oxygen, np.clip((h["fio2"] - 0.21) * 25, 1, 15), 0)
     chart(220621, fourth & (hour % 8 == 0), h["glucose"], 0, 0.6)
-    chart(226512, charted & (hour == 0), p["weight"][stay], 1, 0.96)
+    chart(226512, charted & (hour == 0), h["weight"], 1, 0.96)
     chart(226730, charted & (hour == 0), p["height"][stay], 0, 0.6)
-    chart(224639, charted & (hour % 24 == 6), p["weight"][stay] + 0.03 * hour, 1, 0.6)
+    chart(224639, charted & (hour % 24 == 6), h["weight"], 1, 0.6)
     note(220739, fourth, EYE_WORDS, h["eyes"] - 1, score=True)
     note(223900, fourth & ~vent, VERBAL_WORDS, h["verbal"] - 1, score=True)
     note(223900, fourth & vent, ("No Response-ETT",), 0 * stay, score=True)
     note(223901, fourth, MOTOR_WORDS, h["motor"] - 1, score=True)
     note(223849, fourth & vent, ("CMV/ASSIST/AutoFlow", "CPAP/PSV"), (h["fio2"] < 0.5).astype(int))
-    device = np.where(vent, 3, np.digitize(h["fio2"], (0.22, 0.45)))
-    note(226732, fourth, ("None", "Nasal cannula", "High flow nasal cannula", "Endotracheal tube"), device)
+    note(226732, fourth, ("None", "Nasal cannula", "High flow nasal cannula", "Endotracheal tube"), h["support"])
     _add_chartevents(twice(stack(events), rng), dates, add)
 
 
 def _add_chartevents(rows: pl.DataFrame, dates: Calendar, add: Add) -> None:
-    stay = rows["stay"].to_numpy()
-    time = dates.when(stay, rows["minute"].to_numpy())
+    stay, minute = rows["stay"].to_numpy(), rows["minute"].to_numpy()
     number = pl.col("valuenum") if "valuenum" in rows.columns else pl.lit(None, pl.String)
     unit = pl.col("itemid").replace_strict(CHARTED_UNITS, return_dtype=pl.String)
     worded = pl.col("itemid").is_in([223849, 226732])
     rows = rows.with_columns(
         valuenum=pl.when(~worded).then(pl.coalesce(number, "value")),
         valueuom=unit,
-        charttime=time,
-        storetime=time,
+        charttime=dates.when(stay, minute),
+        storetime=dates.when(stay, minute + rows["delay"].to_numpy()),
         warning=pl.lit("0"),
     )
     add("icu/chartevents", rows.with_columns(**dates.ids(stay)))
@@ -257,40 +274,41 @@ def _extra_chartevents(patients: Patients, dates: Calendar, count: int, rng: np.
     rows = pl.DataFrame(
         {
             "stay": h["stay"][at].astype(np.int64),
-            "minute": h["hour"][at] * 60 + rng.integers(0, 60, count),
+            "minute": h["hour"][at] * 60 + rng.integers(1, 60, count),
             "itemid": item,
+            "delay": charting_delay(count, rng),
         }
     )
     _add_chartevents(rows.with_columns(value=value), dates, add)
 
 
-def _labevents(patients: Patients, dates: Calendar, base: int, rng: np.random.Generator, add: Add) -> None:
-    """labevents: values of one draw share a specimen_id; a blood gas carries its kind of blood (52033)."""
+def _labevents(
+    patients: Patients, hospitals: Hospitals, dates: Calendar, base: int, rng: np.random.Generator, add: Add
+) -> None:
+    """labevents: values of one draw share a specimen_id; a blood gas carries its kind of blood (52033).
+
+    Results are stored later than the draw: see ``laboratory_delay``.
+    """
     h, count = patients.hours, len(patients.stays["age"])
-    values = {**h, "fio2_percent": h["fio2"] * 100, "anion_gap": h["sodium"] - h["chloride"] - h["bicarbonate"]}
+    values = lab_values(patients, hospitals)
     panels = panel_draws(patients, rng, np.ones(count))
-    jitter = rng.integers(-50, 50, len(h["stay"]))
-    tubes = {
-        "gas": 0,
-        "count": 2,
-        "differential": 2,
-        "coagulation": 3,
-        "fibrinogen": 3,
-    }  # all others: 1, the chemistry tube
+    drawn = draw_minutes(patients, rng)
+    delay = laboratory_delay(len(drawn), rng.spawn(1)[0])
     events = []
 
-    def tube(panel: str, at: NDArray) -> NDArray:  # values of one tube of one hour belong to one specimen
-        return base * 4000 + at.astype(np.int64) * 4 + tubes.get(panel.split("_")[0], 1)
+    def result(panel: str, at: NDArray, value: pl.Series, item: int, unit: str | None) -> None:
+        # values of one tube of one hour belong to one specimen
+        specimen = base * 4000 + at.astype(np.int64) * 4 + TUBES.get(panel.split("_")[0], 1)
+        fields = {"itemid": item, "specimen_id": specimen, "valueuom": unit, "delay": delay[at]}
+        events.append(Event(h["stay"][at], drawn[at], value, fields))
 
     for lab in LAB_CATALOGUE:
         at = panels[lab.panel]
         number = as_text(spoil(values[lab.name][at], rng, 0.0005), lab.decimals)
-        extra = {"itemid": lab.itemid, "specimen_id": tube(lab.panel, at), "valueuom": lab.unit or None}
-        events.append(Event(h["stay"][at], h["hour"][at] * 60 + jitter[at], number, extra))
+        result(lab.panel, at, number, lab.itemid, lab.unit or None)
     at = panels["gas"]
     blood = pl.Series(("ART.", "VEN.")).gather((rng.random(len(at)) < 0.15).astype(int))
-    fields: dict[str, Any] = {"itemid": 52033, "specimen_id": tube("gas", at), "valueuom": None}
-    events.append(Event(h["stay"][at], h["hour"][at] * 60 + jitter[at], blood, fields))
+    result("gas", at, blood, 52033, None)
     rows = twice(stack(events), rng, 0.001)
     stay, minute = rows["stay"].to_numpy(), rows["minute"].to_numpy()
     time = dates.when(stay, minute)
@@ -300,7 +318,7 @@ def _labevents(patients: Patients, dates: Calendar, base: int, rng: np.random.Ge
         labevent_id=base * 4000 + np.arange(rows.height),
         hadm_id=pl.when(~unlinked).then("hadm_id"),
         charttime=time,
-        storetime=dates.when(stay, minute + 55),
+        storetime=dates.when(stay, minute + rows["delay"].to_numpy()),
         valuenum=pl.when(pl.col("itemid") != 52033).then("value"),
         priority=pl.lit("ROUTINE"),
     )

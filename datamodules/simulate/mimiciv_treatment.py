@@ -13,6 +13,7 @@ from datamodules.simulate.habits import (
     Event,
     Orders,
     as_text,
+    charting_delay,
     rate_intervals,
     specimens,
     spoil,
@@ -21,14 +22,15 @@ from datamodules.simulate.habits import (
 )
 from datamodules.simulate.patient import Patients
 
-PUMP_ITEMS = (  # drug, item, step of the pump
-    ("norepinephrine", 221906, 0.01),
-    ("epinephrine", 221289, 0.01),
-    ("dopamine", 221662, 1.0),
-    ("dobutamine", 221653, 1.0),
-    ("phenylephrine", 221749, 0.1),
-    ("vasopressin", 222315, 0.6),
+PUMP_ITEMS = (  # drug, item, step of the pump, highest rate that a typing error leaves
+    ("norepinephrine", 221906, 0.01, 8.0),
+    ("epinephrine", 221289, 0.01, 4.0),
+    ("dopamine", 221662, 1.0, 120.0),
+    ("dobutamine", 221653, 1.0, 120.0),
+    ("phenylephrine", 221749, 0.1, 40.0),
+    ("vasopressin", 222315, 0.6, 40.0),
 )
+IRRIGANT_IN_ITEM, IRRIGANT_OUT_ITEM = 227488, 227489
 SPECIMEN_ITEMS = (  # specimen item and name, test item and name
     (70012, "BLOOD CULTURE", 90201, "Blood Culture, Routine"),
     (70079, "URINE", 90039, "URINE CULTURE"),
@@ -45,8 +47,13 @@ ORGANISM_ITEMS = (
 
 
 def write_inputevents(patients: Patients, dates: Calendar, orders: Orders, rng: np.random.Generator, add: Add) -> None:
-    """inputevents: drips as intervals of constant rate, fluid boluses, antibiotic doses."""
-    p, frames = patients.stays, []
+    """Add inputevents: drips as intervals of constant rate, fluid boluses, antibiotic doses.
+
+    They are stored after their start, see ``charting_delay``. Between normal rates stand a few that no pump could give.
+    A few rows stand twice, equal in every column, and a few also as they were before a correction ("Rewritten").
+    """
+    p, h, frames = patients.stays, patients.hours, []
+    slips = rng.spawn(1)[0]
     drip, bolus, antibiotic = "01-Drips", "03-IV Fluid Bolus", "08-Antibiotics (IV)"
 
     def give(stay: NDArray, start: NDArray, end: NDArray, item: int, amount: NDArray, kind: str, **fields: Any) -> None:
@@ -65,64 +72,36 @@ def write_inputevents(patients: Patients, dates: Calendar, orders: Orders, rng: 
         }
         frames.append(frame.with_columns(pl.lit(v).alias(k) for k, v in constant.items()).filter(pl.Series(keep)))
 
-    for drug, item, step in PUMP_ITEMS:
+    for drug, item, step, highest in PUMP_ITEMS:
         stay, first, after, rate = rate_intervals(patients, drug, step)
         start = np.minimum(first * 60 + dates.pad[stay], p["icu_minutes"][stay])
         end = np.minimum(after * 60 + dates.pad[stay], p["icu_minutes"][stay])
         weight = p["weight"][stay]
+        given, charted = rate * (end - start) / 60, _mistyped(rate, stay, highest, slips)
         if drug == "vasopressin":
-            give(
-                stay,
-                start,
-                end,
-                item,
-                rate * (end - start) / 60,
-                drip,
-                rate=rate,
-                rateuom="units/hour",
-                amountuom="units",
-            )
+            give(stay, start, end, item, given, drip, rate=charted, rateuom="units/hour", amountuom="units")
             continue
-        amount = rate * weight * (end - start) / 1000
-        absolute = drug == "phenylephrine" and rng.random() < 0.3  # charted per minute, not per kg
-        rateuom = "mcg/min" if absolute else "mcg/kg/min"
-        give(
-            stay,
-            start,
-            end,
-            item,
-            amount,
-            drip,
-            rate=rate * weight if absolute else rate,
-            rateuom=rateuom,
-            amountuom="mg",
-        )
-    low = np.flatnonzero((patients.hours["map"] < 62) & (rng.random(len(patients.hours["map"])) < 0.15))
-    stay, start = patients.hours["stay"][low], patients.hours["hour"][low] * 60
-    give(
-        stay,
-        start,
-        start + 30,
-        225158,
-        np.full(len(low), 500.0),
-        bolus,
-        rate=np.full(len(low), 1000.0),
-        rateuom="mL/hour",
-        amountuom="ml",
-    )
+        given = given * weight * 60 / 1000
+        if drug == "phenylephrine" and rng.random() < 0.3:  # charted per minute, not per kg
+            give(stay, start, end, item, given, drip, rate=charted * weight, rateuom="mcg/min", amountuom="mg")
+        else:
+            give(stay, start, end, item, given, drip, rate=charted, rateuom="mcg/kg/min", amountuom="mg")
+    low = np.flatnonzero(h["bolus"])
+    stay, start, volume = h["stay"][low], h["hour"][low] * 60 + 10, h["bolus"][low]
+    give(stay, start, start + 30, 225158, volume, bolus, rate=2 * volume, rateuom="mL/hour", amountuom="ml")
     stay, drug_index, begin, stop = orders
     for index, drug_row in enumerate(ANTIBIOTICS):
         for hours in range(0, 216, 8 if index == 1 else 12):
             at = begin + 60 * hours
             due = (drug_index == index) & (at < stop) & (at >= 0) & (at < p["icu_minutes"][stay])
             give(stay[due], at[due], at[due] + 1, drug_row.itemid, np.ones(due.sum()), antibiotic, amountuom="dose")
-    rows = twice(pl.concat(frames, how="diagonal").sort("stay", "start", maintain_order=True), rng)
-    stay = rows["stay"].to_numpy()
+    rows = pl.concat(frames, how="diagonal").sort("stay", "start", maintain_order=True)
+    stay, delay = rows["stay"].to_numpy(), charting_delay(rows.height, slips)
     rows = rows.with_columns(
         **dates.ids(stay),
         starttime=dates.when(stay, rows["start"].to_numpy()),
         endtime=dates.when(stay, rows["end"].to_numpy()),
-        storetime=dates.when(stay, rows["start"].to_numpy()),
+        storetime=dates.when(stay, rows["start"].to_numpy() + delay),
         orderid=(dates.stay[stay] % 10_000_000) * 10_000 + np.arange(rows.height) % 10_000,
         patientweight=p["weight"][stay],
     )
@@ -134,29 +113,63 @@ def write_inputevents(patients: Patients, dates: Calendar, orders: Orders, rng: 
         ordercategorydescription=pl.lit("Continuous Med"),
         statusdescription=pl.lit("FinishedRunning"),
     )
-    add("icu/inputevents", rows)
+    corrected = np.flatnonzero((rows["ordercategoryname"] == drip).to_numpy() & (slips.random(rows.height) < 0.01))
+    before = rows[corrected].with_columns(
+        rate=pl.col("rate") * slips.uniform(0.3, 3, len(corrected)),
+        storetime="starttime",
+        statusdescription=pl.lit("Rewritten"),
+    )
+    add("icu/inputevents", twice(pl.concat([rows, before]).sort("stay", "start", maintain_order=True), rng))
+
+
+def _mistyped(rate: NDArray, stay: NDArray, highest: float, rng: np.random.Generator) -> NDArray:
+    """Rates of which 1 % of those that stand between two others of their stay are far above what is plausible."""
+    inside = (stay[1:-1] == stay[:-2]) & (stay[1:-1] == stay[2:])
+    wrong = np.flatnonzero(inside & (rng.random(len(inside)) < 0.01)) + 1
+    rate = rate.copy()
+    rate[wrong] = rng.uniform(highest / 2, highest, len(wrong)).round(2)
+    return rate
 
 
 def write_outputevents(patients: Patients, dates: Calendar, rng: np.random.Generator, add: Add) -> None:
-    """outputevents and procedureevents: urine by the hour (catheter) or every four (void), invasive ventilation."""
+    """Add outputevents and procedureevents: urine by the hour (catheter) or every four (void), invasive ventilation.
+
+    A few bladders are irrigated: what goes in and what comes out (urine and irrigant together) are charted at different
+    minutes of the hour, and what goes in sometimes with a minus sign. Rows are stored later, see ``charting_delay``.
+    """
     p, h = patients.stays, patients.hours
     stay, hour = h["stay"], h["hour"]
     minute = hour * 60 + dates.pad[stay]
     foley = p["foley"][stay]
-    at = np.flatnonzero(~p["silent"][stay] & (minute <= p["icu_minutes"][stay]) & (foley | (hour % 4 == 3)))
+    slips = rng.spawn(1)[0]
+    delay = charting_delay(len(stay), slips)
+    charted = ~p["silent"][stay] & (minute <= p["icu_minutes"][stay])
+    irrigated = charted & p["irrigated"][stay] & (hour >= 6) & (hour < 36)
+    at = np.flatnonzero(charted & (foley | (hour % 4 == 3)))
     total = np.cumsum(h["urine"])
     four = total - np.where(np.arange(len(stay)) >= 4, np.roll(total, 4), 0)
     volume = np.where(foley, h["urine"], four)[at]
-    events = Event(
-        stay[at],
-        minute[at],
-        as_text(spoil(volume, rng), 0),
-        {"itemid": np.where(foley[at], 226559, 226560), "valueuom": "mL"},
-    )
-    rows = twice(stack([events]), rng)
-    index = rows["stay"].to_numpy()
-    time = dates.when(index, rows["minute"].to_numpy())
-    add("icu/outputevents", rows.with_columns(**dates.ids(index), charttime=time, storetime=time))
+    volume, kept = spoil(volume, rng), ~irrigated[at]
+    at = at[kept]
+    fields: dict[str, Any] = {"itemid": np.where(foley[at], 226559, 226560), "valueuom": "mL", "delay": delay[at]}
+    events = [Event(stay[at], minute[at], as_text(volume[kept], 0), fields)]
+    at = np.flatnonzero(irrigated)
+    irrigant = slips.integers(2, 11, len(at)) * 100
+    sign = np.where(slips.random(len(at)) < 0.2, -1, 1)
+    for item, volume, late in (
+        (IRRIGANT_IN_ITEM, irrigant * sign, 5),
+        (IRRIGANT_OUT_ITEM, irrigant + h["urine"][at], 35),
+    ):
+        fields = {"itemid": item, "valueuom": "mL", "delay": delay[at]}
+        then = hour[at] * 60 + late + slips.integers(0, 20, len(at))
+        events.append(Event(stay[at], then, as_text(volume, 0), fields))
+    rows = twice(stack(events), rng)
+    index, minute = rows["stay"].to_numpy(), rows["minute"].to_numpy()
+    times = {
+        "charttime": dates.when(index, minute),
+        "storetime": dates.when(index, minute + rows["delay"].to_numpy()),
+    }
+    add("icu/outputevents", rows.with_columns(**dates.ids(index), **times))
     index, first, after, _ = rate_intervals(patients, "vent", 1.0)
     start, end = first * 60, np.minimum(after * 60, p["icu_minutes"][index])
     times = {
@@ -177,7 +190,10 @@ def write_outputevents(patients: Patients, dates: Calendar, rng: np.random.Gener
 def write_orders_and_cultures(
     patients: Patients, dates: Calendar, orders: Orders, base: int, rng: np.random.Generator, add: Add
 ) -> None:
-    """prescriptions (antibiotics, and drugs that must not be taken for them) and microbiologyevents."""
+    """Add prescriptions (antibiotics, and drugs that must not be taken for them) and microbiologyevents.
+
+    Growth is stored one to three days after the specimen, its absence after two to five.
+    """
     count = len(patients.stays["age"])
     stay, drug, start, stop = orders
     route, kind = np.full(len(stay), "IV"), np.full(len(stay), "MAIN")
@@ -202,13 +218,14 @@ def write_orders_and_cultures(
     time = dates.when(stay, minute)
     where = pl.Series(specimen)
     named = np.where(organism >= 0, organism, len(ORGANISM_ITEMS))
-    day = time.str.slice(0, 10) + " 00:00:00"
+    wait = rng.spawn(1)[0].uniform(1, 3, len(stay)) * 1440
+    stored = dates.when(stay, minute + np.where(organism >= 0, wait, wait * 5 / 3 + 400).astype(np.int64))
     frame = pl.DataFrame(
         {
             **dates.ids(stay, "subject", "hadm"),
             "microevent_id": base * 10 + np.arange(len(stay)),
             "micro_specimen_id": 5_000_000 + base * 10 + np.arange(len(stay)),
-            "chartdate": day,
+            "chartdate": time.str.slice(0, 10) + " 00:00:00",
             "charttime": pl.DataFrame({"t": time, "k": rng.random(len(stay)) > 0.034})
             .select(pl.when("k").then("t"))
             .to_series(),
@@ -222,5 +239,5 @@ def write_orders_and_cultures(
     )
     add(
         "hosp/microbiologyevents",
-        frame.with_columns(test_seq=pl.lit(1), storedate=pl.col("chartdate"), storetime=pl.col("chartdate")),
+        frame.with_columns(test_seq=pl.lit(1), storedate=stored.str.slice(0, 10) + " 00:00:00", storetime=stored),
     )

@@ -9,6 +9,9 @@ What drives what, hour by hour:
 - Treatment masks illness: a pressor is titrated every hour against a target mean pressure, oxygen and ventilation
   against a target saturation. Charted pressure is native pressure plus pressor effect, so that the dose carries what
   the pressure hides.
+- Some pressors are left as they are for a day or longer, as long as the pressure is not far from its target.
+- Low pressure is answered with boluses of half a litre, low oxygen with a cannula, then high flow, then the ventilator.
+- A few stays have not ended when the records are taken; the bladder of a few is irrigated.
 - The hourly hazard of death depends on the severity, the *native* shock, the urine deficit and the chronic risk.
 
 The systems share the physiology and differ in their ``CaseMix``: patients, targets, hospital offsets, weights of the
@@ -26,6 +29,9 @@ CHUNK = 2000  # stays simulated at a time
 HOURS = 240  # longest simulated ICU stay
 BEFORE = 8  # hours simulated before ICU admission, in which treatment starts
 CARE_UNITS = ("medical", "surgical", "cardiac", "cardiac_surgery", "neuro", "mixed")
+
+
+SUPPORT = ("none", "cannula", "high flow", "ventilator")  # of breathing
 
 
 class CaseMix(NamedTuple):
@@ -76,15 +82,22 @@ def simulate_stays(mix: CaseMix, count: int, rng: np.random.Generator) -> Patien
 
     Returns:
         The stays. Times are minutes (``*_minute``) or hours since ICU admission; doses are mcg/kg/min, vasopressin
-        units/h, pressures mmHg, urine mL in the hour. ``severity`` and ``native_map`` are hidden: no table shows them.
+        units/h, pressures mmHg, urine and bolus mL in the hour. ``severity`` and ``native_map`` are hidden: no table
+        shows them.
     """
+    rare = rng.spawn(1)[0]  # what few stays have leaves the draws of all others as they are
     stays = _people(mix, count, rng)
+    stays["steady"] = rare.random(count) < 0.03
+    stays["irrigated"] = stays["foley"] & (rare.random(count) < 0.04)
     course = _course(mix, stays, rng)
     length = _outcomes(mix, stays, course, rng)
+    ended = np.append(stays["again"][1:], False) | stays["hospital_death"]
+    stays["present"] = ~ended & (rare.random(count) < 0.007)
     inside = np.arange(HOURS) < length[:, None]  # (B, T)
     hours: dict[str, NDArray] = {name: values[:, BEFORE:][inside] for name, values in course.items()}
     hours["stay"], hours["hour"] = (index.astype(np.int32) for index in np.nonzero(inside))
     _measure(stays, hours, rng)
+    hours["bolus"] = np.where((hours["map"] < 62) & (rare.random(len(hours["map"])) < 0.15), 500.0, 0.0)
     return Patients(stays, hours)
 
 
@@ -190,8 +203,9 @@ def _course(mix: CaseMix, p: dict[str, NDArray], rng: np.random.Generator) -> di
             course[name][:, column] = now
         # what nurses do about it, and what organs become, by the next hour
         error = target - (pressure + 2 * noise[5])
+        step = np.where(p["steady"] & (np.abs(error) < 16), 0, 0.009 * np.clip(error, -2.5, 15))
         started = np.where((dose == 0) & (error > 6), 0.03 + 0.004 * error, 0)
-        dose = np.clip(np.where(dose > 0, dose + 0.009 * np.clip(error, -2.5, 15), started), 0, 1.6)
+        dose = np.clip(np.where(dose > 0, dose + step, started), 0, 1.6)
         dose = np.where(dose < 0.02, 0, dose)
         vaso = np.where(vaso, dose > 0.08, dose > 0.3)
         creatinine += 0.02 * (creatinine0 * (1 + 1.3 * np.maximum(1.6 - kidney, 0)) - creatinine)
@@ -275,7 +289,9 @@ def _measure(p: dict[str, NDArray], h: dict[str, NDArray], rng: np.random.Genera
     )
     h["pao2"] = np.clip(h["pf"] * h["fio2"] * np.exp(noise(0.12)), 38, 480)
     h["spo2"] = np.clip(100 / (1 + (23.4 / h["pao2"]) ** 2.7) + noise(0.8), 70, 100)
+    h["support"] = np.where(h["vent"] > 0, 3, np.digitize(h["fio2"], (0.22, 0.45)))  # index into SUPPORT
     h["peep"] = np.clip(np.round(5 + 12 * (h["fio2"] - 0.4)), 5, 18)
+    h["weight"] = p["weight"][stay] + 0.03 * h["hour"]  # kg, of fluids
     # consciousness: 0 = comatose .. 1 = awake
     awake = 1 / (
         1

@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 
 from datamodules.simulate import eicu, headers, mimiciv, patient
-from datamodules.simulate.habits import Add, Hospitals
+from datamodules.simulate.habits import EICU_FIRST_STAY, MIMICIV_FIRST_STAY, Add, Hospitals
 from datamodules.simulate.patient import CaseMix, Patients
 
 
@@ -28,6 +28,7 @@ class Simulated(NamedTuple):
 
     Attributes:
         mix: who its patients are.
+        first_stay: the id of its first stay; the others count on from there.
         headers: its tables, each with its columns.
         once: adds the tables that do not depend on the patients.
         chunk: adds the rows of some stays; takes the patients, their hospitals, the number of stays already written,
@@ -35,14 +36,17 @@ class Simulated(NamedTuple):
     """
 
     mix: CaseMix
+    first_stay: int
     headers: dict[str, str]
     once: Callable[[Hospitals, Add], None]
     chunk: Callable[[Patients, Hospitals, int, int, np.random.Generator, Add], None]
 
 
 SYSTEMS: dict[str, Simulated] = {
-    "MIMICIV": Simulated(mimiciv.MIMICIV_MIX, headers.MIMICIV, mimiciv.write_items, mimiciv.write_mimiciv),
-    "EICU": Simulated(eicu.EICU_MIX, headers.EICU, eicu.write_hospitals, eicu.write_eicu),
+    "MIMICIV": Simulated(
+        mimiciv.MIMICIV_MIX, MIMICIV_FIRST_STAY, headers.MIMICIV, mimiciv.write_items, mimiciv.write_mimiciv
+    ),
+    "EICU": Simulated(eicu.EICU_MIX, EICU_FIRST_STAY, headers.EICU, eicu.write_hospitals, eicu.write_eicu),
 }
 
 
