@@ -63,7 +63,12 @@ IDLE_LABELS = ("Pain Score", "Bed Position", "Safety Check", "Braden Score")  # 
 
 
 def write_hospitals(hospitals: Hospitals, add: Add) -> None:
-    """Add the table ``hospital``."""
+    """Add the table ``hospital``.
+
+    Args:
+        hospitals: the habits of their hospitals.
+        add: takes the next rows of a table.
+    """
     index = np.arange(len(hospitals.id))
     size = np.array([">= 500", "250 - 499", "100 - 249", "<100"])[np.minimum(index // 10, 3)]
     region = np.array(["Midwest", "South", "West", "Northeast"])[index % 4]

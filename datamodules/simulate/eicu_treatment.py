@@ -46,6 +46,12 @@ def write_infusions(patients: Patients, hospitals: Hospitals, rng: np.random.Gen
 
     A rate is written when it changes and every one to eight hours while it holds, as the hospital does it. Where it
     ends follows a 0 or "OFF", or nothing at all. A few rates are slips ("ERROR", "2..5"), some have a comma ("1,000").
+
+    Args:
+        patients: the simulated stays.
+        hospitals: the habits of their hospitals.
+        rng: source of randomness.
+        rows: takes the next rows of a table, with ids.
     """
     p, h = patients.stays, patients.hours
     slips = rng.spawn(1)[0]
@@ -167,7 +173,14 @@ def _medication(
 
 
 def write_urine(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
-    """Add urine to intakeOutput, summed over the hospital's interval; some entries are made hours later."""
+    """Add urine to intakeOutput, summed over the hospital's interval; some entries are made hours later.
+
+    Args:
+        patients: the simulated stays.
+        hospitals: the habits of their hospitals.
+        rng: source of randomness.
+        rows: takes the next rows of a table, with ids.
+    """
     p, h = patients.stays, patients.hours
     stay, hour = h["stay"], h["hour"]
     hospital = p["hospital"][stay]
@@ -192,7 +205,14 @@ def write_urine(patients: Patients, hospitals: Hospitals, rng: np.random.Generat
 
 
 def write_boluses(patients: Patients, hospitals: Hospitals, rng: np.random.Generator, rows: Rows) -> None:
-    """Add boluses to intakeOutput; some entries are made hours later, a few stand twice."""
+    """Add boluses to intakeOutput; some entries are made hours later, a few stand twice.
+
+    Args:
+        patients: the simulated stays.
+        hospitals: the habits of their hospitals.
+        rng: source of randomness.
+        rows: takes the next rows of a table, with ids.
+    """
     h = patients.hours
     stay = h["stay"]
     charted = ~patients.stays["silent"][stay] & hospitals.fills["intakeOutput"][patients.stays["hospital"][stay]]
@@ -214,7 +234,15 @@ def write_boluses(patients: Patients, hospitals: Hospitals, rng: np.random.Gener
 def write_infection(
     patients: Patients, hospitals: Hospitals, orders: Orders, rng: np.random.Generator, rows: Rows
 ) -> None:
-    """Antibiotics in medication and treatment, diagnoses, and the cultures of the few hospitals that report them."""
+    """Antibiotics in medication and treatment, diagnoses, and the cultures of the few hospitals that report them.
+
+    Args:
+        patients: the simulated stays.
+        hospitals: the habits of their hospitals.
+        orders: of antibiotics, as ``antibiotic_orders`` gives them.
+        rng: source of randomness.
+        rows: takes the next rows of a table, with ids.
+    """
     p = patients.stays
     stay, drug, start, stop = orders
     hospital = p["hospital"]
@@ -267,7 +295,13 @@ def write_infection(
 
 
 def write_apache(patients: Patients, rng: np.random.Generator, rows: Rows) -> None:
-    """apacheApsVar: the worst values of the first day (they leak into any shorter window); -1 where missing."""
+    """apacheApsVar: the worst values of the first day (they leak into any shorter window); -1 where missing.
+
+    Args:
+        patients: the simulated stays.
+        rng: source of randomness.
+        rows: takes the next rows of a table, with ids.
+    """
     p, h = patients.stays, patients.hours
     day = h["hour"] < 24
     stay, count = h["stay"][day], len(p["age"])

@@ -154,12 +154,23 @@ class Event(NamedTuple):
 
 
 def as_text(values: NDArray, decimals: int) -> pl.Series:
-    """Numbers as a nurse or a laboratory would write them: 7.40 -> "7.4", 80.0 -> "80"."""
+    """Numbers as a nurse or a laboratory would write them: 7.40 -> "7.4", 80.0 -> "80".
+
+    Args:
+        values: one per row.
+        decimals: digits after the point that are kept.
+    """
     return pl.Series(np.round(values, decimals) + 0.0, dtype=pl.Float64).cast(pl.String).str.strip_suffix(".0")
 
 
 def spoil(values: NDArray, rng: np.random.Generator, rate: float = 0.001) -> NDArray:
-    """Replace a few values by what typing errors and loose cables leave behind."""
+    """Replace a few values by what typing errors and loose cables leave behind.
+
+    Args:
+        values: one per row.
+        rng: source of randomness.
+        rate: share of the values.
+    """
     values = np.array(values, float)
     where = np.flatnonzero(rng.random(len(values)) < rate)
     wrong = np.stack([np.zeros(len(where)), -values[where], values[where] * 10, np.full(len(where), 9999.0)])
@@ -168,7 +179,13 @@ def spoil(values: NDArray, rng: np.random.Generator, rate: float = 0.001) -> NDA
 
 
 def twice(frame: pl.DataFrame, rng: np.random.Generator, rate: float = 0.003) -> pl.DataFrame:
-    """The frame with a few of its rows standing twice."""
+    """The frame with a few of its rows standing twice.
+
+    Args:
+        frame: rows of a table.
+        rng: source of randomness.
+        rate: share of the rows.
+    """
     return pl.concat([frame, frame[np.flatnonzero(rng.random(frame.height) < rate)]])
 
 
@@ -205,12 +222,24 @@ def later_entry(minute: NDArray | pl.Series, rng: np.random.Generator) -> NDArra
 
 
 def scatter(frame: pl.DataFrame, rng: np.random.Generator) -> pl.DataFrame:
-    """The rows in no order."""
+    """The rows in no order.
+
+    Args:
+        frame: rows of a table.
+        rng: source of randomness.
+    """
     return frame[rng.permutation(frame.height)]
 
 
 def stack(events: list[Event]) -> pl.DataFrame:
-    """All events as one frame, sorted: ``stay``, ``minute``, ``value`` (text, null if empty) and the fields."""
+    """All events as one frame.
+
+    Args:
+        events: rows item by item.
+
+    Returns:
+        Columns ``stay``, ``minute``, ``value`` (text, null if empty) and the fields, sorted by stay and minute.
+    """
     frames = []
     for event in events:
         value = event.value if isinstance(event.value, pl.Series) else as_text(event.value, 1)
@@ -334,9 +363,14 @@ def rate_intervals(patients: Patients, drug: str, step: float) -> tuple[NDArray,
 
 
 def antibiotic_orders(patients: Patients, rng: np.random.Generator) -> Orders:
-    """Orders: stay, index into ``ANTIBIOTICS``, start and stop minute.
+    """Who gets which antibiotic when: infected stays one or two, some others a prophylaxis.
 
-    Infected stays get one or two, some others a prophylaxis.
+    Args:
+        patients: the simulated stays.
+        rng: source of randomness.
+
+    Returns:
+        Stay, index into ``ANTIBIOTICS``, start and stop minute since ICU admission, one entry per order.
     """
     p = patients.stays
     begin = (p["onset_minute"] + rng.integers(30, 400, len(p["age"]))) // 60 * 60
@@ -353,7 +387,16 @@ def antibiotic_orders(patients: Patients, rng: np.random.Generator) -> Orders:
 
 
 def specimens(patients: Patients, rng: np.random.Generator) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Specimens: stay, minute, kind (0 blood, 1 urine, 2 sputum, 3 MRSA screen) and organism (-1 none)."""
+    """Which specimens are taken when, and what grows.
+
+    Args:
+        patients: the simulated stays.
+        rng: source of randomness.
+
+    Returns:
+        One entry per specimen: stay, minute since ICU admission, kind (0 blood, 1 urine, 2 sputum, 3 MRSA screen) and
+        organism (-1 none).
+    """
     p = patients.stays
     count = len(p["age"])
     taken = p["onset_minute"] + np.where(

@@ -94,7 +94,12 @@ IDLE_ITEMS = np.array([220046, 220047, 223751, 220074])  # charted, extracted by
 
 
 def write_items(hospitals: Hospitals, add: Add) -> None:
-    """Add ``icu/d_items``, which depends on nobody."""
+    """Add ``icu/d_items``, which depends on nobody.
+
+    Args:
+        hospitals: the habits of their hospitals.
+        add: takes the next rows of a table.
+    """
     columns = ("itemid", "label", "linksto", "category", "unitname", "param_type")
     add("icu/d_items", pl.DataFrame(list(ITEMS), schema=columns, orient="row").with_columns(abbreviation="label"))
 

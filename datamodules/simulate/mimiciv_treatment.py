@@ -51,6 +51,13 @@ def write_inputevents(patients: Patients, dates: Calendar, orders: Orders, rng: 
 
     They are stored after their start, see ``charting_delay``. Between normal rates stand a few that no pump could give.
     A few rows stand twice, equal in every column, and a few also as they were before a correction ("Rewritten").
+
+    Args:
+        patients: the simulated stays.
+        dates: ids and times of the stays.
+        orders: of antibiotics, as ``antibiotic_orders`` gives them.
+        rng: source of randomness.
+        add: takes the next rows of a table.
     """
     p, h, frames = patients.stays, patients.hours, []
     slips = rng.spawn(1)[0]
@@ -136,6 +143,12 @@ def write_outputevents(patients: Patients, dates: Calendar, rng: np.random.Gener
 
     A few bladders are irrigated: what goes in and what comes out (urine and irrigant together) are charted at different
     minutes of the hour, and what goes in sometimes with a minus sign. Rows are stored later, see ``charting_delay``.
+
+    Args:
+        patients: the simulated stays.
+        dates: ids and times of the stays.
+        rng: source of randomness.
+        add: takes the next rows of a table.
     """
     p, h = patients.stays, patients.hours
     stay, hour = h["stay"], h["hour"]
@@ -193,6 +206,14 @@ def write_orders_and_cultures(
     """Add prescriptions (antibiotics, and drugs that must not be taken for them) and microbiologyevents.
 
     Growth is stored one to three days after the specimen, its absence after two to five.
+
+    Args:
+        patients: the simulated stays.
+        dates: ids and times of the stays.
+        orders: of antibiotics, as ``antibiotic_orders`` gives them.
+        base: number of stays already written, from which the ids are counted.
+        rng: source of randomness.
+        add: takes the next rows of a table.
     """
     count = len(patients.stays["age"])
     stay, drug, start, stop = orders

@@ -110,12 +110,23 @@ def write(
 
 
 def hospitals_of(system: str, seed: int) -> Hospitals:
-    """The hospitals that ``write`` draws with this seed."""
+    """The hospitals that ``write`` draws with this seed.
+
+    Args:
+        system: a name in ``SYSTEMS``.
+        seed: as for ``write``.
+    """
     return Hospitals(_system(system).mix, _source(system, seed, 0))
 
 
 def chunks(system: str, stays: int, seed: int) -> Iterator[tuple[int, Patients]]:
-    """The patients that ``write`` draws: number of stays before them, and at most ``patient.CHUNK`` stays at a time."""
+    """The patients that ``write`` draws: number of stays before them, and at most ``patient.CHUNK`` stays at a time.
+
+    Args:
+        system: a name in ``SYSTEMS``.
+        stays: number of ICU stays.
+        seed: as for ``write``.
+    """
     for base in range(0, stays, patient.CHUNK):
         yield base, simulate(system, min(patient.CHUNK, stays - base), _source(system, seed, 1, base))
 
@@ -149,7 +160,12 @@ class _Files:
             self.files[table].write(f"{header}\n".encode())
 
     def add(self, table: str, rows: pl.DataFrame) -> None:
-        """Append rows to a table; columns that they lack are left empty, columns that the table lacks are left out."""
+        """Append rows to a table; columns that they lack are left empty, columns that the table lacks are left out.
+
+        Args:
+            table: its name.
+            rows: its rows, columns in any order.
+        """
         columns = [pl.col(c) if c in rows.columns else pl.lit(None, pl.String).alias(c) for c in self.columns[table]]
         self.files[table].write(rows.select(columns).write_csv(include_header=False).encode())
 
