@@ -1,10 +1,15 @@
-"""The canonical tables that every hospital becomes: one checked schema each."""
+"""The canonical tables that every hospital becomes: one checked schema each.
+
+All minutes count from ICU admission, rounded down; negative ones lie before it. ``known_minute`` is the minute in which a record
+became known: that of the record itself unless its source says that it was entered, revised or completed later, and never earlier.
+Features, cohorts and risk sets use what was known strictly before the prediction.
+"""
 
 import polars as pl
 
-from datamodules.concepts import CONCEPT
+from datamodules.dictionary import CONCEPT
 
-# One row per ICU stay. All minutes count from ICU admission (negative = before it).
+# One row per ICU stay.
 STAYS: dict[str, pl.DataType] = {
     "stay_id": pl.Int64(),
     "patient_id": pl.String(),
@@ -16,33 +21,39 @@ STAYS: dict[str, pl.DataType] = {
     "weight": pl.Float32(),  # kg on admission, likewise
     "unit": pl.String(),  # medical, surgical, cardiac, cardiac_surgery, neuro, mixed, other
     "admit_minute": pl.Int32(),  # hospital admission, negative when it came before the ICU
-    "icu_minutes": pl.Int32(),  # length of the ICU stay
+    "icu_minutes": pl.Int32(),  # length of the ICU stay, null while the patient is there
     "first_minute": pl.Int32(),  # where the record begins, null = on ICU admission
     "discharge_minute": pl.Int32(),  # hospital discharge (or death)
     "death_minute": pl.Int32(),  # death in hospital, null if the patient left alive
     "hospital_death": pl.Boolean(),  # null = unknown
     "icu_death": pl.Boolean(),  # null = unknown
-    "sepsis_minute": pl.Int32(),  # onset of sepsis where the publisher labels it, null = none or unlabelled
+    "sepsis_minute": pl.Int32(),  # onset of sepsis: the publisher's label, else that of the chosen definition; null = none
 }
 
-# What a source module yields, one lazy frame per raw table; ``unit`` is the charted unit (null = the concept's own).
-RAW_EVENTS: dict[str, pl.DataType] = {
+# Why a row that was read is not kept as it stands; null = it is.
+DROPPED = pl.Enum(["duplicate", "withdrawn", "not_a_number", "unmapped_unit", "out_of_range"])
+
+# What a hospital makes of its raw tables. A row that it rejects itself is given with the reason, so that it is counted.
+EVENTS: dict[str, pl.DataType] = {
     "stay_id": pl.Int64(),
     "minute": pl.Int32(),
+    "known_minute": pl.Int32(),  # null = ``minute``
     "concept": CONCEPT,
     "value": pl.Float64(),
-    "unit": pl.String(),
+    "unit": pl.String(),  # as charted; null = the concept's own
+    "dropped": DROPPED,
 }
 
-# One row per infusion interval; ``estimated`` = the charted unit or the weight had to be assumed.
-VASOPRESSORS: dict[str, pl.DataType] = {
+# One row per infusion interval of a vasoactive drug.
+INFUSIONS: dict[str, pl.DataType] = {
     "stay_id": pl.Int64(),
     "start_minute": pl.Int32(),
     "end_minute": pl.Int32(),
+    "known_minute": pl.Int32(),  # of the start
     "drug": pl.String(),
     "rate": pl.Float64(),  # in ``unit``
     "unit": pl.String(),  # mcg/kg/min; vasopressin in units/h
-    "estimated": pl.Boolean(),
+    "estimated": pl.Boolean(),  # the charted unit or the concentration had to be assumed
 }
 
 
@@ -55,6 +66,12 @@ def conform(frame: pl.DataFrame, schema: dict[str, pl.DataType], what: str) -> p
     return frame.with_columns(absent).select(pl.col(c).cast(dtype) for c, dtype in schema.items())
 
 
+def as_events(rows: pl.LazyFrame) -> pl.LazyFrame:
+    """Lazy rows in schema ``EVENTS``; columns that they lack are null."""
+    present = rows.collect_schema()
+    return rows.select((pl.col(c) if c in present else pl.lit(None)).cast(kind).alias(c) for c, kind in EVENTS.items())
+
+
 def check_stays(stays: pl.DataFrame) -> pl.DataFrame:
     """Refuse a stays table with a repeated or missing id."""
     stays = conform(stays, STAYS, "stays")
@@ -63,9 +80,10 @@ def check_stays(stays: pl.DataFrame) -> pl.DataFrame:
     for column in ("stay_id", "patient_id"):
         if stays[column].null_count():
             raise ValueError(f"stays: {stays[column].null_count()} rows have no {column}; every stay needs one")
-    twice = stays.filter(pl.col("stay_id").is_duplicated())["stay_id"].unique().sort()
-    if len(twice):
+    repeated = stays.filter(pl.col("stay_id").is_duplicated())["stay_id"].unique().sort()
+    if len(repeated):
         raise ValueError(
-            f"stays: stay_id must be unique, found {len(twice)} ids more than once, such as {twice[0]}; remove the duplicate rows"
+            f"stays: stay_id must be unique, found {len(repeated)} ids more than once, such as {repeated[0]}; "
+            f"remove the duplicate rows"
         )
     return stays

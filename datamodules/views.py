@@ -1,15 +1,16 @@
 """From memory-mapped events to what a model sees: the hourly grid and the triplets, for a whole batch at once.
 
-Shape letters: B samples, T hours, N events, F variables.
+An event is seen if it lies before the prediction and was known before it. Shape letters: B samples, T hours, N events, F variables,
+R rates.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.batch import Spec
-from datamodules.cohort import Store
-from datamodules.concepts import BY_NAME, NAMES
+from datamodules.contract import Spec
+from datamodules.dictionary import BY_NAME, NAMES, RATES
+from datamodules.store import Store
 
 CLIP = 5.0  # standardised values are clipped to +-CLIP: raw records keep errors such as pH 100
 CARRY = 24  # hours before the window from which values are carried into it
@@ -21,76 +22,101 @@ class Views:
     Args:
         store: the events.
         variables: F names in the order of the last axis.
-        hours: T, length of the window before the prediction time.
+        window: T, hours before the prediction time.
     """
 
-    def __init__(self, store: Store, variables: list[str], hours: int):
-        self.store, self.variables, self.hours = store, variables, hours
+    def __init__(self, store: Store, variables: list[str], window: int):
+        self.store, self.variables, self.window = store, variables, window
         position = {name: i for i, name in enumerate(variables)}
         self._variable = np.array([position.get(name, -1) for name in NAMES])  # concept code -> last axis, or -1
-        self._is_rate = np.array([BY_NAME[n].hourly == "rate" for n in variables])
-        self._is_sum = np.array([BY_NAME[n].hourly == "sum" for n in variables])
+        self._rate_variable = np.array([position.get(name, -1) for name in RATES])  # rate -> last axis, or -1
+        self._is_rate = np.array([BY_NAME[n].hourly == "rate" for n in variables], bool)
+        self._is_sum = np.array([BY_NAME[n].hourly == "sum" for n in variables], bool)
 
     def grid(self, spec: Spec, stay: np.ndarray, minute: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Value, mask and since of ``batch.Grid``, each (B, T, F), for pairs of stay index and prediction minute."""
+        """Value, mask and since of ``contract.Grid``, each (B, T, F), for pairs of stay index and prediction minute."""
         value, mask, since = self.hourly(stay, minute)
-        never = (since == self.hours + CARRY) & ~self._is_rate
+        never = (since == self.window + CARRY) & ~self._is_rate
         standard = np.where(never, 0, self._standard(spec, value, slice(None)))
-        since = np.minimum(since / np.float32(self.hours), 1)
+        since = np.minimum(since / np.float32(self.window), 1)
         dense = [torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (standard, mask, since)]
         return dense[0], dense[1], dense[2]
 
     def triplets(self, spec: Spec, stay: np.ndarray, minute: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Time, variable, value, each (B, N), and length (B,) of ``batch.Triplets``."""
-        owner, time, variable, value = self.events(stay, minute)
+        """Time, variable, value, each (B, N), and length (B,) of ``contract.Triplets``."""
+        owner, time, variable, value = self._with_running(stay, minute)
         length = np.bincount(owner, minlength=len(stay))
         place = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)
         shape = (len(stay), max(int(length.max(initial=0)), 1))
-        when, which, what = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
-        when.numpy()[owner, place] = 2 * time / (60 * self.hours) - 1
-        which.numpy()[owner, place] = variable + 1
-        what.numpy()[owner, place] = self._standard(spec, value, variable)
-        return when, which, what, torch.from_numpy(length)
+        times, variables, values = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+        times.numpy()[owner, place] = 2 * time / (60 * self.window) - 1
+        variables.numpy()[owner, place] = variable + 1
+        values.numpy()[owner, place] = self._standard(spec, value, variable)
+        return times, variables, values, torch.from_numpy(length)
 
     def lengths(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
         """(B,) events in each sample's window, of any variable: what ``triplets`` gives is at most that long."""
-        low, high = self._rows(stay, minute, self.hours)
-        return high - low
+        low, high = self._rows(stay, minute, self.window)
+        running = self.store.running(stay, minute - 60 * self.window)
+        return high - low + (running[:, self._rate_variable >= 0] != 0).sum(1)
+
+    def _with_running(
+        self, stay: np.ndarray, minute: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """``events``, and for each rate that runs when the window opens one in its first minute unless it is set anew then."""
+        events = self.events(stay, minute)
+        running = self.store.running(stay, minute - 60 * self.window)
+        sample, rate = np.nonzero((running != 0) & (self._rate_variable >= 0))
+        if not len(sample):
+            return events
+        opening = (sample, np.zeros(len(sample), events[1].dtype), self._rate_variable[rate], running[sample, rate])
+        owner, time, variable, _ = events
+        anew = owner[time == 0] * len(self.variables) + variable[time == 0]
+        fresh = ~np.isin(opening[0] * len(self.variables) + opening[2], anew)
+        columns = [np.concatenate([first[fresh], then]) for first, then in zip(opening, events, strict=True)]
+        concept = np.array(
+            [NAMES.index(name) for name in self.variables]
+        )  # of several at one minute, in the order of concepts
+        order = np.lexsort((concept[columns[2]], columns[1], columns[0]))
+        return columns[0][order], columns[1][order], columns[2][order], columns[3][order]
 
     def _rows(self, stay: np.ndarray, minute: np.ndarray, hours: int) -> np.ndarray:
         """First row of the store of each sample's last ``hours``, and the first after them."""
         times = np.concatenate([minute - 60 * hours, minute])
-        return self.store.first_after(np.tile(stay, 2), times).reshape(2, -1)
+        return self.store.at_or_after(np.tile(stay, 2), times).reshape(2, -1)
 
-    def _standard(self, spec: Spec, value: np.ndarray, which: np.ndarray | slice) -> np.ndarray:
+    def _standard(self, spec: Spec, value: np.ndarray, variable: np.ndarray | slice) -> np.ndarray:
         center, scale = np.array(spec.center, np.float32), np.array(spec.scale, np.float32)
-        return np.clip((value - center[which]) / scale[which], -CLIP, CLIP)
+        return np.clip((value - center[variable]) / scale[variable], -CLIP, CLIP)
 
-    def events(self, stay: np.ndarray, minute: np.ndarray, carry: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Events of each sample from ``carry`` hours before its window up to, not including, its prediction time.
+    def events(
+        self, stay: np.ndarray, minute: np.ndarray, carry: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Events of each sample from ``carry`` hours before its window up to, not including, its prediction, known by then.
 
         Returns:
-            owner (position of the sample in ``stay``), minutes since the start (window and carry), variable, value.
+            owner (position of the sample in ``stay``), minutes since the start (window and carry), variable, value; each (N,),
+            by owner, minute and concept.
         """
         store = self.store
-        start = minute - 60 * (self.hours + carry)
-        low, high = self._rows(stay, minute, self.hours + carry)
+        start = minute - 60 * (self.window + carry)
+        low, high = self._rows(stay, minute, self.window + carry)
         count = high - low
         owner = np.repeat(np.arange(len(stay)), count)
         row = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + low[owner]
         variable = self._variable[store.concept[row]]
-        known = variable >= 0
-        owner, row, variable = owner[known], row[known], variable[known]
+        seen = (variable >= 0) & (store.known[row] < minute[owner])
+        owner, row, variable = owner[seen], row[seen], variable[seen]
         return owner, store.minute[row] - start[owner], variable, store.value[row]
 
     def hourly(self, stay: np.ndarray, minute: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Hourly values in their units, mask, and hours since last charted; each (B, T, F).
 
-        Values of one hour are averaged, volumes summed. A rate is a step function: each of its events changes it by some
-        amount, which counts for the rest of that hour and fully for every later one, so that two scattered sums and one
-        running sum give the time-weighted mean of every hour.
+        Values of one hour are averaged, volumes summed. A rate is a step function that goes on from what runs when the window
+        opens: each of its events changes it by some amount, which counts for the rest of that hour and fully for every later
+        one, so that two scattered sums and one running sum give the time-weighted mean of every hour.
         """
-        batch, hours, width = len(stay), self.hours + CARRY, len(self.variables)
+        batch, hours, width = len(stay), self.window + CARRY, len(self.variables)
         owner, time, variable, value = self.events(stay, minute, CARRY)
         shape = (hours, batch, width)  # time comes first, so that running along it is a pass over contiguous memory
         cell = (time // 60 * batch + owner) * width + variable
@@ -112,24 +138,41 @@ class Views:
         if self._is_rate.any():
             rate = self._is_rate[variable]
             which = np.cumsum(self._is_rate) - 1  # position among the rates
-            steps = self._rates(time[rate], owner[rate], which[variable[rate]], value[rate], (hours, batch, int(self._is_rate.sum())))
+            wide = (hours, batch, int(self._is_rate.sum()))
+            steps = self._rates(
+                time[rate], owner[rate], which[variable[rate]], value[rate], wide, self._opening(stay, minute)
+            )
             carried[..., self._is_rate] = steps[CARRY:]
         return carried.swapaxes(0, 1), mask.reshape(shape)[CARRY:].swapaxes(0, 1), since.swapaxes(0, 1)
 
+    def _opening(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
+        """(B, R) What runs when the carried hours open, in the order of the variables that are rates."""
+        running = self.store.running(stay, minute - 60 * (self.window + CARRY))
+        of_rate = [RATES.index(name) for name, rate in zip(self.variables, self._is_rate, strict=True) if rate]
+        return running[:, of_rate]
+
     @staticmethod
-    def _rates(time: np.ndarray, owner: np.ndarray, variable: np.ndarray, value: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-        """Time-weighted mean of each hour, (T, B, F), of step functions that are 0 before their first event."""
+    def _rates(
+        time: np.ndarray,
+        owner: np.ndarray,
+        variable: np.ndarray,
+        value: np.ndarray,
+        shape: tuple[int, int, int],
+        opening: np.ndarray,
+    ) -> np.ndarray:
+        """Time-weighted mean of each hour, (T, B, R), of step functions that start with ``opening`` (B, R)."""
         hours, batch, width = shape
         series = owner * width + variable
         order = np.lexsort((time, series))  # stable: of several values at one minute, the last holds
         series, time, value = series[order], time[order], value[order].astype(np.float64)
-        before = np.where(np.diff(series, prepend=-1) == 0, np.roll(value, 1), 0)
+        first = np.diff(series, prepend=-1) != 0
+        before = np.where(first, opening.reshape(-1)[series], np.roll(value, 1))
         hour, rest = time // 60, 1 - time % 60 / 60  # ``rest``: share of its hour for which the new value holds
         cell = hour * batch * width + series
         now = np.bincount(cell, (value - before) * rest, minlength=hours * batch * width)
         later = np.bincount(cell, (value - before) * (1 - rest), minlength=hours * batch * width)
         now, later = now.reshape(shape), later.reshape(shape)
         now[1:] += later[:-1]
-        total = np.cumsum(now, axis=0)
-        total[np.abs(total) < 1e-9] = 0  # dust of the sums where an infusion has ended
+        total = np.cumsum(now, axis=0) + opening
+        total[np.abs(total) < 1e-6] = 0  # dust of the sums where an infusion has ended: rates are kept to 32 bits
         return total

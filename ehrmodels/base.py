@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
 
-from datamodules.batch import Batch, Spec, unlabelled
+from datamodules.contract import Batch, Spec, unlabelled
 
 
 class ICUModule(lightning.LightningModule, ABC):
@@ -37,7 +37,12 @@ class ICUModule(lightning.LightningModule, ABC):
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay), ("warmup", warmup)):
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"--model.{name} must be a finite number of at least 0, found {value}")
-        self.learning_rate, self.weight_decay, self.warmup, self.pos_weight = learning_rate, weight_decay, warmup, pos_weight
+        self.learning_rate, self.weight_decay, self.warmup, self.pos_weight = (
+            learning_rate,
+            weight_decay,
+            warmup,
+            pos_weight,
+        )
         self.facts: dict[str, Any] = {}  # what ``experiments`` wants every checkpoint to carry: data, split, threshold
         self.auroc, self.auprc = BinaryAUROC(), BinaryAveragePrecision()
         self.losses = {"train": Mean(), "val": Mean()}  # of the epoch, over the samples of all processes
@@ -119,7 +124,9 @@ class ICUModule(lightning.LightningModule, ABC):
         positive = sum((t.sum() for t in self.auroc.target), torch.zeros((), dtype=torch.int64, device=self.device))
         count = torch.as_tensor(sum(len(t) for t in self.auroc.target), device=self.device)
         positive, count = add_up(torch.stack([positive, count]))
-        both = bool((positive > 0) & (positive < count))  # of all processes: ``compute`` gathers, so all must call it or none
+        both = bool(
+            (positive > 0) & (positive < count)
+        )  # of all processes: ``compute`` gathers, so all must call it or none
         auroc = self.auroc.compute() if both else torch.tensor(0.5)  # one class only: no ranking to judge
         auprc = self.auprc.compute() if both else (positive / count).float().nan_to_num()
         self.log_dict({"val_auroc": auroc, "val_auprc": auprc, "val_auroc_auprc": auroc + auprc}, sync_dist=several())
@@ -156,7 +163,10 @@ class ICUModule(lightning.LightningModule, ABC):
         }
 
     def configure_gradient_clipping(
-        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         whole = self.trainer.strategy.model
         if hasattr(whole, "clip_grad_norm_") and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
@@ -218,10 +228,14 @@ def read_checkpoint(path: Path, advice: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{path}: the checkpoint is damaged or not a checkpoint ({said}); {other}") from error
     end = f"; {advice}" if advice else ""
     if not isinstance(checkpoint, dict) or "ehr" not in checkpoint or "state_dict" not in checkpoint:
-        raise ValueError(f"{path}: not a checkpoint of this framework: expected the entries 'ehr' and 'state_dict'{end}")
+        raise ValueError(
+            f"{path}: not a checkpoint of this framework: expected the entries 'ehr' and 'state_dict'{end}"
+        )
     lacking = [entry for entry in ("model", "arguments", "spec", "pos_weight") if entry not in checkpoint["ehr"]]
     if lacking:
-        raise ValueError(f"{path}: not a checkpoint of this framework: it lacks {', '.join(lacking)} in the entry 'ehr'{end}")
+        raise ValueError(
+            f"{path}: not a checkpoint of this framework: it lacks {', '.join(lacking)} in the entry 'ehr'{end}"
+        )
     return checkpoint
 
 
@@ -240,7 +254,9 @@ def load(path: Path) -> ICUModule:
     try:
         model = getattr(importlib.import_module(where), name)(**facts.pop("arguments"))
     except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: cannot make the model {where}.{name} ({error}); was it trained with another version?") from error
+        raise ValueError(
+            f"{path}: cannot make the model {where}.{name} ({error}); was it trained with another version?"
+        ) from error
     spec = Spec(**facts.pop("spec"))
     model.start(spec, facts.pop("pos_weight"))
     model.facts = facts

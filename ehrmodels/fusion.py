@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from datamodules.batch import Grid, Spec
+from datamodules.contract import Grid, Spec
 from ehrmodels.base import ICUModule
 
 
@@ -52,19 +52,31 @@ class Fusion(ICUModule):
         super().__init__(learning_rate, weight_decay, warmup, pos_weight)
         if width % (2 * heads):
             raise ValueError(f"--model.width must be a multiple of twice --model.heads ({2 * heads}), found {width}")
-        self.width, self.heads, self.lstm_layers, self.transformer_layers = width, heads, lstm_layers, transformer_layers
+        self.width, self.heads, self.lstm_layers, self.transformer_layers = (
+            width,
+            heads,
+            lstm_layers,
+            transformer_layers,
+        )
         self.fusion, self.dropout = fusion, dropout
         self.save_hyperparameters(logger=False)
 
     def build(self, spec: Spec) -> None:
         d, drop = self.width, self.dropout
         self.embed = nn.Sequential(nn.Linear(3 * len(spec.variables), d), nn.LayerNorm(d), nn.Dropout(drop))
-        self.position = nn.Parameter(torch.randn(spec.hours, d) * 0.02)
+        self.position = nn.Parameter(torch.randn(spec.window, d) * 0.02)
         self.lstm = nn.LSTM(
-            d, d // 2, self.lstm_layers, batch_first=True, bidirectional=True, dropout=drop if self.lstm_layers > 1 else 0.0
+            d,
+            d // 2,
+            self.lstm_layers,
+            batch_first=True,
+            bidirectional=True,
+            dropout=drop if self.lstm_layers > 1 else 0.0,
         )
         layer = nn.TransformerEncoderLayer(d, self.heads, 2 * d, drop, "gelu", batch_first=True, norm_first=True)
-        self.transformer = nn.TransformerEncoder(layer, self.transformer_layers, nn.LayerNorm(d), enable_nested_tensor=False)
+        self.transformer = nn.TransformerEncoder(
+            layer, self.transformer_layers, nn.LayerNorm(d), enable_nested_tensor=False
+        )
         if self.fusion == "cross_attention":
             self.to_local = nn.MultiheadAttention(d, self.heads, drop, batch_first=True)
             self.to_global = nn.MultiheadAttention(d, self.heads, drop, batch_first=True)
@@ -81,7 +93,9 @@ class Fusion(ICUModule):
         wide = self.transformer(x + self.position)
         fused = self.norm(self._fuse(local, wide))
         weight = torch.softmax(self.pool(fused), 1)  # (B, T, 1)
-        pooled = torch.cat([(weight * fused).sum(1), fused[:, -1]], -1)  # (B, 2D): attention over time, and the last hour
+        pooled = torch.cat(
+            [(weight * fused).sum(1), fused[:, -1]], -1
+        )  # (B, 2D): attention over time, and the last hour
         return self.head(torch.cat([pooled, self.static(batch.static)], -1)).squeeze(-1)
 
     def _fuse(self, local: Tensor, wide: Tensor) -> Tensor:

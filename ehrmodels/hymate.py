@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from datamodules.batch import Spec, Triplets
+from datamodules.contract import Spec, Triplets
 from ehrmodels.base import ICUModule
 from ehrmodels.mamba import Mamba
 
@@ -69,7 +69,14 @@ class HyMaTE(ICUModule):
         super().__init__(learning_rate, weight_decay, warmup, pos_weight)
         if width % heads:
             raise ValueError(f"--model.width must be a multiple of --model.heads ({heads}), found {width}")
-        self.width, self.layers, self.state, self.attention, self.heads, self.dropout = width, layers, state, attention, heads, dropout
+        self.width, self.layers, self.state, self.attention, self.heads, self.dropout = (
+            width,
+            layers,
+            state,
+            attention,
+            heads,
+            dropout,
+        )
         if not 0 <= thinning < 1:
             raise ValueError(f"--model.thinning must be at least 0 and below 1, found {thinning}")
         self.thinning, self.recompute = thinning, recompute
@@ -87,7 +94,9 @@ class HyMaTE(ICUModule):
         self.attention_norm = nn.RMSNorm(d)
         self.query_key_value, self.attended = nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.context = nn.Linear(len(spec.statics), d)
-        self.feedforward = nn.Sequential(nn.RMSNorm(d), nn.Linear(d, 2 * d), nn.GELU(), nn.Dropout(self.dropout), nn.Linear(2 * d, d))
+        self.feedforward = nn.Sequential(
+            nn.RMSNorm(d), nn.Linear(d, 2 * d), nn.GELU(), nn.Dropout(self.dropout), nn.Linear(2 * d, d)
+        )
         if self.attention == "channel":
             self.temperature = nn.Parameter(torch.ones(self.heads, 1, 1))
         self.pool = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 1, bias=False))
@@ -122,7 +131,9 @@ class HyMaTE(ICUModule):
         if self.training and self.thinning:
             batch = chosen(batch, torch.rand_like(batch.time) >= self.thinning)
         real = batch.real
-        x = self.variable(batch.variable) + self.value(batch.value[..., None]) + self.time(batch.time[..., None])  # (B, N, D)
+        x = (
+            self.variable(batch.variable) + self.value(batch.value[..., None]) + self.time(batch.time[..., None])
+        )  # (B, N, D)
         x = self.drop(x)
         for block, norm in zip(self.blocks, self.norms, strict=False):
             recompute = self.recompute and torch.is_grad_enabled()
@@ -139,7 +150,9 @@ class HyMaTE(ICUModule):
     def _by_variable(self, x: Tensor, variable: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Mean, maximum, last and number of each variable's observations, joined (ours): (B, V, D), and which variables occur (B, V)."""
         count, width, variables = len(x), x.shape[-1], len(self.spec.variables)
-        slot = torch.arange(count, device=x.device)[:, None] * (variables + 1) + variable * real  # padding goes to slot 0 of its sample
+        slot = (
+            torch.arange(count, device=x.device)[:, None] * (variables + 1) + variable * real
+        )  # padding goes to slot 0 of its sample
         slot, tokens, slots = slot.flatten(), x.flatten(0, 1), count * (variables + 1)
         number = x.new_zeros(slots).index_add(0, slot, torch.ones_like(slot, dtype=x.dtype))
         mean = x.new_zeros(slots, width).index_add(0, slot, tokens) / number.clamp(min=1)[:, None]
@@ -157,13 +170,17 @@ class HyMaTE(ICUModule):
             _warn_long(items)
             padding = -items % WINDOW
             x, real = F.pad(x, (0, 0, 0, padding)).view(-1, WINDOW, width), F.pad(real, (0, padding)).view(-1, WINDOW)
-        q, k, v = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, M, D / heads)
+        q, k, v = (
+            self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # each (B, heads, M, D / heads)
         if self.attention == "channel":  # [4]
             q, k = (F.normalize(t * real[:, None, :, None], dim=2) for t in (q, k))
             weight = torch.softmax(self.temperature * (q.transpose(2, 3) @ k), -1)
             out = v @ weight.transpose(2, 3)
         else:
-            some = real | (torch.arange(real.shape[1], device=x.device) == 0)  # nothing at all to attend to would be no number
+            some = real | (
+                torch.arange(real.shape[1], device=x.device) == 0
+            )  # nothing at all to attend to would be no number
             out = F.scaled_dot_product_attention(q, k, v, some[:, None, None, :])
         return out.transpose(1, 2).flatten(2).reshape(count, -1, width)[:, :items]
 
@@ -184,15 +201,19 @@ class HyMaTEForecast(HyMaTE):
         return self._record("train", loss, count, len(batch.row))
 
     def validation_step(self, batch: Triplets, index: int) -> None:  # type: ignore[override]
-        place = torch.frac(batch.row.double() * 0.6180339887498949).float()  # the same times in every epoch, spread evenly
+        place = torch.frac(
+            batch.row.double() * 0.6180339887498949
+        ).float()  # the same times in every epoch, spread evenly
         self._record("val", *self._error(batch, place), len(batch.row))
 
     def predict_step(self, batch: Triplets, index: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        raise ValueError("a HyMaTEForecast checkpoint predicts no outcome: train a HyMaTE from it with `ehr train --init_from`")
+        raise ValueError(
+            "a HyMaTEForecast checkpoint predicts no outcome: train a HyMaTE from it with `ehr train --init_from`"
+        )
 
     def _error(self, batch: Triplets, place: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squared error of the forecast values, in standard deviations, and their number; ``place`` (B,) in [0, 1) chooses the times."""
-        past, value, known = forecast_task(batch, place, self.spec.hours, len(self.spec.variables))
+        past, value, known = forecast_task(batch, place, self.spec.window, len(self.spec.variables))
         error = (self.head(self.represent(past)).float() - value) ** 2 * known
         return error.sum() / known.sum().clamp(min=1), known.sum()
 
@@ -227,7 +248,9 @@ def chosen(batch: Triplets, keep: Tensor) -> Triplets:
     keep = keep & batch.real
     length = keep.sum(1)
     order = (~keep).byte().argsort(dim=1, stable=True)[:, : max(int(length.max()), 1)]
-    time, variable, value = (t.gather(1, order) * keep.gather(1, order) for t in (batch.time, batch.variable, batch.value))
+    time, variable, value = (
+        t.gather(1, order) * keep.gather(1, order) for t in (batch.time, batch.variable, batch.value)
+    )
     return batch._replace(time=time, variable=variable, value=value, length=length)
 
 

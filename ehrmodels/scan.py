@@ -73,9 +73,15 @@ def selective_scan(
     beyond = {
         "float64": u.dtype == torch.float64,
         "more than 256 states": A.shape[1] > 256,
-        "a gradient through the last state": return_last_state and torch.is_grad_enabled(),  # the kernel would take it for 0
+        "a gradient through the last state": return_last_state
+        and torch.is_grad_enabled(),  # the kernel would take it for 0
     }
-    kernel = _kernel("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface", u, [what for what, asked in beyond.items() if asked])
+    kernel = _kernel(
+        "selective_scan_cuda",
+        "mamba_ssm.ops.selective_scan_interface",
+        u,
+        [what for what, asked in beyond.items() if asked],
+    )
     if kernel is not None:
         delta, B, C, z = (None if t is None else t.to(u.dtype) for t in (delta, B, C, z))  # it takes one type only
         D, delta_bias = (None if t is None else t.float() for t in (D, delta_bias))
@@ -159,7 +165,12 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     """
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"activation must be None, 'silu' or 'swish', found {activation!r}")
-    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[1] or (bias is not None and bias.shape != x.shape[1:2]):
+    if (
+        x.ndim != 3
+        or weight.ndim != 2
+        or weight.shape[0] != x.shape[1]
+        or (bias is not None and bias.shape != x.shape[1:2])
+    ):
         raise ValueError(
             f"expected x (B, D, L), weight (D, K), bias (D,), found {tuple(x.shape)}, {tuple(weight.shape)}, {None if bias is None else tuple(bias.shape)}"
         )
@@ -167,9 +178,14 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     kernel = _kernel("causal_conv1d_cuda", "causal_conv1d", x, [what for what, asked in beyond.items() if asked])
     if kernel is not None:
         x = x if x.shape[1] % 8 == 0 else x.contiguous()  # it reads (B, L, D) in memory only for such D
-        return kernel.causal_conv1d_fn(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation=activation)
+        return kernel.causal_conv1d_fn(
+            x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation=activation
+        )
     wide = torch.promote_types(x.dtype, torch.float32)
-    weight, given = weight.to(wide), torch.zeros(len(weight), dtype=wide, device=x.device) if bias is None else bias.to(wide)
+    weight, given = (
+        weight.to(wide),
+        torch.zeros(len(weight), dtype=wide, device=x.device) if bias is None else bias.to(wide),
+    )
     if torch.compiler.is_exporting():
         y = F.conv1d(F.pad(x.to(wide), (weight.shape[1] - 1, 0)), weight[:, None], given, groups=len(weight))
     else:
@@ -248,7 +264,17 @@ def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: bool)
     return y, last, starts
 
 
-def _states(rate: Tensor, delta: Tensor, moved: Tensor, B: Tensor, a: Tensor, h: Tensor, each_a: Any, each_h: Any, before: Tensor) -> None:
+def _states(
+    rate: Tensor,
+    delta: Tensor,
+    moved: Tensor,
+    B: Tensor,
+    a: Tensor,
+    h: Tensor,
+    each_a: Any,
+    each_h: Any,
+    before: Tensor,
+) -> None:
     """Fill ``a`` (T, B, G, N, D) with decays and ``h`` with states, from the state ``before`` the chunk."""
     torch.mul(delta.unsqueeze(3), rate, out=a).exp2_()
     torch.mul(B.unsqueeze(4), moved.unsqueeze(3), out=h)
@@ -317,7 +343,9 @@ def _scan_backward(
 
 
 @_scan_backward.register_fake
-def _(dy: Tensor, dlast: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
+def _(
+    dy: Tensor, dlast: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t) for t in (u, delta, A, B, C))
 
 
@@ -390,18 +418,34 @@ _convolve.register_autograd(
 
 
 def _check(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
 ) -> None:
     if A.is_complex() or B.is_complex() or C.is_complex():
         raise ValueError("A, B and C must be real: complex states are not supported")
     if u.ndim != 3 or A.ndim != 2 or len(A) != u.shape[1]:
         raise ValueError(f"expected u (B, D, L) and A (D, N), found {tuple(u.shape)} and {tuple(A.shape)}")
     (batch, width, steps), states = u.shape, A.shape[1]
-    for name, given, expected in (("delta", delta, u.shape), ("z", z, u.shape), ("D", D, (width,)), ("delta_bias", delta_bias, (width,))):
+    for name, given, expected in (
+        ("delta", delta, u.shape),
+        ("z", z, u.shape),
+        ("D", D, (width,)),
+        ("delta_bias", delta_bias, (width,)),
+    ):
         if given is not None and given.shape != expected:
             raise ValueError(f"expected {name} {tuple(expected)}, found {tuple(given.shape)}")
     for name, given in (("B", B), ("C", C)):
-        grouped = given.ndim == 4 and width % given.shape[1] == 0 and (batch, states, steps) == (given.shape[0], *given.shape[2:])
+        grouped = (
+            given.ndim == 4
+            and width % given.shape[1] == 0
+            and (batch, states, steps) == (given.shape[0], *given.shape[2:])
+        )
         if not grouped and given.shape not in ((width, states), (batch, states, steps)):
             raise ValueError(
                 f"expected {name} ({batch}, {states}, {steps}), ({batch}, G, {states}, {steps}) or ({width}, {states}), found {tuple(given.shape)}"

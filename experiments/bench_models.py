@@ -17,11 +17,11 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from datamodules.batch import Batch, Spec, Triplets
-from datamodules.concepts import BY_NAME, CONCEPT
-from datamodules.hospitals import PhysioNet2012
-from datamodules.module import ICUDataModule
-from datamodules.physionet import HOURS_2012, VARIABLES_2012
+from datamodules.contract import Batch, Spec, Triplets
+from datamodules.dictionary import CONCEPTS, mapping
+from datamodules.hospitals.physionet2012 import HOURS
+from datamodules.module import ICUDataModule, PhysioNet2012
+from datamodules.schema import STAYS, conform
 from ehrmodels.base import ICUModule
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, scalar_embedding
@@ -43,30 +43,36 @@ class Simulated(PhysioNet2012):
         super().__init__(str(Path(__file__).parent), **kwargs)  # type: ignore[arg-type]
         self.count = stays
 
-    def raw_files(self) -> list[Path]:
+    def files(self) -> list[Path]:
         return [Path(__file__)]
 
     def extraction(self) -> dict[str, int]:
         return {"stays": self.count}
 
     def stays(self) -> pl.DataFrame:
+        died = np.random.default_rng(1).random(self.count) < 0.14
+        stays = pl.DataFrame({"stay_id": np.arange(self.count), "hospital_death": died}).with_columns(
+            patient_id=pl.col("stay_id").cast(pl.String),
+            hospital_id=pl.lit("b"),
+            stay_number=1,
+            age=60.0,
+            icu_minutes=HOURS * 60,
+        )
+        return conform(stays, STAYS, "simulated stays")
+
+    def tables(self, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
         rng = np.random.default_rng(0)
         length = np.interp(rng.random(self.count), QUANTILES, LENGTHS).round().astype(int)
-        owner, names = np.repeat(np.arange(self.count), length), sorted(set(VARIABLES_2012.values()))
-        low, high = (np.array([getattr(BY_NAME[n], side) for n in names]) for side in ("low", "high"))
-        which = rng.integers(len(names), size=len(owner))
-        self._events_table = pl.DataFrame(
-            {
-                "stay_id": owner,
-                "minute": rng.integers(HOURS_2012 * 60, size=len(owner)).astype(np.int32),
-                "concept": pl.Series(names, dtype=CONCEPT).gather(which),
-                "value": rng.uniform(low[which], high[which]),
-            }
-        ).with_columns(unit=pl.lit(None, pl.String))
-        stays = pl.DataFrame({"stay_id": np.arange(self.count), "hospital_death": rng.random(self.count) < 0.14})
-        return stays.with_columns(
-            patient_id=pl.col("stay_id").cast(pl.String), hospital_id=pl.lit("b"), stay_number=1, age=60.0, icu_minutes=HOURS_2012 * 60
+        owner = np.repeat(np.arange(self.count), length)
+        variables = mapping("physionet").filter(pl.col("challenge") == "2012")
+        chosen = variables[rng.integers(len(variables), size=len(owner))]
+        low, high = (
+            chosen["concept"].replace_strict({c.name: getattr(c, side) for c in CONCEPTS}).to_numpy()
+            for side in ("low", "high")
         )
+        minute = rng.integers(HOURS * 60, size=len(owner)).astype(np.int32)
+        records = {"stay_id": owner, "minute": minute, "parameter": chosen["variable"], "value": rng.uniform(low, high)}
+        return {"records": pl.LazyFrame(records)}
 
 
 class Baseline(nn.Module):
@@ -114,7 +120,9 @@ class LSTM(Baseline):
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench_models", description="training throughput")
-    parser.add_argument("--root", help="folder with the files of PhysioNet 2012; default: simulated stays of the same lengths")
+    parser.add_argument(
+        "--root", help="folder with the files of PhysioNet 2012; default: simulated stays of the same lengths"
+    )
     root = parser.parse_args().root
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
@@ -122,7 +130,9 @@ def main() -> None:
     what = "PhysioNet 2012" if root else "simulated stays as long as those of PhysioNet 2012"
     if not root:
         console.print("no --root: lengths of stays are simulated")
-    record("throughput", throughput(data), f"Training, {what}: forward, backward, optimiser step; {BATCH} stays a batch")
+    record(
+        "throughput", throughput(data), f"Training, {what}: forward, backward, optimiser step; {BATCH} stays a batch"
+    )
 
 
 def throughput(data: ICUDataModule, count: int = BATCHES) -> list[dict[str, str]]:
@@ -148,26 +158,45 @@ def throughput(data: ICUDataModule, count: int = BATCHES) -> list[dict[str, str]
     rows = []
     for name, model in models.items():
         view = getattr(model, "view", "triplets")
-        row = {"model": name, "parameters": f"{sum(p.numel() for p in model.parameters()):,}", "stays a second": f"{speed[name]:.1f}"}
+        row = {
+            "model": name,
+            "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+            "stays a second": f"{speed[name]:.1f}",
+        }
         row |= {
             "/ Transformer": f"{speed[name] / speed['Transformer encoder']:.2f}",
             "minutes an epoch": f"{len(length) / speed[name] / 60:.1f}",
         }
         row |= {"loader % of the time": f"{100 * loading[view] / (loading[view] + 1 / speed[name]):.2f}"}
         of_tokens = view == "triplets"
-        row |= {"padding %": f"{100 * bucketed:.1f}" if of_tokens else "", "padding % unsorted": f"{100 * mixed:.1f}" if of_tokens else ""}
+        row |= {
+            "padding %": f"{100 * bucketed:.1f}" if of_tokens else "",
+            "padding % unsorted": f"{100 * mixed:.1f}" if of_tokens else "",
+        }
         rows.append(row)
-    console.print(f"{len(length):,} training stays of {length.mean():.0f} observations in the mean, {length.max()} at most")
+    console.print(
+        f"{len(length):,} training stays of {length.mean():.0f} observations in the mean, {length.max()} at most"
+    )
     return rows
 
 
 def named(spec: Spec) -> dict[str, nn.Module]:
     """The models by name, built and in training mode."""
     models: dict[str, nn.Module] = {
-        f"HyMaTE, attention between {plural}": HyMaTE(width=WIDTH, layers=LAYERS, state=STATE, attention=kind, heads=HEADS)  # type: ignore[arg-type]
+        f"HyMaTE, attention between {plural}": HyMaTE(
+            width=WIDTH,
+            layers=LAYERS,
+            state=STATE,
+            attention=kind,  # type: ignore[arg-type]
+            heads=HEADS,
+        )
         for kind, plural in (("variable", "variables"), ("channel", "channels"), ("token", "observations"))
     }
-    models |= {"Transformer encoder": Transformer(spec), "LSTM": LSTM(spec), "Fusion (hourly grid)": Fusion(width=WIDTH)}
+    models |= {
+        "Transformer encoder": Transformer(spec),
+        "LSTM": LSTM(spec),
+        "Fusion (hourly grid)": Fusion(width=WIDTH),
+    }
     for model in models.values():
         if isinstance(model, ICUModule):
             model.start(spec, 1.0)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional as F
 
-from datamodules.batch import Batch, Spec, Triplets
+from datamodules.contract import Batch, Spec, Triplets
 from ehrmodels.hymate import HyMaTE
 from ehrmodels.scan import selective_scan, selective_scan_reference
 
@@ -47,7 +47,10 @@ TARGETS: dict[str, tuple[dict[int, float], dict[int, float]]] = {
     MAMBA_REF: (dict.fromkeys((256, 600, 1024, 4096), 15), {1024: 300}),
     FLOOR: (dict.fromkeys((256, 600, 1024, 4096), 0.67), dict.fromkeys((256, 600, 1024, 4096), 0.67)),
 }
-TRAINED = {SLOW_PATH: (256,), MAMBA_REF: (256, 1024)}  # lengths: their backward pass is quadratic in L and takes minutes
+TRAINED = {
+    SLOW_PATH: (256,),
+    MAMBA_REF: (256, 1024),
+}  # lengths: their backward pass is quadratic in L and takes minutes
 RESULTS = Path(__file__).parent / "results"
 console = Console(width=None if sys.stdout.isatty() else 150)
 
@@ -96,7 +99,15 @@ def around(states: Callable[[Tensor, Tensor], Tensor]) -> Scan:
     """A whole scan from ``states``, which gives h (B, L, D, N) with h_t = a_t h_(t-1) + x_t from a and x, both (B, L, D, N)."""
 
     def scan(
-        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor, delta_softplus: bool
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        z: Tensor,
+        delta_bias: Tensor,
+        delta_softplus: bool,
     ) -> Tensor:
         step = delta.transpose(1, 2) + delta_bias
         step = F.softplus(step) if delta_softplus else step
@@ -134,7 +145,11 @@ def mamba_ssm() -> Scan:
     package, norm = ModuleType("mamba_ssm"), ModuleType("layer_norm")
     package.__path__ = list(spec.submodule_search_locations or [])
     norm._layer_norm_fwd = None  # type: ignore[attr-defined]
-    empty = {"mamba_ssm": package, "mamba_ssm.ops.triton.layer_norm": norm, "selective_scan_cuda": ModuleType("selective_scan_cuda")}
+    empty = {
+        "mamba_ssm": package,
+        "mamba_ssm.ops.triton.layer_norm": norm,
+        "selective_scan_cuda": ModuleType("selective_scan_cuda"),
+    }
     with mock.patch.dict(sys.modules, empty):
         return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_ref
 
@@ -207,7 +222,9 @@ def times(shape: Shape, scans: dict[str, Scan]) -> list[dict[str, str]]:
     rows = []
     for name in works:
         row = {"B, L, D, N": ", ".join(map(str, shape)), "implementation": name}
-        for what, taken, ours, targets in zip(("forward", "training"), (forward, train), base, TARGETS.get(name, ({}, {})), strict=True):
+        for what, taken, ours, targets in zip(
+            ("forward", "training"), (forward, train), base, TARGETS.get(name, ({}, {})), strict=True
+        ):
             middle = statistics.median(taken[name]) if taken[name] else None
             target = targets.get(shape[1]) if middle else None
             ratio = middle / ours if middle else 0.0
@@ -222,7 +239,9 @@ def times(shape: Shape, scans: dict[str, Scan]) -> list[dict[str, str]]:
     return rows
 
 
-def alternate(works: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None]], label: str) -> tuple[dict[str, list[float]], ...]:
+def alternate(
+    works: dict[str, tuple[Callable[[], Any], Callable[[], Any] | None]], label: str
+) -> tuple[dict[str, list[float]], ...]:
     """Seconds of the forward and of the training call of each work, in turns."""
     forward: dict[str, list[float]] = {name: [] for name in works}
     train: dict[str, list[float]] = {name: [] for name in works}
@@ -288,7 +307,9 @@ def memory(shape: Shape, scans: dict[str, Scan]) -> list[dict[str, str]]:
 
 def measured_alone(name: str, shape: Shape) -> float:
     code = f"from experiments import bench_scan; print(bench_scan.growth({name!r}, {shape!r}))"
-    out = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, cwd=RESULTS.parents[1])
+    out = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, cwd=RESULTS.parents[1]
+    )
     return float(out.stdout.split()[-1])
 
 
@@ -318,7 +339,13 @@ def whole_model(scans: dict[str, Scan], count: int = 32, events: int = 600, roun
     time_of = torch.rand(count, events).sort(1)[0] * 2 - 1
     length, target = torch.full((count,), events), (torch.arange(count) % 2).float()
     batch = Triplets(
-        torch.randn(count, 1), time_of, torch.randint(1, 41, (count, events)), torch.randn(count, events), length, target, length
+        torch.randn(count, 1),
+        time_of,
+        torch.randint(1, 41, (count, events)),
+        torch.randn(count, events),
+        length,
+        target,
+        length,
     )
     model = HyMaTE(width=64, layers=3, state=16)
     model.start(spec, 1.0)
@@ -332,7 +359,10 @@ def whole_model(scans: dict[str, Scan], count: int = 32, events: int = 600, roun
                 with mock.patch("ehrmodels.mamba.selective_scan", scans[name]):
                     found.append(seconds(partial(training_step, model, optimizer, batch)))
     speed = {name: count / statistics.median(found) for name, found in taken.items()}
-    what, shape = "stays a second in training, HyMaTE of 3 Mamba blocks, width 64", (count, events, 2 * model.width, model.state)
+    what, shape = (
+        "stays a second in training, HyMaTE of 3 Mamba blocks, width 64",
+        (count, events, 2 * model.width, model.state),
+    )
     return [check(what, shape, f"{speed[OURS]:.1f}", PSCAN, f"{speed[PSCAN]:.1f}", speed[OURS] / speed[PSCAN], least=7)]
 
 
@@ -361,7 +391,14 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 def check(
-    what: str, shape: Shape, ours: str, other: str, theirs: str, value: float, most: float | None = None, least: float | None = None
+    what: str,
+    shape: Shape,
+    ours: str,
+    other: str,
+    theirs: str,
+    value: float,
+    most: float | None = None,
+    least: float | None = None,
 ) -> dict[str, str]:
     """One row of ``scan_checks.csv``."""
     target = f"at most {most:g}" if most else f"at least {least:g}" if least else ""

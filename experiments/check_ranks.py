@@ -26,8 +26,8 @@ import polars as pl
 import torch
 
 from datamodules import simulate
-from datamodules.batch import Spec, Triplets
-from datamodules.hospitals import SyntheticMIMICIV
+from datamodules.contract import Spec, Triplets
+from datamodules.module import SyntheticMIMICIV
 from ehrmodels.base import load, read_checkpoint
 from ehrmodels.hymate import HyMaTE
 from experiments import files, run
@@ -48,14 +48,23 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.check_ranks", description="several processes beside one; kill -9")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.check_ranks", description="several processes beside one; kill -9"
+    )
     parser.add_argument(
-        "--kills", type=int, default=20, help="how often training is killed, over both models and both numbers of processes"
+        "--kills",
+        type=int,
+        default=20,
+        help="how often training is killed, over both models and both numbers of processes",
     )
     parser.add_argument("--repeats", type=int, default=3, help="runs of which the throughput is the median")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--score", nargs=3, metavar=("CKPT", "ROOT", "OUT"), help="what torchrun runs: score a checkpoint and stop")
-    parser.add_argument("--step", nargs=3, metavar=("STAYS", "LENGTH", "RECOMPUTE"), help="measure one training step of HyMaTE and stop")
+    parser.add_argument(
+        "--score", nargs=3, metavar=("CKPT", "ROOT", "OUT"), help="what torchrun runs: score a checkpoint and stop"
+    )
+    parser.add_argument(
+        "--step", nargs=3, metavar=("STAYS", "LENGTH", "RECOMPUTE"), help="measure one training step of HyMaTE and stop"
+    )
     chosen = parser.parse_args()
     if chosen.step:
         _step(*map(int, chosen.step))
@@ -142,7 +151,9 @@ def agreement(folder: Path) -> Iterator[dict[str, Any]]:
         }
         for how, count in (("Lightning", 0), ("torchrun", 2)):
             other = one.with_name(f"{name}-{how.lower()}")
-            command = _run(folder, _line(model, other.name, **epochs, **{"data.batch_size": 32, "trainer.devices": 2}), count)
+            command = _run(
+                folder, _line(model, other.name, **epochs, **{"data.batch_size": 32, "trainer.devices": 2}), count
+            )
             differences = {
                 column: _largest(pl.read_csv(one / "metrics.csv")[column] - pl.read_csv(other / "metrics.csv")[column])
                 for column in ("train_loss", "val_loss", "val_auroc", "val_auprc")
@@ -184,7 +195,9 @@ def scoring(folder: Path) -> Iterator[dict[str, Any]]:
             out = folder / f"{kind}-{count}.parquet"
             command = ["-m", "experiments.check_ranks", "--score", checkpoint, "data", str(out.name)]
             environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-            subprocess.run([*TORCHRUN, str(count), *command], cwd=folder, check=True, env=environment, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                [*TORCHRUN, str(count), *command], cwd=folder, check=True, env=environment, stderr=subprocess.DEVNULL
+            )
             tables[count] = pl.read_parquet(out)
             row = {"what": "scoring every stay with one checkpoint", "model": kind, "processes": str(count)}
             row |= {
@@ -221,7 +234,11 @@ def throughput(folder: Path, repeats: int) -> Iterator[dict[str, Any]]:
         for repeat in range(repeats):
             for way, (processes, threads) in ways.items():
                 name = f"speed-{batch}-{processes}-{threads}-{repeat}"
-                line = _line(model, name, **{"trainer.max_epochs": 5, "trainer.devices": processes, "data.batch_size": batch // processes})
+                line = _line(
+                    model,
+                    name,
+                    **{"trainer.max_epochs": 5, "trainer.devices": processes, "data.batch_size": batch // processes},
+                )
                 commands[way] = f"`OMP_NUM_THREADS={threads} ehr {line}`"
                 found[way].append(_speed(folder, line, folder / "runs" / name, threads))
         for way, values in found.items():
@@ -260,7 +277,8 @@ def kills(folder: Path, count: int, seed: int) -> Iterator[dict[str, Any]]:
     kinds = [(kind, processes) for kind in KILLED for processes in (1, 2)]
     with ThreadPoolExecutor(2) as pool, console.status("killing"):
         yield from pool.map(
-            lambda number: _killed(folder, *kinds[number], count // len(kinds), random.Random(seed + number)), range(len(kinds))
+            lambda number: _killed(folder, *kinds[number], count // len(kinds), random.Random(seed + number)),
+            range(len(kinds)),
         )
 
 
@@ -322,7 +340,11 @@ def _session(leader: int) -> dict[int, int]:
     found = {}
     for path in Path("/proc").iterdir():
         try:
-            if path.name.isdigit() and os.getsid(int(path.name)) == leader and "Z" not in (path / "stat").read_text().rsplit(")", 1)[1][:3]:
+            if (
+                path.name.isdigit()
+                and os.getsid(int(path.name)) == leader
+                and "Z" not in (path / "stat").read_text().rsplit(")", 1)[1][:3]
+            ):
                 set_by = [v for v in (path / "environ").read_text().split("\0") if v.startswith("LOCAL_RANK=")]
                 found[int(set_by[0].split("=")[1]) if set_by else 0] = int(path.name)
         except OSError:
@@ -336,7 +358,11 @@ def _process(leader: int, rank: int) -> int:
 
 def _same(one: Path, other: Path) -> str:
     """ "bitwise equal", or the files that differ."""
-    wrong = [n for n in ("metrics.csv", "metrics.json", "predictions.parquet") if (one / n).read_bytes() != (other / n).read_bytes()]
+    wrong = [
+        n
+        for n in ("metrics.csv", "metrics.json", "predictions.parquet")
+        if (one / n).read_bytes() != (other / n).read_bytes()
+    ]
     for name in ("best.ckpt", "last.ckpt"):
         mine, yours = (read_checkpoint(run / name)["state_dict"] for run in (one, other))
         if list(mine) != list(yours) or not all(torch.equal(mine[k], yours[k]) for k in mine):
@@ -355,7 +381,11 @@ def recompute() -> Iterator[dict[str, str]]:
             command = ["-m", "experiments.check_ranks", "--step", str(stays), str(length), str(flag)]
             with console.status(" ".join(command)):
                 said = subprocess.run(
-                    [sys.executable, *command], check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                    [sys.executable, *command],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
                 )
             megabytes, seconds = map(float, said.stdout.split())
             kept = kept or megabytes
@@ -370,7 +400,19 @@ def _step(stays: int, length: int, flag: int) -> None:
     names = [f"v{i}" for i in range(60)]
     ones, zeros = [1.0] * 60, [0.0] * 60
     model = HyMaTE(width=64, layers=4, attention="variable", recompute=bool(flag))
-    model.start(Spec(names, [""] * 60, ["age"], zeros, ones, [0.0], [1.0], {"name": "mortality_hospital", "hours": 48, "window": 48}), 1.0)
+    model.start(
+        Spec(
+            names,
+            [""] * 60,
+            ["age"],
+            zeros,
+            ones,
+            [0.0],
+            [1.0],
+            {"name": "mortality_hospital", "hours": 48, "window": 48},
+        ),
+        1.0,
+    )
     model.train()
 
     def batch(count: int, events: int) -> Triplets:

@@ -72,7 +72,16 @@ def server(folder: Path) -> Iterator[str]:
     place = folder / "postgresql"
     common: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": "/", **user}
     subprocess.run([binaries / "initdb", "-D", place, "-U", "ehr", "--auth=trust", "--no-sync"], check=True, **common)
-    arguments = ["-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={place}", "-c", "fsync=off"]
+    arguments = [
+        "-p",
+        str(port),
+        "-c",
+        "listen_addresses=127.0.0.1",
+        "-c",
+        f"unix_socket_directories={place}",
+        "-c",
+        "fsync=off",
+    ]
     process = subprocess.Popen([binaries / "postgres", "-D", place, *arguments], **common)
     try:
         for _ in range(200):
@@ -98,7 +107,18 @@ def workers(command: int) -> list[int]:
 
 def killed(folder: Path, storage: str | None, rng: random.Random) -> dict[str, Any]:
     """Run a sweep of 4 workers; every few seconds kill -9 one of them, and now and then the command itself, which is then given again."""
-    line = [sys.executable, "-m", "experiments.cli", "sweep", "-c", str(folder / "check.yaml"), "--workers", "4", "--runs", str(folder)]
+    line = [
+        sys.executable,
+        "-m",
+        "experiments.cli",
+        "sweep",
+        "-c",
+        str(folder / "check.yaml"),
+        "--workers",
+        "4",
+        "--runs",
+        str(folder),
+    ]
     line += ["--storage", storage] if storage else []
     kills = {"worker": 0, "command": 0}
     start = time.monotonic()
@@ -127,7 +147,10 @@ def killed(folder: Path, storage: str | None, rng: random.Random) -> dict[str, A
     assert best is not None
     numbers = sorted(t.number for t in trials)
     cli.main(["train", "-c", str(folder / "check" / "best.yaml")])
-    epochs = [pl.read_csv(folder / name / "metrics.csv")["val_auroc_auprc"] for name in ("check-best", f"check/trial-{best.number:04d}")]
+    epochs = [
+        pl.read_csv(folder / name / "metrics.csv")["val_auroc_auprc"]
+        for name in ("check-best", f"check/trial-{best.number:04d}")
+    ]
     return {
         "storage": "PostgreSQL" if storage else "journal file",
         "trials": len(trials),
@@ -148,14 +171,18 @@ def opened(folder: Path, storage: str | None) -> Study:
     """The study of a sweep that has run in ``folder``."""
     where: Any = storage and storage.replace("postgresql:", "postgresql+psycopg:")
     journal = str(folder / "check" / "study.journal")
-    known = optuna.load_study(study_name="check", storage=where or optuna.storages.JournalStorage(JournalFileBackend(journal)))
+    known = optuna.load_study(
+        study_name="check", storage=where or optuna.storages.JournalStorage(JournalFileBackend(journal))
+    )
     return Study("check", storage or journal, known.user_attrs)
 
 
 def plain(folder: Path, trials: int) -> None:
     """Optuna's own loop over the same objective, in this process."""
     study = optuna.create_study(
-        direction="maximize", pruner=optuna.pruners.MedianPruner(n_warmup_steps=2), sampler=optuna.samplers.TPESampler(seed=0)
+        direction="maximize",
+        pruner=optuna.pruners.MedianPruner(n_warmup_steps=2),
+        sampler=optuna.samplers.TPESampler(seed=0),
     )
 
     def objective(trial: optuna.Trial) -> float:
@@ -196,7 +223,10 @@ def check_speed(home: Path, trials: int = 40) -> None:
     write_text(home / "train.yaml", yaml.safe_dump({k: whole[k] for k in ("data", "model", "trainer")}))
 
     def loop(count: int) -> list[str]:
-        return ["-c", f"from pathlib import Path; from experiments.check_sweep import plain; plain(Path({str(home)!r}), {count})"]
+        return [
+            "-c",
+            f"from pathlib import Path; from experiments.check_sweep import plain; plain(Path({str(home)!r}), {count})",
+        ]
 
     commands = {"Optuna's own loop, one process": loop(trials)}
     for count in (1, 2, 4):

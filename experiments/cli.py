@@ -23,7 +23,9 @@ VERBS = {
     "predict": "write probabilities for patients whose outcome is unknown",
     "explain": "show which variables the predictions of a HyMaTE model rest on, and test that",
 }
-HELP = "usage: ehr VERB [options]\n\nPrediction from ICU records.\n\n" + "".join(f"  {v:<12}{text}\n" for v, text in VERBS.items())
+HELP = "usage: ehr VERB [options]\n\nPrediction from ICU records.\n\n" + "".join(
+    f"  {v:<12}{text}\n" for v, text in VERBS.items()
+)
 HELP += "\nOptions come from flags over a YAML file (-c FILE). `ehr VERB --help` explains them, `--print_config` shows them filled in.\n"
 HELP += "`ehr train --model.help Fusion` and `ehr train --data.help EICU` explain those of a model and of a hospital system.\n"
 HELP += "Start with: ehr train -c experiments/configs/demo.yaml --finetune SyntheticEICU\n"
@@ -67,7 +69,11 @@ def guarded(command: Callable[[], None], help: str) -> None:
         expected = "file" if isinstance(error, IsADirectoryError) else "folder"
         _stop(f"{error.filename}: {error.strerror}; expected a {expected}; choose another path")
     except OSError as error:
-        _stop(f"the disk said: {error}; make room (or choose another folder) and run the same command again" if error.errno else str(error))
+        _stop(
+            f"the disk said: {error}; make room (or choose another folder) and run the same command again"
+            if error.errno
+            else str(error)
+        )
     except MemoryError:
         _stop(NO_MEMORY)
     except Exception as error:
@@ -100,13 +106,19 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
     ):
         warnings.filterwarnings("ignore", f".*{noise}.*")
     arguments = _ordered(arguments)
+    if verb == "prepare":
+        arguments = _hospitals(arguments)
     if verb in FROM_CHECKPOINT:
         inherited = _data_of_checkpoint(arguments)
         named = inherited or any(a.partition("=")[0] == "--data" for a in arguments)
         everyone = ["--data.split=all"] if verb == "predict" and named else []  # new patients belong to no split
         arguments = _ordered([*inherited, *everyone, *arguments])
     names = [a.partition("=")[0] for a in arguments]
-    if verb == "finetune" and any(n.startswith("--data.") for n in names) and not {"--data", "-c", "--config"} & set(names):
+    if (
+        verb == "finetune"
+        and any(n.startswith("--data.") for n in names)
+        and not {"--data", "-c", "--config"} & set(names)
+    ):
         arguments = ["--data=EICU", *arguments]  # the default of ``verbs.finetune``, whose arguments these are
     parser = make_parser(verb, arguments)
     for name in ("lightning.pytorch", "lightning.fabric"):  # imported by now: the import sets another level
@@ -143,12 +155,16 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            options = [option for action in parser._actions for option in action.option_strings]  # ``self`` may be that of a class
+            options = [
+                option for action in parser._actions for option in action.option_strings
+            ]  # ``self`` may be that of a class
             classes = {name: kinds for name, kinds in _classes(trained).items() if f"--{name}" in options}
             _stop(f"{_explain(message, arguments, options, classes)}\nsee: ehr {verb} --help")
 
     parser = Parser(prog=f"ehr {verb}", description=_description(function.__doc__ or "", verb), allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="config", help="YAML file with any of these options; flags override it.")
+    parser.add_argument(
+        "-c", "--config", action="config", help="YAML file with any of these options; flags override it."
+    )
     ours: set[str | int] = {"trainer", "config", "resume", "trial"}
     parser.add_function_arguments(function, skip={*ours, *(OF_TRIALS if verb == "sweep" else ())}, as_group=False)
     if verb == "sweep":
@@ -161,7 +177,12 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
             parser.add_argument("--resume", action="store_true", help="Continue a run that was interrupted.")
         parser.add_class_arguments(lightning.Trainer, "trainer", skip=set(OURS), instantiate=False)
         parser.set_defaults(
-            {"trainer.devices": 1, "trainer.max_epochs": 30, "trainer.gradient_clip_val": 1.0, "trainer.use_distributed_sampler": False}
+            {
+                "trainer.devices": 1,
+                "trainer.max_epochs": 30,
+                "trainer.gradient_clip_val": 1.0,
+                "trainer.use_distributed_sampler": False,
+            }
         )
     return parser
 
@@ -183,11 +204,24 @@ def _ordered(arguments: list[str]) -> list[str]:
         if name.startswith("--"):
             argument = name = "--" + name[2:].replace("-", "_")  # --init-from is --init_from
             argument += equals + value
-        place = first if name in ("-c", "--config") else second if name in ("--data", "--model", "--finetune") else others
+        place = (
+            first if name in ("-c", "--config") else second if name in ("--data", "--model", "--finetune") else others
+        )
         place.append(argument)
         if place is not others and not equals:
             place.extend(list(itertools.islice(rest, 1)))
     return [*first, *second, *others]
+
+
+def _hospitals(arguments: list[str]) -> list[str]:
+    """``--data EICU`` as the hospital itself and not its data module, which bears the same name where it has been imported."""
+    from datamodules import hospitals
+
+    named = {f"--data={name}": f"--data=datamodules.hospitals.{name}" for name in hospitals.__all__}
+    following = zip(arguments, [*arguments[1:], ""], strict=True)
+    joined = [f"--data={value}" if name == "--data" else name for name, value in following]
+    kept = [a for a, before in zip(joined, ["", *arguments[:-1]], strict=True) if before != "--data"]
+    return [named.get(a, a) for a in kept]
 
 
 def _data_of_checkpoint(arguments: list[str]) -> list[str]:
@@ -215,35 +249,47 @@ def _classes(function: Callable[..., Any]) -> dict[str, dict[str, list[str]]]:
     import inspect
     import typing
 
-    from datamodules.module import ICUDataModule
-    from ehrmodels.base import ICUModule
+    from datamodules.hospitals.base import Hospital
+
+    bases: tuple[Any, ...] = (Hospital,)
+    if "torch" in sys.modules:  # else the verb knows of no model and no data module
+        from datamodules.module import ICUDataModule
+        from ehrmodels.base import ICUModule
+
+        bases = (ICUModule, ICUDataModule, Hospital)
 
     def below(base: Any) -> list[type]:
         return [c for derived in base.__subclasses__() for c in (derived, *below(derived))]
 
     def parameters(kind: type) -> list[str]:
-        ours = [c for c in kind.__mro__ if "__init__" in vars(c) and issubclass(c, (ICUModule, ICUDataModule))]
+        ours = [c for c in kind.__mro__ if "__init__" in vars(c) and issubclass(c, bases)]
         return [p for p in dict.fromkeys(p for c in ours for p in inspect.signature(c).parameters) if p != "kwargs"]
 
     hints = typing.get_type_hints(function)
     found: dict[str, dict[str, list[str]]] = {}
     for name, hint in hints.items():
-        base = next((h for h in (hint, *typing.get_args(hint)) if h in (ICUModule, ICUDataModule)), None)
+        base = next((h for h in (hint, *typing.get_args(hint)) if h in bases), None)
         if base is not None:
             found[name] = {kind.__name__: parameters(kind) for kind in below(base)}
     return found
 
 
-def _explain(message: str, arguments: Sequence[str], options: list[str], classes: dict[str, dict[str, list[str]]]) -> str:
+def _explain(
+    message: str, arguments: Sequence[str], options: list[str], classes: dict[str, dict[str, list[str]]]
+) -> str:
     """The parser's message in the words of the command line, with the nearest option where one was misspelt."""
     message = " ".join(message.split())
-    of_classes = [f"--{option}.{p}" for option, kinds in classes.items() for parameters in kinds.values() for p in parameters]
+    of_classes = [
+        f"--{option}.{p}" for option, kinds in classes.items() for parameters in kinds.values() for p in parameters
+    ]
     known = list(dict.fromkeys([*options, *of_classes]))
     flags = [a.split("=")[0] for a in arguments if a.startswith("--")]
 
     def written(key: str) -> str:
         """The flag as the user wrote it, where the parser names only the last part of it."""
-        return next((f for f in flags if f == f"--{key}"), next((f for f in flags if f.endswith(f".{key}")), f"--{key}"))
+        return next(
+            (f for f in flags if f == f"--{key}"), next((f for f in flags if f.endswith(f".{key}")), f"--{key}")
+        )
 
     if wrong := re.search(r"unrecognized arguments: (.*)|[Oo]ption '([\w.]+)'", message):
         said = (wrong[1] or wrong[2]).split()[0].split("=")[0]
@@ -261,7 +307,9 @@ def _explain(message: str, arguments: Sequence[str], options: list[str], classes
         return f"missing {' and '.join(f'--{name.strip()}' for name in missing[1].split(','))}"
     if wrong := re.search(r"[Kk]ey \"([\w.]+)\": (.*)", message):
         key, reason = wrong[1], wrong[2]
-        value = re.search(r"(?:Got value|Given value|import path string|not import-able|Unable to import): ?(.*)", reason)
+        value = re.search(
+            r"(?:Got value|Given value|import path string|not import-able|Unable to import): ?(.*)", reason
+        )
         choose = f"choose among {', '.join(classes.get(key, ()))}"
         nested = next((f for f in flags if f.startswith(f"--{key}.")), "")
         if key in classes and nested and f"--{key}" not in flags and ("NestedArg" in reason or "is abstract" in reason):
@@ -274,7 +322,10 @@ def _explain(message: str, arguments: Sequence[str], options: list[str], classes
             return f"--{key} names no concrete class; {choose}"
         kinds = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\](?=\.| |$))", reason)
         if kinds and value:
-            expected = [literal.replace("'", "") or {"NoneType": "null", "str": "text"}.get(kind, kind) for kind, literal in kinds]
+            expected = [
+                literal.replace("'", "") or {"NoneType": "null", "str": "text"}.get(kind, kind)
+                for kind, literal in kinds
+            ]
             return f"{written(key)}: expected {' or '.join(dict.fromkeys(expected))}, found {value[1]}"
         if "does not exist" in reason:
             return f"--{key}: {reason}"

@@ -16,8 +16,7 @@ from rich.progress import track
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-import datamodules.hospitals  # noqa: F401 (its classes are the choices of --data)
-from datamodules.batch import Triplets, unlabelled
+from datamodules.contract import Triplets, unlabelled
 from datamodules.module import ICUDataModule
 from ehrmodels.base import load
 from ehrmodels.hymate import HyMaTE, chosen, sums
@@ -47,7 +46,9 @@ def explain(ckpt: str, out: str, data: ICUDataModule | None = None, stay: str | 
     assert data is not None  # the parser fills it in from the checkpoint
     model = load(Path(ckpt))
     if not isinstance(model, HyMaTE) or not model.supervised:
-        raise ValueError(f"{ckpt} holds a {type(model).__name__}: expected a HyMaTE, whose fusion weights are explained")
+        raise ValueError(
+            f"{ckpt} holds a {type(model).__name__}: expected a HyMaTE, whose fusion weights are explained"
+        )
     data.view = model.view
     data.adopt(model.spec)
     data.prepare_data()
@@ -56,24 +57,36 @@ def explain(ckpt: str, out: str, data: ICUDataModule | None = None, stay: str | 
     if stay is not None:
         shown = shown[(ids.gather(shown) == stay).to_numpy()]
         if not len(shown):
-            raise ValueError(f"stay {stay} is not in split {data.split!r} of {data.root}; choose another --stay or --data.split")
+            raise ValueError(
+                f"stay {stay} is not in split {data.split!r} of {data.root}; choose another --stay or --data.split"
+            )
     with torch.inference_mode():
-        result = pl.concat([_attribution(model, batch) for batch in track(data.predict_dataloader(), "attributing", **BAR)])
+        result = pl.concat(
+            [_attribution(model, batch) for batch in track(data.predict_dataloader(), "attributing", **BAR)]
+        )
         deletion = _deletion(model, data)
     variables = _per_variable(result, model)
     drawn = result.filter(pl.col("row").is_in(shown)).sort("probability" if stay is None else "row", descending=True)
     if drawn.is_empty():
-        raise ValueError("no observation to draw in " + (f"stay {stay}" if stay else f"split {data.split!r}") + "; choose another")
+        raise ValueError(
+            "no observation to draw in " + (f"stay {stay}" if stay else f"split {data.split!r}") + "; choose another"
+        )
     row = int(drawn["row"][0])
     one: Triplets = data.batch(np.array([row]))  # type: ignore[assignment]
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "attribution.csv", variables.write_csv(float_precision=5))
     files.write_text(folder / "deletion.csv", deletion.write_csv(float_precision=5))
-    _draw_cohort(variables, deletion, f"{data.name} {data.split}, {result['row'].n_unique():,} samples", folder / "cohort.png")
-    _draw_stay(one, drawn.filter(pl.col("row") == row), model, ids[row], data.task.window, folder / "stay.png")
-    report.print_table(variables.head(SHOWN).with_columns(pl.col(pl.Float64).round(4)), "what predictions rest on", console)
-    console.print(f"wrote attribution.csv, deletion.csv, cohort.png and stay.png ({ids[row]}) to {folder}", soft_wrap=True)
+    _draw_cohort(
+        variables, deletion, f"{data.name} {data.split}, {result['row'].n_unique():,} samples", folder / "cohort.png"
+    )
+    _draw_stay(one, drawn.filter(pl.col("row") == row), model, ids[row], data.task.window_hours, folder / "stay.png")
+    report.print_table(
+        variables.head(SHOWN).with_columns(pl.col(pl.Float64).round(4)), "what predictions rest on", console
+    )
+    console.print(
+        f"wrote attribution.csv, deletion.csv, cohort.png and stay.png ({ids[row]}) to {folder}", soft_wrap=True
+    )
 
 
 def _attribution(model: HyMaTE, batch: Triplets) -> pl.DataFrame:
@@ -128,11 +141,19 @@ def _deletion(model: HyMaTE, data: ICUDataModule) -> pl.DataFrame:
 
     for order in ("attribution", "random"):
         measure(order, 0.0, whole)
-    plan = [("attribution", share) for share in SHARES] + [("random", share) for share in SHARES for _ in range(REPEATS)]
+    plan = [("attribution", share) for share in SHARES] + [
+        ("random", share) for share in SHARES for _ in range(REPEATS)
+    ]
     for order, share in track(plan, "deleting", **BAR):
-        by = attributed if order == "attribution" else [torch.rand(len(b.row), variables, generator=generator) for b in batches]
+        by = (
+            attributed
+            if order == "attribution"
+            else [torch.rand(len(b.row), variables, generator=generator) for b in batches]
+        )
         measure(order, share, torch.cat([model(_without(b, i, share)) for b, i in zip(batches, by, strict=True)]))
-    return pl.DataFrame(measures, schema={"order": pl.String, "share": pl.Float64, "auroc": pl.Float64, "change": pl.Float64})
+    return pl.DataFrame(
+        measures, schema={"order": pl.String, "share": pl.Float64, "auroc": pl.Float64, "change": pl.Float64}
+    )
 
 
 def _without(batch: Triplets, importance: Tensor, share: float) -> Triplets:
@@ -149,14 +170,24 @@ def _draw_cohort(variables: pl.DataFrame, deletion: pl.DataFrame, title: str, pa
         bars, curve = figure.subplots(1, 2, width_ratios=(1.3, 1))
         place = np.arange(len(top))
         bars.barh(place + 0.2, top["weight"], 0.38, label="share of fusion weight")
-        bars.barh(place - 0.2, top["observations"] / variables["observations"].sum(), 0.38, color="0.75", label="share of observations")
+        bars.barh(
+            place - 0.2,
+            top["observations"] / variables["observations"].sum(),
+            0.38,
+            color="0.75",
+            label="share of observations",
+        )
         bars.set_yticks(place, top["variable"])
         bars.set(title=title, xlabel="mean over samples")
         bars.legend(loc="lower right", fontsize=9)
         measure = "auroc" if deletion["auroc"].null_count() == 0 else "change"
         for colour, (order, label) in enumerate((("attribution", "greatest weight first"), ("random", "random order"))):
             mine = deletion.filter(pl.col("order") == order).group_by("share", maintain_order=True)
-            spread = mine.agg(pl.col(measure).mean().alias("mean"), pl.col(measure).min().alias("low"), pl.col(measure).max().alias("high"))
+            spread = mine.agg(
+                pl.col(measure).mean().alias("mean"),
+                pl.col(measure).min().alias("low"),
+                pl.col(measure).max().alias("high"),
+            )
             curve.plot(spread["share"] * 100, spread["mean"], marker="o", markersize=4, color=f"C{colour}", label=label)
             curve.fill_between(spread["share"] * 100, spread["low"], spread["high"], color=f"C{colour}", alpha=0.2)
         name = "AUROC" if measure == "auroc" else "mean change of log odds"
@@ -188,7 +219,11 @@ def _draw_stay(one: Triplets, result: pl.DataFrame, model: HyMaTE, stay: str, ho
             )
         figure.colorbar(seen, ax=events, label="standard deviations from the mean", pad=0.01)
         events.set_yticks(place, top["variable"])
-        events.set(title=f"stay {stay}: predicted {result['probability'][0]:.2f}, {outcome}", xlabel="hour of the window", xlim=(0, hours))
+        events.set(
+            title=f"stay {stay}: predicted {result['probability'][0]:.2f}, {outcome}",
+            xlabel="hour of the window",
+            xlim=(0, hours),
+        )
         weights.barh(place, top["weight"])
         weights.set(title="fusion weight")
         parts.barh(place, top["part"], color=np.where(top["part"].to_numpy() > 0, "C3", "C0"))

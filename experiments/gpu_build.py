@@ -25,9 +25,15 @@ UNBUILT = {"MAMBA_SKIP_CUDA_BUILD": "TRUE", "CAUSAL_CONV1D_SKIP_CUDA_BUILD": "TR
 def compiler() -> Path | None:
     """nvcc: of $CUDA_HOME, else on the path, else where CUDA installs itself; one with its headers beside it if there is one."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = [Path(home) / "bin" / "nvcc"] if home else [Path(shutil.which("nvcc") or "nvcc"), Path("/usr/local/cuda/bin/nvcc")]
+    places = (
+        [Path(home) / "bin" / "nvcc"]
+        if home
+        else [Path(shutil.which("nvcc") or "nvcc"), Path("/usr/local/cuda/bin/nvcc")]
+    )
     found = [p for p in places if p.is_file()]
-    return next((p for p in found if (p.parents[1] / "include" / "cuda_runtime.h").exists()), found[0] if found else None)
+    return next(
+        (p for p in found if (p.parents[1] / "include" / "cuda_runtime.h").exists()), found[0] if found else None
+    )
 
 
 def version(nvcc: Path | None) -> str:
@@ -86,8 +92,16 @@ def build(requirement: str, wheels: Path, log: Path, nvcc: Path | None, capabili
         raise RuntimeError("no nvcc to build it with; install the CUDA toolkit or set CUDA_HOME")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja lies beside python
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    jobs = os.environ.get("MAX_JOBS") or str(max(min(os.cpu_count() or 1, int(gib / 4)), 1))  # a compiler takes up to 4 GiB
-    given = {**SWITCHES, "CUDA_HOME": str(nvcc.parents[1]), "TORCH_CUDA_ARCH_LIST": capability, "PATH": path, "MAX_JOBS": jobs}
+    jobs = os.environ.get("MAX_JOBS") or str(
+        max(min(os.cpu_count() or 1, int(gib / 4)), 1)
+    )  # a compiler takes up to 4 GiB
+    given = {
+        **SWITCHES,
+        "CUDA_HOME": str(nvcc.parents[1]),
+        "TORCH_CUDA_ARCH_LIST": capability,
+        "PATH": path,
+        "MAX_JOBS": jobs,
+    }
     check = [sys.executable, "-c", "import setuptools, wheel.bdist_wheel, packaging"]
     if subprocess.run(check, capture_output=True).returncode or not shutil.which("ninja", path=path):
         pip(log, given, "install", *TOOLS)
@@ -117,10 +131,15 @@ def pip(log: Path, environment: dict[str, str], *arguments: str) -> None:
     command = [sys.executable, "-m", "pip", *arguments]
     with log.open("ab") as out:
         start = out.tell()
-        status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **environment}).returncode
+        status = subprocess.run(
+            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+        ).returncode
     if status:
         said = log.read_bytes()[start:].decode(errors="replace").splitlines()
-        reason = next((s.strip() for s in said if re.search(r"error: (?!subprocess)|No module", s, re.IGNORECASE)), f"status {status}")
+        reason = next(
+            (s.strip() for s in said if re.search(r"error: (?!subprocess)|No module", s, re.IGNORECASE)),
+            f"status {status}",
+        )
         raise RuntimeError(f"pip {arguments[0]}: {reason[:200]}; log: {log}")
 
 

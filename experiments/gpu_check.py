@@ -23,11 +23,27 @@ from torch.nn import functional as F
 from ehrmodels.scan import causal_conv1d, selective_scan, selective_scan_reference
 from experiments.files import console, write_text
 from experiments.gpu_build import EXTENSIONS, compiler, line, provide, say, version
-from experiments.gpu_train import PATHS, STAYS, STEPS, Row, attempt, mark, measured, peak_memory, scanning, seconds, start_memory, train_all
+from experiments.gpu_train import (
+    PATHS,
+    STAYS,
+    STEPS,
+    Row,
+    attempt,
+    mark,
+    measured,
+    peak_memory,
+    scanning,
+    seconds,
+    start_memory,
+    train_all,
+)
 
 RESULT = Path(__file__).parent / "results" / "gpu.csv"
 SHAPES = ((1, 128, 1, 16), (2, 64, 100, 16), (3, 40, 333, 5), (32, 128, 600, 16), (4, 256, 4096, 16))  # B, D, L, N
-LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (2e-2, 5e-2)}  # of errors of outputs and gradients, over the largest value
+LIMITS = {
+    torch.float32: (1e-4, 1e-3),
+    torch.bfloat16: (2e-2, 5e-2),
+}  # of errors of outputs and gradients, over the largest value
 FLOOR = 1e-3  # least "largest value": some gradients are 0 in exact arithmetic
 
 
@@ -102,7 +118,13 @@ def operations(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
     convolution = {"x": x, "weight": normal(width, 4, scale=0.5), "bias": normal(width)}
     switch = {"delta_softplus": True}
     return [
-        Operation("scan", lambda **t: selective_scan(**t, **switch), lambda **t: selective_scan_reference(**t, **switch), scan, weight),
+        Operation(
+            "scan",
+            lambda **t: selective_scan(**t, **switch),
+            lambda **t: selective_scan_reference(**t, **switch),
+            scan,
+            weight,
+        ),
         Operation("convolution", lambda **t: causal_conv1d(**t, activation="silu"), convolved, convolution, weight),
     ]
 
@@ -127,7 +149,9 @@ def last_state(call: Callable[..., Any], operation: Operation, double: bool = Fa
         return {"last state": call(**inputs, return_last_state=True)[1]} if operation.name == "scan" else {}
 
 
-def compare(device: torch.device, kernels: set[str], shapes: Sequence[Sequence[int]] = SHAPES, repeats: int = 15) -> list[Row]:
+def compare(
+    device: torch.device, kernels: set[str], shapes: Sequence[Sequence[int]] = SHAPES, repeats: int = 15
+) -> list[Row]:
     """Errors, milliseconds and peak memory of every operation in every shape and type; ``kernels`` names those that have one."""
     rows: list[Row] = []
     for shape, dtype in ((s, d) for s in shapes for d in LIMITS):
@@ -151,7 +175,9 @@ def errors(what: str, operation: Operation, columns: Sequence[str], limits: tupl
     rows = []
     for name, true in exact.items():
         limit, scale = limits[name in operation.inputs], true.abs().max().clamp(min=FLOOR)
-        found = {column: float((a[name].double() - b[name].double()).abs().max() / scale) for column, (a, b) in pairs.items()}
+        found = {
+            column: float((a[name].double() - b[name].double()).abs().max() / scale) for column, (a, b) in pairs.items()
+        }
         measure = f"error of gradient of {name}" if name in operation.inputs else f"error of {name}"
         rows.append(measured(what, measure, found, limit))
     return rows

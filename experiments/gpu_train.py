@@ -14,8 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from datamodules.hospitals import SyntheticMIMICIV
-from datamodules.module import ICUDataModule
+from datamodules.module import ICUDataModule, SyntheticMIMICIV
 from ehrmodels.base import ICUModule
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE
@@ -23,7 +22,9 @@ from experiments.gpu_build import line
 
 PATHS = {"kernel": "cuda", "pytorch": "torch"}  # column -> EHR_SCAN
 STEPS, WARMUP, STAYS, WORKERS = 500, 20, 4000, 4
-MODELS = {"Fusion": Fusion} | {f"HyMaTE {a}": (lambda a=a: HyMaTE(attention=a)) for a in ("token", "variable", "channel")}
+MODELS = {"Fusion": Fusion} | {
+    f"HyMaTE {a}": (lambda a=a: HyMaTE(attention=a)) for a in ("token", "variable", "channel")
+}
 
 
 class Row(NamedTuple):
@@ -130,7 +131,9 @@ class Meter(Callback):
         }
 
 
-def train_all(device: torch.device, columns: Sequence[str], folder: Path, steps: int = STEPS, stays: int = STAYS) -> list[Row]:
+def train_all(
+    device: torch.device, columns: Sequence[str], folder: Path, steps: int = STEPS, stays: int = STAYS
+) -> list[Row]:
     """Train every model in every column, and in the first also with processes that build batches; its loss must be finite and fall."""
     data = SyntheticMIMICIV(root=str(folder / f"mimiciv-{stays}"), stays=stays, cache=str(folder / "store"))
     try:

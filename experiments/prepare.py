@@ -1,20 +1,26 @@
-"""The verbs that make data, ``ehr synthesize`` and ``ehr prepare``: apart from the others, so that they start without any model."""
+"""The verbs that make data, ``ehr synthesize`` and ``ehr prepare``: apart from the others, so that they start without torch."""
 
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import polars as pl
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from datamodules.cohort import progress
-from datamodules.hospitals import EICU, MIMICIV, PhysioNet2012, PhysioNet2019, SyntheticEICU, SyntheticMIMICIV
-from datamodules.module import ICUDataModule
+from datamodules.build import writing
+from datamodules.cohort import Cohort
+from datamodules.hospitals.base import Hospital
+from datamodules.store import Store
 from experiments import files, report
 from experiments.files import console
 
-__all__ = ["EICU", "MIMICIV", "PhysioNet2012", "PhysioNet2019", "SyntheticEICU", "SyntheticMIMICIV", "prepare", "synthesize"]
 
-
-def synthesize(out: str, system: Literal["MIMICIV", "EICU"] = "MIMICIV", stays: int = 2000, seed: int = 0, extra_rows: int = 0) -> None:
+def synthesize(
+    out: str, system: Literal["MIMICIV", "EICU"] = "MIMICIV", stays: int = 2000, seed: int = 0, extra_rows: int = 0
+) -> None:
     """Write raw files of a simulated hospital system, shaped as MIMIC-IV or eICU publish theirs.
 
     Args:
@@ -26,53 +32,121 @@ def synthesize(out: str, system: Literal["MIMICIV", "EICU"] = "MIMICIV", stays: 
     """
     from datamodules.simulate import write
 
-    with progress() as bar:
-        task = bar.add_task(f"{stays} simulated stays", total=stays)
-        write(system, Path(out), stays, seed, extra_rows, progress=lambda done, _: bar.update(task, completed=done))
+    with progress() as step:
+        write(
+            system,
+            Path(out),
+            stays,
+            seed,
+            extra_rows,
+            progress=lambda done, all: step(f"{stays} simulated stays", done, all),
+        )
     data = f"--data Synthetic{system} --data.root {out}"
     console.print(f"wrote {out}\nnext: ehr prepare {data}", soft_wrap=True)
 
 
-def prepare(data: ICUDataModule, out: str | None = None, compare_definitions: bool = False) -> None:
+def prepare(data: Hospital, out: str | None = None, compare_definitions: bool = False) -> None:
     """Extract raw tables into the cache, print who is left after each rule and how much of each variable was found.
 
     With ``--out``, also write there: ``stays.parquet`` (one row per ICU stay, ``excluded_by`` names the rule that leaves it out),
-    ``events.parquet`` (``stay_id, minute`` since ICU admission, ``concept, value``), ``attrition.csv``, ``coverage.csv``,
+    ``events.parquet`` (``stay_id, minute`` since ICU admission, ``known_minute, concept, value``), ``attrition.csv``, ``coverage.csv``,
     ``units.csv`` and ``concepts.csv``; for MIMIC-IV and eICU also ``sofa.parquet`` (hourly, ``end_minute`` and 24-hour worst scores),
-    ``suspicion.parquet``, ``sepsis3.parquet`` (one row a septic stay) and ``vasopressors.parquet`` (infusion intervals); for eICU also
-    ``hospitals.parquet`` (which tables each hospital fills).
+    ``suspicion.parquet``, ``sepsis3.parquet`` (one row a septic stay) and ``vasopressors.parquet`` (infusion intervals), which are
+    retrospective: they may look ahead; and where there are several hospitals ``hospitals.parquet`` (which raw tables each fills).
+    `--data Tables --data.root FOLDER` reads such a folder again.
 
     Args:
-        data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, SyntheticMIMICIV or SyntheticEICU.
+        data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, Tables, SyntheticMIMICIV or SyntheticEICU.
         out: Folder for the tables.
         compare_definitions: Also show stays, hospitals, prevalence and mortality under every definition of Sepsis-3.
     """
-    store = data.open()
-    excluded_by, attrition = data.cohort()
+    with progress() as step:
+        cohort = Cohort(data, step)
+        store = cohort.store
+        derived = cohort.sepsis_tables() if data.definitions and (out is not None or compare_definitions) else {}
+        excluded_by, attrition = cohort.excluded()
+        compared = cohort.compare_definitions() if compare_definitions else None
     coverage = store.coverage()
     report.print_table(attrition, f"{data.name}: stays, patients and deaths after each rule", console)
-    report.print_table(coverage, f"{data.name}: what was charted ({len(store.minute):,} events of {len(store.stays):,} stays)", console)
+    events = f"{len(store.minute):,} events of {len(store.stays):,} stays"
+    report.print_table(coverage, f"{data.name}: what was charted ({events})", console)
     unmapped = store.units().filter(pl.col("factor").is_null())
     if len(unmapped):
-        said = ", ".join(f"{c} in {u or 'no unit'} ({n} rows)" for c, u, n in unmapped.select("concept", "unit", "rows").iter_rows())
-        console.print(f"[yellow]dropped, unit not known: {said}; see CONVERSIONS in datamodules/concepts.py[/]")
-    compared = data.compare_definitions() if compare_definitions else None
+        listed = ", ".join(
+            f"{c} in {u or 'no unit'} ({n} rows)" for c, u, n in unmapped.select("concept", "unit", "rows").iter_rows()
+        )
+        console.print(f"[yellow]dropped, unit not known: {listed}; see datamodules/dictionary/units.csv[/]")
     if compared is not None:
         report.print_table(compared, f"{data.name}: Sepsis-3 by definition", console)
     if out is None:
         return
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_parquet(store.stays.with_columns(excluded_by), folder / "stays.parquet")
-    store.export(folder)
-    if data.default_definition:
-        for name, table in {**data.sepsis_tables(), "vasopressors": data.infusions()}.items():
-            files.write_parquet(table, folder / f"{name}.parquet")
-    coverage_of_hospitals = data.hospital_coverage()
-    if coverage_of_hospitals is not None:
-        files.write_parquet(coverage_of_hospitals, folder / "hospitals.parquet")
+    stays = store.stays
+    if data.definitions:
+        stays = (
+            stays.drop("sepsis_minute")
+            .join(cohort.onset(), on="stay_id", how="left", maintain_order="left")
+            .select(stays.columns)
+        )
+    files.write_parquet(stays.with_columns(excluded_by), folder / "stays.parquet")
+    _export(store, folder)
+    for name, path in derived.items():
+        _copy(path, folder / f"{name}.parquet")
+    if store.stays["hospital_id"].n_unique() > 1:
+        files.write_parquet(store.hospitals(), folder / "hospitals.parquet")
     if compared is not None:
         files.write_text(folder / "definitions.csv", compared.write_csv())
-    for name, table in (("attrition", attrition), ("coverage", coverage), ("units", store.units()), ("concepts", report.concepts())):
+    for name, table in (
+        ("attrition", attrition),
+        ("coverage", coverage),
+        ("units", store.units()),
+        ("concepts", report.concepts()),
+    ):
         files.write_text(folder / f"{name}.csv", table.write_csv())
     console.print(f"wrote to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}", soft_wrap=True)
+
+
+def _export(store: Store, folder: Path) -> None:
+    """Write ``events.parquet``, a piece at a time."""
+    pieces = folder / ".events.partial"
+    shutil.rmtree(pieces, ignore_errors=True)  # of a run that was killed
+    try:
+        with writing(folder):
+            pieces.mkdir()
+            for number, (start, stop) in enumerate(store.pieces()):
+                store.frame(start, stop).write_parquet(pieces / f"{number:06d}.parquet")
+            pl.scan_parquet(pieces / "*.parquet").sink_parquet(pieces / "events.tmp")
+            (pieces / "events.tmp").replace(folder / "events.parquet")
+    finally:
+        shutil.rmtree(pieces, ignore_errors=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    unfinished = target.with_name(f"{target.name}.tmp")
+    try:
+        with writing(target):
+            shutil.copyfile(source, unfinished)
+            unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A line per step on the terminal with how far it is and the time it took; gives the function that is told of progress."""
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        lines: dict[str, object] = {}
+
+        def step(text: str, done: int, total: int) -> None:
+            if text not in lines:
+                lines[text] = bar.add_task(text, total=total)
+            bar.update(lines[text], completed=done)  # type: ignore[arg-type]
+
+        yield step

@@ -28,7 +28,8 @@ PARENT = "EHR_TRAINING_PARENT"  # process id of the one that started this one
 ALIKE_SECONDS = 10  # in which all processes that fail for one reason have failed
 # What torch says in a process that waits for one that is gone.
 GONE = re.compile(
-    r"Connection (was likely )?(closed|reset)|Broken pipe|pair closure|Socket closed|recvValue|NCCL.*(remote|abort|time)", re.I | re.S
+    r"Connection (was likely )?(closed|reset)|Broken pipe|pair closure|Socket closed|recvValue|NCCL.*(remote|abort|time)",
+    re.I | re.S,
 )
 
 
@@ -62,7 +63,9 @@ def joined(trainer: dict[str, Any]) -> Iterator[None]:
         if _lost(error) and not os.environ.get("EHR_TRACEBACK"):
             watch.end()
         if rank and isinstance(error, Exception | KeyboardInterrupt):
-            time.sleep(ALIKE_SECONDS)  # the first process says it, and ends this one, if it has failed for the same reason
+            time.sleep(
+                ALIKE_SECONDS
+            )  # the first process says it, and ends this one, if it has failed for the same reason
             if isinstance(error, KeyboardInterrupt):
                 raise SystemExit(130) from None
         watch.stop()
@@ -84,19 +87,34 @@ def _place(trainer: dict[str, Any]) -> tuple[int, int]:
     if strategy not in STRATEGIES:
         raise ValueError(f"--trainer.strategy {strategy} is not supported; choose among {', '.join(STRATEGIES)}")
     if strategy == "fsdp" and (accelerator == "cpu" or not torch.cuda.is_available()):
-        raise ValueError("--trainer.strategy fsdp needs GPUs, and training here would be on the CPU: use --trainer.strategy ddp")
+        raise ValueError(
+            "--trainer.strategy fsdp needs GPUs, and training here would be on the CPU: use --trainer.strategy ddp"
+        )
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes") or 1
     rank, world = 0, 1
     if not _alone(trainer):
         said = {"devices": devices, "num_nodes": nodes, "strategy": strategy, "accelerator": accelerator}
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        quiet = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
         try:
             probe = lightning.Trainer(**said, **quiet, plugins=environment(trainer))
         except (TypeError, RuntimeError) as error:
-            raise ValueError(f"--trainer.devices {devices} with --trainer.accelerator {accelerator}: {error}") from error
+            raise ValueError(
+                f"--trainer.devices {devices} with --trainer.accelerator {accelerator}: {error}"
+            ) from error
         rank, world = probe.global_rank, probe.num_devices * probe.num_nodes
     elastic = TorchElasticEnvironment.detect()
-    started = int(os.environ["WORLD_SIZE"]) if elastic else int(os.environ["SLURM_NTASKS"]) if _slurm() and world > 1 else world
+    started = (
+        int(os.environ["WORLD_SIZE"])
+        if elastic
+        else int(os.environ["SLURM_NTASKS"])
+        if _slurm() and world > 1
+        else world
+    )
     if started != world:
         who = "torchrun" if elastic else "SLURM"
         time.sleep(ALIKE_SECONDS if int(os.environ["RANK" if elastic else "SLURM_PROCID"]) else 0)  # the first says it
@@ -105,7 +123,9 @@ def _place(trainer: dict[str, Any]) -> tuple[int, int]:
             "give the number of processes of a node as --trainer.devices"
         )
     if world > 1 and not elastic and _slurm() and "SLURM_STEP_ID" not in os.environ:
-        raise ValueError(f"SLURM has {started} tasks for this job, but srun did not start this process: put srun before the command")
+        raise ValueError(
+            f"SLURM has {started} tasks for this job, but srun did not start this process: put srun before the command"
+        )
     return rank, world
 
 
@@ -123,7 +143,9 @@ def environment(trainer: dict[str, Any]) -> list[Any]:
         return []
     if _alone(trainer):
         return [LightningEnvironment()]  # tasks of one device each know nothing of one another
-    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(int(os.environ["SLURM_NTASKS"]) // (trainer.get("num_nodes") or 1)))
+    os.environ.setdefault(
+        "SLURM_NTASKS_PER_NODE", str(int(os.environ["SLURM_NTASKS"]) // (trainer.get("num_nodes") or 1))
+    )
     return [SLURMEnvironment(auto_requeue=False)]  # slurm.sh does that, and last.ckpt is all it takes
 
 
@@ -173,7 +195,9 @@ class _Watch:
 
     def __init__(self, rank: int):
         self.local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or rank)
-        self.by_lightning = PARENT in os.environ  # which makes the first process the parent of all others of its machine
+        self.by_lightning = (
+            PARENT in os.environ
+        )  # which makes the first process the parent of all others of its machine
         self.parent = int(os.environ.get(PARENT, os.getppid()))
         self.orphan_ends = self.by_lightning or TorchElasticEnvironment.detect()
         os.environ[PARENT] = str(os.getpid())

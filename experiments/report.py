@@ -11,7 +11,7 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
-from datamodules.concepts import CONCEPTS
+from datamodules.dictionary import CONCEPTS
 from experiments import files
 
 REPLICATES = 1000
@@ -41,11 +41,17 @@ def score(predictions: pl.DataFrame, threshold: float, replicates: int = REPLICA
         low, high = np.percentile(spread, [2.5, 97.5]) if len(spread) else (np.nan, np.nan)
         result[name] = {"value": _plain(point[k]), "low": _plain(low), "high": _plain(high)}
     result |= {"n": len(patient), "n_positive": int(measure.y.sum())}
-    result |= {"n_patients": int(patient.max()) + 1, "n_stays": int(measure.first_of_stay.sum()), "threshold": threshold}
+    result |= {
+        "n_patients": int(patient.max()) + 1,
+        "n_stays": int(measure.first_of_stay.sum()),
+        "threshold": threshold,
+    }
     return result
 
 
-def difference(first: pl.DataFrame, second: pl.DataFrame, replicates: int = REPLICATES) -> dict[str, dict[str, float | None]]:
+def difference(
+    first: pl.DataFrame, second: pl.DataFrame, replicates: int = REPLICATES
+) -> dict[str, dict[str, float | None]]:
     """AUROC and AUPRC of ``second`` less those of ``first`` on the same samples, with paired intervals: both see the same resamples.
 
     Args:
@@ -61,7 +67,9 @@ def difference(first: pl.DataFrame, second: pl.DataFrame, replicates: int = REPL
     """
     key = ["patient_id", "stay_id", "minute"]
     if not first.select(key).sort(key).equals(second.select(key).sort(key)):
-        raise ValueError("two predictions can only be compared on the same samples; evaluate both on the same data and split")
+        raise ValueError(
+            "two predictions can only be compared on the same samples; evaluate both on the same data and split"
+        )
     (one, patient_one), (two, patient_two) = _measure(first, 0.5), _measure(second, 0.5)
 
     def gap(counts: np.ndarray) -> list[float]:
@@ -70,19 +78,28 @@ def difference(first: pl.DataFrame, second: pl.DataFrame, replicates: int = REPL
     drawn = np.array([gap(counts) for counts in _resamples(patient_one, replicates)])
     spread = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
     point = gap(np.ones(int(patient_one.max()) + 1))
-    return {m: {"value": _plain(point[k]), "low": _plain(spread[0, k]), "high": _plain(spread[1, k])} for k, m in enumerate(METRICS[:2])}
+    return {
+        m: {"value": _plain(point[k]), "low": _plain(spread[0, k]), "high": _plain(spread[1, k])}
+        for k, m in enumerate(METRICS[:2])
+    }
 
 
 def _measure(predictions: pl.DataFrame, threshold: float) -> tuple["_Measure", np.ndarray]:
     """The measure of the rows with a known target, and the number of the patient that each belongs to."""
-    known = predictions.drop_nulls("target").filter(pl.col("target").is_not_nan()).sort("probability", descending=True, maintain_order=True)
+    known = (
+        predictions.drop_nulls("target")
+        .filter(pl.col("target").is_not_nan())
+        .sort("probability", descending=True, maintain_order=True)
+    )
     if known.is_empty():
-        raise ValueError("no row with a known outcome to score; use `ehr predict` for patients whose outcome is unknown")
+        raise ValueError(
+            "no row with a known outcome to score; use `ehr predict` for patients whose outcome is unknown"
+        )
     p, y = known["probability"].to_numpy(), known["target"].to_numpy().astype(np.float64)
     last_of_tie = np.append(p[1:] != p[:-1], True)
-    return _Measure(p, y, known["stay_id"].is_first_distinct().to_numpy(), last_of_tie, threshold), known["patient_id"].rank(
-        "dense"
-    ).to_numpy() - 1
+    return _Measure(p, y, known["stay_id"].is_first_distinct().to_numpy(), last_of_tie, threshold), known[
+        "patient_id"
+    ].rank("dense").to_numpy() - 1
 
 
 def _resamples(patient: np.ndarray, replicates: int) -> Iterator[np.ndarray]:
@@ -95,7 +112,9 @@ def _resamples(patient: np.ndarray, replicates: int) -> Iterator[np.ndarray]:
 class _Measure:
     """The metrics of one weighting of the rows; rows are sorted by falling probability."""
 
-    def __init__(self, p: np.ndarray, y: np.ndarray, first_of_stay: np.ndarray, last_of_tie: np.ndarray, threshold: float):
+    def __init__(
+        self, p: np.ndarray, y: np.ndarray, first_of_stay: np.ndarray, last_of_tie: np.ndarray, threshold: float
+    ):
         self.p, self.y, self.first_of_stay, self.tie, self.alert = p, y, first_of_stay, last_of_tie, p >= threshold
         self.error = (p - y) ** 2
 
@@ -195,7 +214,9 @@ def _draw_curves(predictions: dict[str, pl.DataFrame], figure: Any) -> None:
     calibration.plot([0, top], [0, top], color="grey", linewidth=0.8, linestyle=":")
     roc.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
     pr.set(title="Precision-recall (dotted: prevalence)", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
-    calibration.set(title="Calibration (equal groups of samples)", xlabel="predicted probability", ylabel="observed share")
+    calibration.set(
+        title="Calibration (equal groups of samples)", xlabel="predicted probability", ylabel="observed share"
+    )
     if len(roc.lines) > 1:  # none has both outcomes otherwise
         roc.legend(loc="lower right", fontsize=9)
 
@@ -205,7 +226,9 @@ def print_table(table: pl.DataFrame, title: str, console: Console) -> None:
     shown = Table(title=title, title_justify="left")
     for name, kind in table.schema.items():
         widest = max((len(f"{v:,}" if isinstance(v, int) else str(v)) for v in table[name]), default=1)
-        shown.add_column(name.replace("_", " "), justify="right" if kind.is_numeric() else "left", min_width=min(widest, 40))
+        shown.add_column(
+            name.replace("_", " "), justify="right" if kind.is_numeric() else "left", min_width=min(widest, 40)
+        )
     for row in table.iter_rows():
         shown.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row))
     console.print(shown)

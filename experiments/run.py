@@ -19,7 +19,8 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import track
 
-from datamodules.module import ICUDataModule, Split
+from datamodules.hospitals.base import Split
+from datamodules.module import ICUDataModule
 from ehrmodels.base import ICUModule, Mean, load, read_checkpoint, several
 from experiments import ranks
 from experiments.files import console, save, write_json, write_parquet, write_text
@@ -69,7 +70,9 @@ def opened(folder: Path, config: str, resume: bool, option: str) -> Iterator[Non
     written, environment = folder / "config.yaml", folder / "environment.txt"
     if written.exists():
         if written.read_text() != config:
-            raise ValueError(f"{folder} holds a run with another configuration ({written}); choose another {option}, or delete the folder")
+            raise ValueError(
+                f"{folder} holds a run with another configuration ({written}); choose another {option}, or delete the folder"
+            )
         if not resume and not (folder / "metrics.json").exists():
             raise ValueError(
                 f"{folder} holds an unfinished run of this configuration; add --resume to continue it, or choose another {option}"
@@ -83,7 +86,10 @@ def opened(folder: Path, config: str, resume: bool, option: str) -> Iterator[Non
             console.print(f"nothing to resume in {folder}: starting anew", soft_wrap=True)
         folder.mkdir(parents=True, exist_ok=True)
         packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions())
-        write_text(environment, "\n".join([f"python=={platform.python_version()}", f"platform: {platform.platform()}", *packages]) + "\n")
+        write_text(
+            environment,
+            "\n".join([f"python=={platform.python_version()}", f"platform: {platform.platform()}", *packages]) + "\n",
+        )
         write_text(written, config)
     try:
         yield
@@ -129,9 +135,20 @@ def fit(
     precision = trainer.get("precision") or (
         "bf16-mixed" if torch.cuda.is_available() and trainer.get("accelerator") != "cpu" else "32-true"
     )
-    arguments = {**trainer, "precision": precision, "logger": logger or False, "callbacks": callbacks, "default_root_dir": str(folder)}
+    arguments = {
+        **trainer,
+        "precision": precision,
+        "logger": logger or False,
+        "callbacks": callbacks,
+        "default_root_dir": str(folder),
+    }
     bars = any(isinstance(c, RichProgressBar) for c in callbacks)
-    arguments |= {"enable_progress_bar": bars, "enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    arguments |= {
+        "enable_progress_bar": bars,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
     fitting = lightning.Trainer(**arguments, plugins=[_Files(), *ranks.environment(trainer)])
     data.rank, data.world = fitting.global_rank, fitting.world_size
     data.order_seed, (data.order_epoch, data.order_start) = seed, epochs.position(data.world)
@@ -141,7 +158,9 @@ def fit(
     except SystemExit as stopped:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from stopped
     if not (folder / "best.ckpt").exists():
-        raise ValueError(f"training ended without a checkpoint: {monitor} was never a number; is there a sample in the validation split?")
+        raise ValueError(
+            f"training ended without a checkpoint: {monitor} was never a number; is there a sample in the validation split?"
+        )
 
 
 class _Files(TorchCheckpointIO):
@@ -162,7 +181,9 @@ class _Epochs(Callback):
     every process and the training loss so far.
     """
 
-    def __init__(self, path: Path, seed: int, last: Path, minutes: float, report: Callable[[int, dict[str, float]], None] | None):
+    def __init__(
+        self, path: Path, seed: int, last: Path, minutes: float, report: Callable[[int, dict[str, float]], None] | None
+    ):
         self.path, self.seed, self.last, self.seconds, self.report = path, seed, last, 60 * minutes, report
         self.rows: list[dict[str, float]] = []
         self.within: dict[str, Any] | None = None  # of a checkpoint within an epoch
@@ -196,7 +217,9 @@ class _Epochs(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self.within = state_dict["rows"], state_dict.get("within")
 
-    def on_load_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         for name, state in checkpoint["callbacks"].items():
             if "dirpath" in state:  # Lightning forgets the best score where the run directory has been moved since
                 checkpoint["callbacks"][name] = _moved(state, state["dirpath"], trainer.checkpoint_callback.dirpath)
@@ -207,18 +230,24 @@ class _Epochs(Callback):
         ranks.end_with_sigterm()
         self.saved = time.monotonic()
         # what an epoch without a validation is judged by
-        trainer.callback_metrics.update({k: torch.tensor(v) for row in self.rows[-1:] for k, v in row.items() if k.startswith("val")})
+        trainer.callback_metrics.update(
+            {k: torch.tensor(v) for row in self.rows[-1:] for k, v in row.items() if k.startswith("val")}
+        )
         if self.within:
             pl_module.losses["train"] = Mean(*self.within["train_loss"])
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self.within:
             cpu, cuda = self.within["random"][trainer.global_rank]
             torch.set_rng_state(cpu)
             if cuda is not None:
                 torch.cuda.set_rng_state(cuda)
             self.within = None
-        elif batch_idx == 0:  # not on_train_epoch_start: loaders draw a number after it, except in the first epoch of a process
+        elif (
+            batch_idx == 0
+        ):  # not on_train_epoch_start: loaders draw a number after it, except in the first epoch of a process
             key = (self.seed, trainer.current_epoch, *([trainer.global_rank] if trainer.global_rank else []))
             torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
@@ -226,7 +255,11 @@ class _Epochs(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         done = batch_idx + 1
-        if trainer.is_last_batch or done % trainer.accumulate_grad_batches or done % (trainer.val_check_batch or 1) == 0:
+        if (
+            trainer.is_last_batch
+            or done % trainer.accumulate_grad_batches
+            or done % (trainer.val_check_batch or 1) == 0
+        ):
             return  # gradients are in the making, or a checkpoint follows in any case
         if not ranks.agreed(time.monotonic() - self.saved >= self.seconds):
             return
@@ -238,7 +271,10 @@ class _Epochs(Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.saved = time.monotonic()
-        row: dict[str, float] = {"epoch": trainer.current_epoch, "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}
+        row: dict[str, float] = {
+            "epoch": trainer.current_epoch,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+        }
         said = {**trainer.callback_metrics, "train_loss": pl_module.losses["train"].value()}
         row |= {k: float(v) for k, v in sorted(said.items())}
         if not all(math.isfinite(row.get(name, 0.0)) for name in ("train_loss", "val_loss")):
@@ -293,7 +329,14 @@ def predict(model: ICUModule, data: ICUDataModule, split: Split) -> pl.DataFrame
     shares = ranks.everyone((np.concatenate(rows), np.concatenate(probabilities)))
     found, said = (np.concatenate(parts) for parts in zip(*shares, strict=True))
     table = data.samples[found].with_columns(probability=said)
-    columns = ["stay_id", "patient_id", "minute", pl.col("target").cast(pl.Float64).fill_null(float("nan")), "probability", "split"]
+    columns = [
+        "stay_id",
+        "patient_id",
+        "minute",
+        pl.col("target").cast(pl.Float64).fill_null(float("nan")),
+        "probability",
+        "split",
+    ]
     return table.select(columns).sort("stay_id", "minute")
 
 

@@ -125,13 +125,19 @@ class Study:
         with self._locked():
             trials = self.trials()
             failed = [t for t in trials if t.state == TrialState.FAIL]
-            if len(failed) >= FIRST_FAILURES and not any(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials):
+            if len(failed) >= FIRST_FAILURES and not any(
+                t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials
+            ):
                 raise ValueError(
                     f"the first {len(failed)} trials all failed, the last because: {failed[-1].user_attrs.get('reason')}; "
                     "mend that and choose another --name"
                 )
             for frozen in trials:
-                if frozen.state != TrialState.RUNNING or frozen.number in self._mine or not self._locks.take(frozen.number):
+                if (
+                    frozen.state != TrialState.RUNNING
+                    or frozen.number in self._mine
+                    or not self._locks.take(frozen.number)
+                ):
                     continue
                 self._mine.add(frozen.number)
                 trial = self._sampled(frozen.number, partial(Trial, self._study, frozen._trial_id))
@@ -140,7 +146,9 @@ class Study:
                 if lost[1] < ATTEMPTS:
                     trial.set_user_attr("lost", lost)
                     return trial
-                reason = f"its process was killed {ATTEMPTS} times in the same epoch: did the machine run out of memory?"
+                reason = (
+                    f"its process was killed {ATTEMPTS} times in the same epoch: did the machine run out of memory?"
+                )
                 self._end(trial, TrialState.FAIL, reason=reason)
             if len(trials) >= total and not any(t.state == TrialState.WAITING for t in trials):
                 return None
@@ -196,7 +204,9 @@ class Study:
 
 def server_lost(error: BaseException) -> bool:
     """Whether an error says that the storage's server cannot be reached any more."""
-    return isinstance(error, optuna.exceptions.StorageInternalError) or type(error).__module__.startswith(("sqlalchemy", "psycopg"))
+    return isinstance(error, optuna.exceptions.StorageInternalError) or type(error).__module__.startswith(
+        ("sqlalchemy", "psycopg")
+    )
 
 
 def value(trial: FrozenTrial) -> float:
@@ -325,9 +335,16 @@ class _ServerLocks:
 
         self._text = sqlalchemy.text
         self._study = int.from_bytes(hashlib.blake2b(study.encode(), digest_size=4).digest(), "big", signed=True)
-        alive = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}  # a machine without power is noticed in a minute
+        alive = {
+            "keepalives_idle": 30,
+            "keepalives_interval": 10,
+            "keepalives_count": 3,
+        }  # a machine without power is noticed in a minute
         engine = sqlalchemy.create_engine(
-            url, poolclass=sqlalchemy.pool.NullPool, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 10, **alive}
+            url,
+            poolclass=sqlalchemy.pool.NullPool,
+            isolation_level="AUTOCOMMIT",
+            connect_args={"connect_timeout": 10, **alive},
         )
         self._connection = engine.connect()
         for name, value in alive.items():
@@ -335,13 +352,17 @@ class _ServerLocks:
 
     def take(self, number: int, wait: bool = False) -> bool:
         if wait:
-            self._connection.execute(self._text("SELECT pg_advisory_lock(:study, :number)"), {"study": self._study, "number": number})
+            self._connection.execute(
+                self._text("SELECT pg_advisory_lock(:study, :number)"), {"study": self._study, "number": number}
+            )
             return True
         asked = self._text("SELECT pg_try_advisory_lock(:study, :number)")
         return bool(self._connection.execute(asked, {"study": self._study, "number": number}).scalar())
 
     def leave(self, number: int) -> None:
-        self._connection.execute(self._text("SELECT pg_advisory_unlock(:study, :number)"), {"study": self._study, "number": number})
+        self._connection.execute(
+            self._text("SELECT pg_advisory_unlock(:study, :number)"), {"study": self._study, "number": number}
+        )
 
     def check(self) -> None:
         """Raise the driver's error where the connection, and with it the locks, are gone: another process may have the trial."""
@@ -365,7 +386,9 @@ def _server(storage: str, name: str) -> tuple[_ServerLocks, Callable[[], optuna.
     try:
         locks = _ServerLocks(url, name)
     except ImportError as error:
-        raise ValueError("--storage postgresql://... needs the package psycopg: install it with pip install 'ehr[postgresql]'") from error
+        raise ValueError(
+            "--storage postgresql://... needs the package psycopg: install it with pip install 'ehr[postgresql]'"
+        ) from error
     except sqlalchemy.exc.OperationalError as error:
         said = " ".join(str(error.orig).split())
         raise ValueError(

@@ -29,7 +29,16 @@ from experiments.sweep_report import summarise
 RENEW = 75  # exit status of a worker whose device is not to be trusted any more; another process takes its place
 LOSSES = 20  # workers that may be lost without any progress in the study before the sweep gives up
 GONE = ("SLURM_", "PMI_", "OMPI_")  # a trial is a process of its own, wherever it was started
-RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def sweep(
@@ -67,7 +76,9 @@ def sweep(
         monitor: Validation metric that is optimised and pruned by.
     """
     if str(trainer.get("devices", 1)) != "1" or trainer.get("num_nodes", 1) != 1:
-        raise ValueError("one trial runs on one device: leave --trainer.devices and --trainer.num_nodes at 1 and use --workers instead")
+        raise ValueError(
+            "one trial runs on one device: leave --trainer.devices and --trainer.num_nodes at 1 and use --workers instead"
+        )
     if trials < 1 or (workers is not None and workers < 1):
         raise ValueError(f"--trials and --workers must be at least 1, found {trials} and {workers}")
     folder = Path(runs) / name
@@ -102,7 +113,9 @@ def sweep(
     except Exception as error:
         if server_lost(error):
             said = str(error.__cause__ or error).splitlines()[0]
-            raise ValueError(f"the server of --storage is gone ({said}): when it is back, the same command goes on") from error
+            raise ValueError(
+                f"the server of --storage is gone ({said}): when it is back, the same command goes on"
+            ) from error
         raise
 
 
@@ -139,7 +152,9 @@ class _Workers:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(GONE) and k not in RANKS}
         environment.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // number, 1)))
         # this very package, even where the current folder holds another one named experiments
-        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])])
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+        )
         self.environment = environment
         visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
         self.devices = visible or [str(i) for i in range(torch.cuda.device_count())]
@@ -158,7 +173,9 @@ class _Workers:
                 start_new_session=True,
             )
         assert process.stdin is not None
-        process.stdin.write(json.dumps({**self.order, "parent": os.getpid()}).encode())  # not an argument: the storage may hold a password
+        process.stdin.write(
+            json.dumps({**self.order, "parent": os.getpid()}).encode()
+        )  # not an argument: the storage may hold a password
         process.stdin.close()
         self.processes[index] = process
 
@@ -167,11 +184,17 @@ class _Workers:
         total, monitor = self.order["trials"], self.order["settings"]["monitor"]
         text = TextColumn("{task.description}")
         with Progress(
-            text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, disable=not console.is_terminal
+            text,
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
         ) as bar:
             task = bar.add_task(self.order["name"], total=total)
             console.print(
-                f"{self.folder}: {total} trials, {self.number} worker{'s' * (self.number > 1)}; worker-*.log say more", soft_wrap=True
+                f"{self.folder}: {total} trials, {self.number} worker{'s' * (self.number > 1)}; worker-*.log say more",
+                soft_wrap=True,
             )
             try:
                 for index in range(self.number):
@@ -185,13 +208,19 @@ class _Workers:
                             said.add(trial.number)
                             console.print(_line(trial, monitor), soft_wrap=True, highlight=False)
                     best = study.best(trials)
-                    shown = f"{self.order['name']}, best {best.value:.4f} (trial {best.number})" if best else self.order["name"]
+                    shown = (
+                        f"{self.order['name']}, best {best.value:.4f} (trial {best.number})"
+                        if best
+                        else self.order["name"]
+                    )
                     bar.update(task, completed=len(said), description=shown)
                     if (now := len(said) + sum(len(t.intermediate_values) for t in trials)) != progress:
                         progress, losses = now, 0
                     losses += self._replace_lost()
                     if losses > LOSSES:
-                        raise ValueError(f"workers end again and again without any progress; {self.folder}/worker-0.log says why")
+                        raise ValueError(
+                            f"workers end again and again without any progress; {self.folder}/worker-0.log says why"
+                        )
                     time.sleep(0.5)
             finally:
                 self._stop()
@@ -207,7 +236,11 @@ class _Workers:
             elif status in (2, 130):  # what ``cli.guarded`` makes of a mistake that concerns every trial
                 log = (self.folder / f"worker-{index}.log").read_text()
                 said = [line for line in log.splitlines() if line.startswith("ehr: ")]
-                raise ValueError(said[-1].removeprefix("ehr: ") if said else f"worker {index} ended: see {self.folder}/worker-{index}.log")
+                raise ValueError(
+                    said[-1].removeprefix("ehr: ")
+                    if said
+                    else f"worker {index} ended: see {self.folder}/worker-{index}.log"
+                )
             else:
                 lost += 1
                 self.start(index)
@@ -265,10 +298,17 @@ def attempt(study: Study, trial: Trial, name: str, folder: Path, parent: int) ->
     try:
         values = cli.configured("train", arguments)
         monitor = values["monitor"]
-        for key, fact in (("config", values["config"]), ("seed", values["seed"]), ("run", str(folder / place)), ("host", platform.node())):
+        for key, fact in (
+            ("config", values["config"]),
+            ("seed", values["seed"]),
+            ("run", str(folder / place)),
+            ("host", platform.node()),
+        ):
             trial.set_user_attr(key, fact)
         verbs.train(**{**values, "resume": True}, trial=run.Trial(name, trial.number, trial.params, report))
-        epochs = pl.read_csv(folder / place / "metrics.csv").sort(monitor, descending=MONITORS[monitor] == "max", maintain_order=True)
+        epochs = pl.read_csv(folder / place / "metrics.csv").sort(
+            monitor, descending=MONITORS[monitor] == "max", maintain_order=True
+        )
         best = epochs.row(0, named=True)
         study.end(trial, TrialState.COMPLETE, best[monitor], metrics=best)
     except optuna.TrialPruned:
@@ -289,7 +329,9 @@ def attempt(study: Study, trial: Trial, name: str, folder: Path, parent: int) ->
         if server_lost(error):
             raise
         traceback.print_exc()
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(r"out of memory|can't allocate memory", str(error))
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(
+            r"out of memory|can't allocate memory", str(error)
+        )
         said = " ".join(str(error).split())[:500]
         study.end(trial, TrialState.FAIL, reason=cli.NO_MEMORY if memory else f"{type(error).__name__}: {said}")
         verbs.end_log({"state": "failed"}, failed=True)

@@ -27,21 +27,34 @@ def summarise(study: Study, folder: Path, monitor: str, name: str) -> None:
     )
     for trial in trials:
         if trial.state == TrialState.FAIL:
-            console.print(f"  trial {trial.number} failed: {trial.user_attrs.get('reason')}", soft_wrap=True, highlight=False)
+            console.print(
+                f"  trial {trial.number} failed: {trial.user_attrs.get('reason')}", soft_wrap=True, highlight=False
+            )
     _table(trials, monitor).write_csv(buffer := io.BytesIO())
     write(folder / "trials.csv", buffer.getvalue())
     if best is None:
-        raise ValueError(f"no trial of {name} was completed; {folder / 'trials.csv'} lists them, {folder}/worker-*.log say more")
+        raise ValueError(
+            f"no trial of {name} was completed; {folder / 'trials.csv'} lists them, {folder}/worker-*.log say more"
+        )
     write_text(folder / "best.yaml", _train(best, folder))
-    console.print(f"best: trial {best.number}, {monitor} {best.value:.4f}, {best.user_attrs['run']}", soft_wrap=True, highlight=False)
+    console.print(
+        f"best: trial {best.number}, {monitor} {best.value:.4f}, {best.user_attrs['run']}",
+        soft_wrap=True,
+        highlight=False,
+    )
     width = max(map(len, best.params))
     for parameter, chosen in sorted(best.params.items(), key=lambda p: -importance.get(p[0], 0)):
         share = f"   importance {importance[parameter]:.2f}" if parameter in importance else ""
         console.print(
-            f"  {parameter:{width}}  {chosen:.4g}{share}" if isinstance(chosen, float) else f"  {parameter:{width}}  {chosen}{share}"
+            f"  {parameter:{width}}  {chosen:.4g}{share}"
+            if isinstance(chosen, float)
+            else f"  {parameter:{width}}  {chosen}{share}"
         )
     _draw(trials, best, importance, study.maximised, folder / "sweep.png", monitor, name)
-    console.print(f"wrote best.yaml, trials.csv and sweep.png to {folder}\nnext: ehr train -c {folder / 'best.yaml'}", soft_wrap=True)
+    console.print(
+        f"wrote best.yaml, trials.csv and sweep.png to {folder}\nnext: ehr train -c {folder / 'best.yaml'}",
+        soft_wrap=True,
+    )
 
 
 def _train(best: FrozenTrial, folder: Path) -> str:
@@ -71,7 +84,13 @@ def _table(trials: list[FrozenTrial], monitor: str) -> pl.DataFrame:
 
 
 def _draw(
-    trials: list[FrozenTrial], top: FrozenTrial, importance: dict[str, float], maximised: bool, path: Path, monitor: str, name: str
+    trials: list[FrozenTrial],
+    top: FrozenTrial,
+    importance: dict[str, float],
+    maximised: bool,
+    path: Path,
+    monitor: str,
+    name: str,
 ) -> None:
     """History, epochs and importance above; below, every parameter against the value of its trials, the most important first."""
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
@@ -85,14 +104,27 @@ def _draw(
     rows = -(-len(parameters) // 4)
     with figure(path, (16, 4 + 3.2 * rows)) as drawn:
         upper, lower = drawn.subfigures(2, 1, height_ratios=[4, 3.2 * rows])
-        drawn.suptitle(f"{name}: {len(trials)} trials, {len(complete)} complete, {len(pruned)} pruned (outliers at the edge)")
+        drawn.suptitle(
+            f"{name}: {len(trials)} trials, {len(complete)} complete, {len(pruned)} pruned (outliers at the edge)"
+        )
         history, epochs, shares = upper.subplots(1, 3)
         inside = [min(max(better(t.intermediate_values.values()), limits[0]), limits[1]) for t in pruned]
         history.scatter(
-            [t.number for t in complete], [min(max(v, limits[0]), limits[1]) for v in values], s=18, color="C0", label="complete"
+            [t.number for t in complete],
+            [min(max(v, limits[0]), limits[1]) for v in values],
+            s=18,
+            color="C0",
+            label="complete",
         )
         history.scatter(
-            [t.number for t in pruned], inside, s=18, color="grey", marker="x", linewidth=1, label="pruned, best until then", clip_on=False
+            [t.number for t in pruned],
+            inside,
+            s=18,
+            color="grey",
+            marker="x",
+            linewidth=1,
+            label="pruned, best until then",
+            clip_on=False,
         )
         best = [better(values[: i + 1]) for i in range(len(values))]
         history.step([t.number for t in complete], best, where="post", color="C1", label="best so far")
@@ -100,9 +132,19 @@ def _draw(
         history.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
         for group, colour in ((pruned, "lightgrey"), (complete, "C0")):
             for t in group:
-                epochs.plot(list(t.intermediate_values), list(t.intermediate_values.values()), color=colour, linewidth=0.8, alpha=0.7)
+                epochs.plot(
+                    list(t.intermediate_values),
+                    list(t.intermediate_values.values()),
+                    color=colour,
+                    linewidth=0.8,
+                    alpha=0.7,
+                )
         epochs.plot(
-            list(top.intermediate_values), list(top.intermediate_values.values()), color="C1", linewidth=2, label=f"trial {top.number}"
+            list(top.intermediate_values),
+            list(top.intermediate_values.values()),
+            color="C1",
+            linewidth=2,
+            label=f"trial {top.number}",
         )
         epochs.set(title="Epochs (grey: pruned)", xlabel="epoch", ylabel=monitor)
         epochs.legend(fontsize=8)

@@ -10,9 +10,8 @@ from typing import Any, Literal
 import polars as pl
 import torch
 
-from datamodules.batch import Spec
-from datamodules.hospitals import EICU, MIMICIV, PhysioNet2012, PhysioNet2019, SyntheticEICU, SyntheticMIMICIV
-from datamodules.module import ICUDataModule
+from datamodules.contract import Spec
+from datamodules.module import EICU, ICUDataModule
 from ehrmodels.base import ICUModule, load, read_checkpoint
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast
@@ -20,7 +19,7 @@ from experiments import files, ranks, report, run
 from experiments.files import console
 from experiments.run import MONITORS
 
-__all__ = ["EICU", "MIMICIV", "Fusion", "HyMaTE", "HyMaTEForecast", "PhysioNet2012", "PhysioNet2019", "SyntheticEICU", "SyntheticMIMICIV"]
+__all__ = ["Fusion", "HyMaTE", "HyMaTEForecast", "evaluate", "finetune", "predict", "train"]
 Monitor = Literal["val_auroc_auprc", "val_auroc", "val_auprc", "val_loss"]
 
 
@@ -47,7 +46,7 @@ def train(
 
     Args:
         model: The network: Fusion or HyMaTE; HyMaTEForecast trains HyMaTE's layers without outcomes, for --init_from.
-        data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, SyntheticMIMICIV or SyntheticEICU.
+        data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, Tables, SyntheticMIMICIV or SyntheticEICU.
         trainer: Arguments of lightning.Trainer.
         config: The whole configuration as YAML, kept in the run directory.
         name: Name of the run; default: data, model and seed.
@@ -68,9 +67,11 @@ def train(
     recipe = run.Recipe(trainer, seed, monitor, patience, checkpoint_minutes)
     with ranks.joined(trainer), run.opened(folder, config, resume, "--name"):
         if not model.supervised and (monitor != "val_loss" or finetune is not None):
-            raise ValueError(f"{type(model).__name__} predicts no outcome: set --monitor val_loss, leave out --finetune")
+            raise ValueError(
+                f"{type(model).__name__} predicts no outcome: set --monitor val_loss, leave out --finetune"
+            )
         if finetune is not None:
-            finetune.raw_files()  # say at once, not after training, that the second system is not there
+            finetune.files()  # say at once, not after training, that the second system is not there
         torch.manual_seed(seed)
         data.view, data.labelled = model.view, model.supervised
         data.prepare_data()
@@ -99,7 +100,9 @@ def train(
             logger = _logger(wandb, folder, config, monitor, [data.name, type(model).__name__], trial)
             run.fit(folder, model, data, recipe, logger, trial and trial.report)
         if not model.supervised:
-            files.write_json({"val_loss": pl.read_csv(folder / "metrics.csv")["val_loss"].min()}, folder / "metrics.json")
+            files.write_json(
+                {"val_loss": pl.read_csv(folder / "metrics.csv")["val_loss"].min()}, folder / "metrics.json"
+            )
             console.print(f"next: ehr train -c FILE --init_from {folder / 'best.ckpt'}", soft_wrap=True)
             return
         predictions, result = run.conclude(folder, data)
@@ -115,7 +118,17 @@ def train(
         else:
             start = {f"{data.name} (source)": (predictions, result)}
             place = folder / f"finetune-{finetune.name}"
-            _transfer(folder / "best.ckpt", finetune, place, recipe, finetune_learning_rate, finetune_epochs, wandb, config, start)
+            _transfer(
+                folder / "best.ckpt",
+                finetune,
+                place,
+                recipe,
+                finetune_learning_rate,
+                finetune_epochs,
+                wandb,
+                config,
+                start,
+            )
 
 
 def evaluate(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
@@ -140,7 +153,9 @@ def evaluate(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
     result = report.score(predictions, model.facts.get("threshold", 0.5))
     folder.mkdir(parents=True, exist_ok=True)
     files.write_parquet(predictions, folder / "predictions.parquet")
-    files.write_json({**result, "data": data.name, "split": data.split, "checkpoint": str(ckpt)}, folder / "metrics.json")
+    files.write_json(
+        {**result, "data": data.name, "split": data.split, "checkpoint": str(ckpt)}, folder / "metrics.json"
+    )
     name = f"{data.name} {data.split}"
     report.show({name: result}, console)
     report.draw({name: predictions}, folder / "report.png")
@@ -196,7 +211,13 @@ def predict(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
     data.labelled = False
     data.adopt(model.spec)
     table = run.predict(model, data, data.split)
-    table = table.select("stay_id", "patient_id", "minute", "probability", alert=pl.col("probability") >= model.facts.get("threshold", 0.5))
+    table = table.select(
+        "stay_id",
+        "patient_id",
+        "minute",
+        "probability",
+        alert=pl.col("probability") >= model.facts.get("threshold", 0.5),
+    )
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_parquet(table, path)
@@ -244,17 +265,33 @@ def _transfer(
             "seed": recipe.seed,
             "source": str(ckpt),
         }
-        recipe = recipe._replace(trainer={**recipe.trainer, "max_epochs": epochs}, monitor="val_auroc_auprc", patience=5)
+        recipe = recipe._replace(
+            trainer={**recipe.trainer, "max_epochs": epochs}, monitor="val_auroc_auprc", patience=5
+        )
         run.fit(
-            folder, model, target, recipe, _logger(wandb, folder, config, recipe.monitor, [target.name, type(model).__name__, "finetune"])
+            folder,
+            model,
+            target,
+            recipe,
+            _logger(wandb, folder, config, recipe.monitor, [target.name, type(model).__name__, "finetune"]),
         )
     rows[f"{target.name} fine-tuned"] = run.conclude(folder, target)
     if wandb is not None:
-        end_log({k: v for stage in ("zero-shot", "fine-tuned") for k, v in _values(stage, rows[f"{target.name} {stage}"][1]).items()})
+        end_log(
+            {
+                k: v
+                for stage in ("zero-shot", "fine-tuned")
+                for k, v in _values(stage, rows[f"{target.name} {stage}"][1]).items()
+            }
+        )
     report.show({name: result for name, (_, result) in rows.items()}, console)
     gap = report.difference(zero, rows[f"{target.name} fine-tuned"][0])
     files.write_json(gap, folder / "difference.json")
-    said = ", ".join(f"{m.upper()} {g['value']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})" for m, g in gap.items() if g["low"] is not None)
+    said = ", ".join(
+        f"{m.upper()} {g['value']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})"
+        for m, g in gap.items()
+        if g["low"] is not None
+    )
     console.print(f"fine-tuned less zero-shot, on the same patients: {said}", soft_wrap=True)
     report.draw({name: table for name, (table, _) in rows.items()}, folder / "report.png")
     console.print(
@@ -273,15 +310,19 @@ def _adopt_variables(data: ICUDataModule, ckpt: Path) -> None:
     spec, source = Spec(**facts["spec"]), facts.get("data", {})
     arguments = source.get("arguments", {})
     pairs = {
-        "hours of a window": (spec.hours, data.task.window),
+        "hours of a window": (spec.window, data.task.window_hours),
         "static features": (spec.statics, data.static_names()),
         "treatment": (arguments.get("treatment", True), data.treatment),
     }
-    if source.get("class") == type(data).__name__:  # patients of one hospital system: those held out here must have been held out there
+    if (
+        source.get("class") == type(data).__name__
+    ):  # patients of one hospital system: those held out here must have been held out there
         pairs |= {f"--data.{n}": (arguments.get(n, getattr(data, n)), getattr(data, n)) for n in ("seed", "split_by")}
     for name, (theirs, mine) in pairs.items():
         if mine != theirs:
-            raise ValueError(f"--init_from {ckpt} was trained with {name} {theirs}, these data have {mine}: give both the same")
+            raise ValueError(
+                f"--init_from {ckpt} was trained with {name} {theirs}, these data have {mine}: give both the same"
+            )
     task = data.task
     data.adopt(spec)
     data.task, data.spec = task, spec._replace(task=asdict(task))
@@ -290,7 +331,9 @@ def _adopt_variables(data: ICUDataModule, ckpt: Path) -> None:
 def _pos_weight(target: Any) -> float:
     positive = float(target.sum())
     if not 0 < positive < len(target):
-        raise ValueError(f"the training split has {int(positive)} positives among {len(target)} samples: both outcomes are needed to train")
+        raise ValueError(
+            f"the training split has {int(positive)} positives among {len(target)} samples: both outcomes are needed to train"
+        )
     return (len(target) - positive) / positive
 
 
@@ -310,17 +353,26 @@ def _check_validation(data: ICUDataModule) -> None:
 
 
 def _logger(
-    wandb: Literal["offline", "online"] | None, folder: Path, config: str, monitor: str, tags: list[str], trial: run.Trial | None = None
+    wandb: Literal["offline", "online"] | None,
+    folder: Path,
+    config: str,
+    monitor: str,
+    tags: list[str],
+    trial: run.Trial | None = None,
 ) -> Any:
     """Weights & Biases' run of this directory: its id is kept there, so that a resumed training goes on in the same run."""
-    if wandb is None or os.environ.get("WANDB_MODE") == "disabled" or console.quiet:  # quiet: not the first of several processes
+    if (
+        wandb is None or os.environ.get("WANDB_MODE") == "disabled" or console.quiet
+    ):  # quiet: not the first of several processes
         return None
     try:
         import wandb as library
         import yaml
         from lightning.pytorch.loggers import WandbLogger
     except ImportError as error:
-        raise ValueError("--wandb needs the package wandb: install it with pip install 'ehr[wandb]', or leave --wandb out") from error
+        raise ValueError(
+            "--wandb needs the package wandb: install it with pip install 'ehr[wandb]', or leave --wandb out"
+        ) from error
     library.finish()
     identity = folder / "wandb_id"
     if not identity.exists():
@@ -328,12 +380,26 @@ def _logger(
     about: dict[str, Any] = {"name": folder.name, "job_type": "train", "tags": tags}
     values = yaml.safe_load(config)
     if trial is not None:
-        about = {"name": f"{trial.study}/{folder.name}", "job_type": "trial", "tags": [*tags, trial.study], "group": trial.study}
-        swept = {name.replace(".", "_"): value for name, value in trial.params.items()}  # names that a parallel-coordinates plot takes
+        about = {
+            "name": f"{trial.study}/{folder.name}",
+            "job_type": "trial",
+            "tags": [*tags, trial.study],
+            "group": trial.study,
+        }
+        swept = {
+            name.replace(".", "_"): value for name, value in trial.params.items()
+        }  # names that a parallel-coordinates plot takes
         values |= {"trial": trial.number, **swept}
     settings = library.Settings(console="off", save_code=False, silent=True)
     began = library.init(
-        project="ehr", id=identity.read_text(), resume="allow", mode=wandb, dir=folder, config=values, settings=settings, **about
+        project="ehr",
+        id=identity.read_text(),
+        resume="allow",
+        mode=wandb,
+        dir=folder,
+        config=values,
+        settings=settings,
+        **about,
     )
     step = "trainer/global_step"
     began.define_metric(step)

@@ -52,7 +52,12 @@ def trained(mimic: Path, eicu: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The run directory of a small model, trained on the simulated MIMIC-IV and transferred to the simulated eICU."""
     folder = tmp_path_factory.mktemp("runs")
     arguments = f"train --model Fusion --model.width 16 --data SyntheticMIMICIV --data.root {mimic} --trainer.max_epochs 2 --name trained"
-    main([*arguments.split(), *f"--runs {folder} --finetune SyntheticEICU --finetune.root {eicu} --finetune_epochs 2".split()])
+    main(
+        [
+            *arguments.split(),
+            *f"--runs {folder} --finetune SyntheticEICU --finetune.root {eicu} --finetune_epochs 2".split(),
+        ]
+    )
     return folder / "trained"
 
 

@@ -31,7 +31,9 @@ def change(path: Path, edit: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
 def value(path: str, column: str, text: str, row: int = 0) -> Callable[[Path], None]:
     """Puts ``text`` in one cell of a table."""
     here = pl.int_range(pl.len()) == row
-    return lambda root: change(root / path, lambda t: t.with_columns(pl.when(here).then(pl.lit(text)).otherwise(column).alias(column)))
+    return lambda root: change(
+        root / path, lambda t: t.with_columns(pl.when(here).then(pl.lit(text)).otherwise(column).alias(column))
+    )
 
 
 def columns(path: str, **expressions: Any) -> Callable[[Path], None]:
@@ -66,7 +68,11 @@ def said_by(line: str, capsys: pytest.CaptureFixture[str], status: int = 2) -> s
 
 def left(out: Path) -> list[str]:
     """Files in the folder of results, but for whole tables of an extraction, which the next run takes up."""
-    kept = [p for p in out.rglob("*") if p.is_file() and p.suffix != ".lock" and not (p.parent.name == "parts" and p.suffix == ".parquet")]
+    kept = [
+        p
+        for p in out.rglob("*")
+        if p.is_file() and p.suffix != ".lock" and not (p.parent.name == "parts" and p.suffix == ".parquet")
+    ]
     return [str(p.relative_to(out)) for p in kept]
 
 
@@ -127,13 +133,18 @@ def prepared(root: Path, out: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl.Data
     )
 
 
-def test_values_that_cannot_be_are_dropped_and_counted(root: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_that_cannot_be_are_dropped_and_counted(
+    root: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """NaN, values out of range, exact repeats and unknown units harm nothing, and the tables say how many there were."""
     before = prepared(root, out)[2].filter(pl.col("concept") == "heart_rate").row(0, named=True)
     path = root / "icu/chartevents.csv.gz"
     table = pl.read_csv(path, infer_schema=False).with_row_index("row")
     rates = table.filter(pl.col("itemid") == "220045", pl.col("valuenum").is_not_null())["row"].to_list()
-    here = {name: pl.col("row").is_in(rates[i : i + 3]) for i, name in zip(range(0, 12, 3), ("nan", "far", "unit", "twice"), strict=True)}
+    here = {
+        name: pl.col("row").is_in(rates[i : i + 3])
+        for i, name in zip(range(0, 12, 3), ("nan", "far", "unit", "twice"), strict=True)
+    }
     number = pl.when(here["nan"]).then(pl.lit("nan")).when(here["far"]).then(pl.lit("99999")).otherwise("valuenum")
     unit = pl.when(here["unit"]).then(pl.lit("furlong")).otherwise("valueuom")
     changed = pl.concat([table, table.filter(here["twice"])]).with_columns(valuenum=number, valueuom=unit).drop("row")
@@ -167,8 +178,14 @@ def test_times_that_cannot_be_leave_the_stay_out(root: Path, out: Path) -> None:
 # ---- data and task --------------------------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, tuple[str, list[str]]] = {
-    "no stay left": (TRAIN + " --data.min_age 150", ["no stay of", "is left after the rule 'age of at least 150 years'", "--data.min_age"]),
-    "prediction after every stay": (TRAIN + " --data.hours 5000", ["is left after the rule 'at least 5000 h in the ICU'"]),
+    "no stay left": (
+        TRAIN + " --data.min_age 150",
+        ["no stay of", "is left after the rule 'age of at least 150 years'", "--data.min_age"],
+    ),
+    "prediction after every stay": (
+        TRAIN + " --data.hours 5000",
+        ["is left after the rule 'at least 5000 h in the ICU'"],
+    ),
     "no hour": (TRAIN + " --data.hours 0", ["--data.hours must be at least 1, found 0"]),
     "no window": (TRAIN + " --data.window 0", ["--data.window must be at least 1 hour, found 0"]),
     "no batch": (TRAIN + " --data.batch_size 0", ["--data.batch_size must be at least 1, found 0"]),
@@ -176,23 +193,50 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
         TRAIN + " --data.statics icu_minutes",
         ["--data.statics icu_minutes is only known after the prediction time", "age, sex"],
     ),
-    "unknown feature": (TRAIN + " --data.statics age,height_of_hospital", ["height_of_hospital is not known; choose among age, sex"]),
-    "unknown set": ("prepare --data PhysioNet2012 --data.root {root} --data.sets x", ["--data.sets x: expected letters among a,b,c"]),
+    "unknown feature": (
+        TRAIN + " --data.statics age,height_of_hospital",
+        ["height_of_hospital is not known; choose among age, sex"],
+    ),
+    "unknown set": (
+        "prepare --data PhysioNet2012 --data.root {root} --data.sets x",
+        ["--data.sets x: expected letters among a,b,c"],
+    ),
     "set missing": (
         "prepare --data PhysioNet2012 --data.root {root} --data.sets b",
         ["no data of b in", "expected set-b.tar.gz", "set --data.root"],
     ),
-    "system missing": ("prepare --data PhysioNet2019 --data.root {root}", ["no data of A in", "training_setA.zip", "set --data.root"]),
-    "another publisher's files": ("prepare --data EICU --data.root {root}", ["no EICU tables in", "expected", "set --data.root"]),
-    "task without its label": (TRAIN + " --data.task sepsis_onset", ["sepsis_onset needs", "choose another --data.task"]),
-    "too few hospitals": (TRAIN + " --data.split_by hospital", ["--data.split_by hospital needs at least 10 hospitals", "use patient"]),
-    "width and heads": (TRAIN + " --model.heads 5", ["--model.width must be a multiple of twice --model.heads (10), found 16"]),
-    "negative rate": (TRAIN + " --model.learning_rate -1", ["--model.learning_rate must be a finite number of at least 0, found -1"]),
+    "system missing": (
+        "prepare --data PhysioNet2019 --data.root {root}",
+        ["no data of A in", "training_setA.zip", "set --data.root"],
+    ),
+    "another publisher's files": (
+        "prepare --data EICU --data.root {root}",
+        ["no EICU tables in", "expected", "set --data.root"],
+    ),
+    "task without its label": (
+        TRAIN + " --data.task sepsis_onset",
+        ["sepsis_onset needs", "choose another --data.task"],
+    ),
+    "too few hospitals": (
+        TRAIN + " --data.split_by hospital",
+        ["--data.split_by hospital needs at least 10 hospitals", "use patient"],
+    ),
+    "width and heads": (
+        TRAIN + " --model.heads 5",
+        ["--model.width must be a multiple of twice --model.heads (10), found 16"],
+    ),
+    "negative rate": (
+        TRAIN + " --model.learning_rate -1",
+        ["--model.learning_rate must be a finite number of at least 0, found -1"],
+    ),
     "loss is no number": (
         TRAIN + " --model.learning_rate 1e9",
         ["the loss is not a number any more in epoch 0", "lower the learning rate"],
     ),
-    "second system missing": (TRAIN + " --finetune EICU --finetune.root {out}/no", ["no folder", "expected the files of EICU"]),
+    "second system missing": (
+        TRAIN + " --finetune EICU --finetune.root {out}/no",
+        ["no folder", "expected the files of EICU"],
+    ),
     "no such device": (TRAIN + " --trainer.accelerator gpu", ["No supported gpu backend found"]),
     "folder of runs is a file": (
         TRAIN.replace("--runs {out}", "--runs {root}/icu/icustays.csv.gz"),
@@ -202,7 +246,10 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
         PREPARE.replace("{out}/tables", "{root}/icu/icustays.csv.gz"),
         ["File exists; expected a folder; choose another path"],
     ),
-    "synthesize over files": ("synthesize --out {root} --stays 5", ["is not empty: choose a new folder, or delete it first"]),
+    "synthesize over files": (
+        "synthesize --out {root} --stays 5",
+        ["is not empty: choose a new folder, or delete it first"],
+    ),
     "synthesize nothing": ("synthesize --out {out}/new --stays 0", ["expected at least 1 stay", "found 0"]),
 }
 
@@ -228,17 +275,27 @@ def one_class(split: str, died: int, trained: Path) -> Callable[[Path], None]:
         data = MIMICIV(str(root))
         data.setup()
         chosen = data.samples.filter(pl.col("split") == split)["stay_id"].to_list()
-        stays = pl.read_csv(root / "icu/icustays.csv.gz").filter(pl.col("stay_id").is_in(chosen))["hadm_id"].cast(pl.String).to_list()
-        here = pl.col("hadm_id").is_in(stays)
-        columns("hosp/admissions.csv.gz", hospital_expire_flag=pl.when(here).then(pl.lit(str(died))).otherwise("hospital_expire_flag"))(
-            root
+        stays = (
+            pl.read_csv(root / "icu/icustays.csv.gz")
+            .filter(pl.col("stay_id").is_in(chosen))["hadm_id"]
+            .cast(pl.String)
+            .to_list()
         )
+        here = pl.col("hadm_id").is_in(stays)
+        columns(
+            "hosp/admissions.csv.gz",
+            hospital_expire_flag=pl.when(here).then(pl.lit(str(died))).otherwise("hospital_expire_flag"),
+        )(root)
 
     return edit
 
 
-@pytest.mark.parametrize(("split", "said"), [("train", "the training split has 0 positives among"), ("val", "has 0 positives among")])
-def test_split_with_one_outcome(split: str, said: str, root: Path, out: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("split", "said"), [("train", "the training split has 0 positives among"), ("val", "has 0 positives among")]
+)
+def test_split_with_one_outcome(
+    split: str, said: str, root: Path, out: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one_class(split, 0, trained)(root)
     message = said_by(TRAIN.format(root=root, out=out), capsys)
     assert said in message
@@ -270,7 +327,10 @@ def renamed(path: Path) -> None:
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda p: p.unlink(), "no checkpoint {p}: expected a file such as runs/NAME/best.ckpt; set --ckpt"),
-    "a folder": (lambda p: (p.unlink(), p.mkdir()), "no checkpoint {p}: expected a file such as runs/NAME/best.ckpt; set --ckpt"),
+    "a folder": (
+        lambda p: (p.unlink(), p.mkdir()),
+        "no checkpoint {p}: expected a file such as runs/NAME/best.ckpt; set --ckpt",
+    ),
     "empty": (lambda p: p.write_bytes(b""), "{p}: the checkpoint is damaged or not a checkpoint"),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:9000]), "{p}: the checkpoint is damaged or not a checkpoint"),
     "text": (lambda p: p.write_text("hello"), "{p}: the checkpoint is damaged or not a checkpoint"),
@@ -335,7 +395,9 @@ def test_no_room_for_an_extraction(size: int, mimic: Path, out: Path, capsys: py
 
 
 @pytest.mark.parametrize("size", [100, 2_000, 50_000])
-def test_no_room_for_a_run(size: int, trained: Path, mimic: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_room_for_a_run(
+    size: int, trained: Path, mimic: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = TRAIN.format(root=mimic, out=out)
     with largest_file(size):
         said = said_by(line, capsys)
@@ -357,7 +419,9 @@ def test_no_room_for_results(trained: Path, out: Path, capsys: pytest.CaptureFix
 def small_disk() -> Iterator[Path]:
     """A file system of 300 kB; needs the right to mount one."""
     folder = Path(tempfile.mkdtemp())
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True, check=False
+    ).returncode:
         folder.rmdir()
         pytest.skip("mounting a small file system needs root")
     yield folder

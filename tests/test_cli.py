@@ -60,7 +60,9 @@ def configuration(line: str, capsys: pytest.CaptureFixture[str]) -> dict[str, An
 @pytest.mark.parametrize("argument", ["--help", "-h", "help", None])
 def test_help_imports_nothing_heavy(argument: str | None) -> None:
     code = "import sys; from experiments.cli import main; main(sys.argv[1:]); print([m for m in ('torch', 'polars', 'lightning') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code, *([argument] if argument else [])], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *([argument] if argument else [])], capture_output=True, text=True, timeout=20
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("[]")
     for verb, text in VERBS.items():
@@ -132,7 +134,11 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path: Path, capsys: pyt
         assert kept["seed"] == 5
         assert kept["trainer"]["max_epochs"] == 3
         assert kept["data"]["class_path"].endswith(".EICU")
-        assert {k: kept["data"]["init_args"][k] for k in ("root", "hours", "batch_size")} == {"root": "x", "hours": 9, "batch_size": 8}
+        assert {k: kept["data"]["init_args"][k] for k in ("root", "hours", "batch_size")} == {
+            "root": "x",
+            "hours": 9,
+            "batch_size": 8,
+        }
         assert {k: kept["model"]["init_args"][k] for k in ("width", "fusion")} == {"width": 32, "fusion": "concat"}
     kept = configuration(f"train -c {path} --data MIMICIV --data.root y", capsys)
     assert kept["data"]["class_path"].endswith(".MIMICIV")
@@ -146,14 +152,17 @@ def test_arguments_of_a_class_may_stand_before_it(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"), [("true", True), ("True", True), ("yes", True), ("false", False), ("False", False), ("no", False)]
+    ("said", "meant"),
+    [("true", True), ("True", True), ("yes", True), ("false", False), ("False", False), ("no", False)],
 )
 def test_booleans(said: str, meant: bool, capsys: pytest.CaptureFixture[str]) -> None:
     kept = configuration(f"train --model Fusion --data EICU --data.rolling {said}", capsys)
     assert kept["data"]["init_args"]["rolling"] is meant
 
 
-@pytest.mark.parametrize(("said", "meant"), [("age", ["age"]), ("age,sex", ["age", "sex"]), ("[age,sex]", ["age", "sex"]), ("[]", [])])
+@pytest.mark.parametrize(
+    ("said", "meant"), [("age", ["age"]), ("age,sex", ["age", "sex"]), ("[age,sex]", ["age", "sex"]), ("[]", [])]
+)
 def test_statics_by_name(said: str, meant: list[str]) -> None:
     parser = make_parser("prepare")
     made = parser.instantiate(parser.parse_args(["--data", "EICU", "--data.statics", said]))
@@ -178,7 +187,10 @@ def test_the_written_configuration_is_a_configuration(trained: Path, capsys: pyt
         ("prepare --data.hors=3 --data EICU", "unknown option --data.hors; did you mean --data.hours?"),
         ("prepare --data PhysioNet2019 --data.system A", "unknown option --data.system; did you mean --data.systems?"),
         ("train --data EICU --modle Fusion", "unknown option --modle; did you mean --model?"),
-        ("train --data EICU --model Fusion --model.widht 3", "unknown option --model.widht; did you mean --model.width?"),
+        (
+            "train --data EICU --model Fusion --model.widht 3",
+            "unknown option --model.widht; did you mean --model.width?",
+        ),
         (
             "train --data EICU --model Fusion --trainer.max_epoch 3",
             "unknown option --trainer.max_epoch; did you mean --trainer.max_epochs?",
@@ -200,8 +212,14 @@ def test_the_written_configuration_is_a_configuration(trained: Path, capsys: pyt
         ("evaluate --out x", "missing --ckpt\n"),
         ("prepare --data EICU --data.hours x", "--data.hours: expected int, found x"),
         ("prepare --data EICU --data.rolling maybe", "--data.rolling: expected bool, found maybe"),
-        ("prepare --data EICU --data.task death", "--data.task: expected mortality_hospital, mortality_24h, sepsis_onset, found death"),
-        ("train --data EICU --model Fusion --trainer.max_epochs x", "--trainer.max_epochs: expected int or null, found x"),
+        (
+            "prepare --data EICU --data.task death",
+            "--data.task: expected mortality_hospital, mortality_24h, sepsis_onset, found death",
+        ),
+        (
+            "train --data EICU --model Fusion --trainer.max_epochs x",
+            "--trainer.max_epochs: expected int or null, found x",
+        ),
         (
             "train --data EICU --model Fusion --monitor auroc",
             "--monitor: expected val_auroc_auprc, val_auroc, val_auprc, val_loss, found auroc",
@@ -223,7 +241,10 @@ def test_slips_of_the_keyboard(line: str, words: str, capsys: pytest.CaptureFixt
     [
         ("patienc: 3\n", "unknown key 'patienc' in the YAML file; did you mean patience?"),
         ("trainer: {max_epoch: 3}\n", "unknown key 'max_epoch' in the YAML file; did you mean max_epochs?"),
-        ("data: {class_path: EICU, init_args: {hors: 3}}\n", "unknown key 'hors' in the YAML file; did you mean hours?"),
+        (
+            "data: {class_path: EICU, init_args: {hors: 3}}\n",
+            "unknown key 'hors' in the YAML file; did you mean hours?",
+        ),
         ("model: {class_path: Fusion, init_args: {width: wide}}\n", "--width: expected int, found wide"),
         ("data: {class_path: EICU\n", "the YAML file cannot be read"),
     ],
@@ -291,7 +312,15 @@ def test_train_writes_a_whole_run(trained: Path) -> None:
         assert len(predictions) == metrics["val"]["n"] + metrics["test"]["n"]
         log = pl.read_csv(folder / "metrics.csv")
         assert log["epoch"].to_list() == [0, 1]
-        assert set(log.columns) == {"epoch", "learning_rate", "train_loss", "val_loss", "val_auroc", "val_auprc", "val_auroc_auprc"}
+        assert set(log.columns) == {
+            "epoch",
+            "learning_rate",
+            "train_loss",
+            "val_loss",
+            "val_auroc",
+            "val_auprc",
+            "val_auroc_auprc",
+        }
         facts = read_checkpoint(folder / "best.ckpt")["ehr"]
         assert facts["threshold"] == metrics["val"]["threshold"] == metrics["test"]["threshold"]
         assert facts["seed"] == 0
@@ -302,7 +331,9 @@ def test_split_hash_and_probabilities_of_train_and_val_do_not_overlap(trained: P
     data = SyntheticMIMICIV(str(mimic))
     data.setup()
     assert read_checkpoint(trained / "best.ckpt")["ehr"]["split_hash"] == data.split_hash()
-    held = pl.read_parquet(trained / "predictions.parquet").join(data.samples.select("stay_id", true="split"), on="stay_id")
+    held = pl.read_parquet(trained / "predictions.parquet").join(
+        data.samples.select("stay_id", true="split"), on="stay_id"
+    )
     assert held["split"].equals(held["true"], check_names=False)
 
 
@@ -327,7 +358,17 @@ def test_evaluate_on_all_stays_and_another_root(trained: Path, mimic: Path, tmp_
     other = tmp_path / "moved hospital"
     shutil.copytree(mimic, other)
     main(
-        ["evaluate", "--ckpt", str(trained / "best.ckpt"), "--data.root", str(other), "--data.split", "all", "--out", str(tmp_path / "out")]
+        [
+            "evaluate",
+            "--ckpt",
+            str(trained / "best.ckpt"),
+            "--data.root",
+            str(other),
+            "--data.split",
+            "all",
+            "--out",
+            str(tmp_path / "out"),
+        ]
     )
     table = pl.read_parquet(tmp_path / "out" / "predictions.parquet")
     assert set(table["split"]) == {"train", "val", "test"}
@@ -354,7 +395,9 @@ def rewrite(path: Path, change: Any) -> None:
     path.write_bytes(gzip.compress(table.write_csv().encode()))
 
 
-def test_finetune_takes_eicu_when_only_its_root_is_given(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finetune_takes_eicu_when_only_its_root_is_given(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         ehr(f"finetune --ckpt {trained / 'best.ckpt'} --data.root {tmp_path / 'nowhere'} --out {tmp_path / 'tuned'}")
     assert "expected the files of EICU" in capsys.readouterr().err
@@ -378,7 +421,10 @@ def test_predict_needs_no_outcomes(trained: Path, mimic: Path, tmp_path: Path) -
     rewrite(new / "hosp/patients.csv.gz", lambda t: t.drop("dod"))
     ehr(f"predict --ckpt {trained / 'best.ckpt'} --data.root {new} --data.split all --out {tmp_path / 'new.parquet'}")
     ehr(f"evaluate --ckpt {trained / 'best.ckpt'} --data.split all --out {tmp_path / 'known'}")
-    new_table, known = pl.read_parquet(tmp_path / "new.parquet"), pl.read_parquet(tmp_path / "known" / "predictions.parquet")
+    new_table, known = (
+        pl.read_parquet(tmp_path / "new.parquet"),
+        pl.read_parquet(tmp_path / "known" / "predictions.parquet"),
+    )
     assert new_table.columns == ["stay_id", "patient_id", "minute", "probability", "alert"]
     both = known.join(new_table, on=["stay_id", "minute"], suffix="_new")
     assert both.height == known.height
@@ -409,12 +455,19 @@ def test_nothing_of_the_target_is_fitted(trained: Path, eicu: Path, tmp_path: Pa
     zero = pl.read_parquet(trained / "finetune-SyntheticEICU" / "zero_shot.parquet")
     few = tmp_path / "few"
     shutil.copytree(eicu, few)
-    rewrite(few / "patient.csv.gz", lambda t: t.filter(pl.col("patientunitstayid").cast(pl.Int64).is_in(zero["stay_id"].to_list())))
-    ehr(f"evaluate --ckpt {trained / 'best.ckpt'} --data SyntheticEICU --data.root {few} --data.split all --out {tmp_path / 'out'}")
+    rewrite(
+        few / "patient.csv.gz",
+        lambda t: t.filter(pl.col("patientunitstayid").cast(pl.Int64).is_in(zero["stay_id"].to_list())),
+    )
+    ehr(
+        f"evaluate --ckpt {trained / 'best.ckpt'} --data SyntheticEICU --data.root {few} --data.split all --out {tmp_path / 'out'}"
+    )
     assert pl.read_parquet(tmp_path / "out" / "predictions.parquet").equals(zero)
 
 
-def test_finetune_from_a_checkpoint(trained: Path, eicu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finetune_from_a_checkpoint(
+    trained: Path, eicu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = f"finetune --ckpt {trained / 'best.ckpt'} --data SyntheticEICU --data.root {eicu} --epochs 2 --trainer.max_epochs 2 --out {tmp_path / 'ft'}"
     ehr(line)
     said = capsys.readouterr().out
@@ -452,11 +505,19 @@ def test_fine_tuning_uses_dropout(trained: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning.Trainer", lambda **_: Spy())
         with pytest.raises(Stop):
-            run.fit(trained / "nowhere", load(trained / "best.ckpt"), SyntheticEICU(), run.Recipe({}, 0, "val_loss", 1, 10.0), None)
+            run.fit(
+                trained / "nowhere",
+                load(trained / "best.ckpt"),
+                SyntheticEICU(),
+                run.Recipe({}, 0, "val_loss", 1, 10.0),
+                None,
+            )
     assert seen == [True]
 
 
-def test_a_finished_run_is_reported_again_without_training(trained: Path, mimic: Path, eicu: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_reported_again_without_training(
+    trained: Path, mimic: Path, eicu: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "runs" / "trained"
     shutil.copytree(trained, copy)
     text = (copy / "config.yaml").read_text().replace(str(trained.parent), str(tmp_path / "runs"))
@@ -483,16 +544,27 @@ def test_hourly_task_end_to_end(mimic: Path, tmp_path: Path) -> None:
 def test_checkpoint_of_changed_score_switches_loads(trained: Path) -> None:
     """Every argument of the data becomes plain types in a checkpoint."""
     from datamodules.sofa import Switches
+
     from experiments.verbs import _description
 
-    for data in (EICU(sofa=Switches()), MIMICIV(statics=["age"]), PhysioNet2012(), PhysioNet2019(systems="A"), SyntheticEICU()):
+    for data in (
+        EICU(sofa=Switches()),
+        MIMICIV(statics=["age"]),
+        PhysioNet2012(),
+        PhysioNet2019(systems="A"),
+        SyntheticEICU(),
+    ):
         arguments = _description(data)["arguments"]
         assert json.loads(json.dumps(arguments)) == arguments
 
 
-def test_wandb_missing(mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wandb_missing(
+    mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    said = refused(f"train {TINY} --data MIMICIV --data.root {mimic} --runs {tmp_path} --name w --wandb offline", capsys)
+    said = refused(
+        f"train {TINY} --data MIMICIV --data.root {mimic} --runs {tmp_path} --name w --wandb offline", capsys
+    )
     assert "--wandb needs the package wandb: install it with pip install 'ehr[wandb]'" in said
     assert not (tmp_path / "w").exists()
 
@@ -511,7 +583,10 @@ def test_wandb_offline(mimic: Path, tmp_path: Path) -> None:
     said = json.loads(subprocess.run(reader, check=True, capture_output=True, text=True).stdout)
     assert said["run_id"] == (tmp_path / "w" / "wandb_id").read_text() and said["state"] == "finished"
     assert said["config"]["model"]["init_args"]["width"] == 16 and said["console"] == []
-    epochs, scores = pl.read_csv(tmp_path / "w" / "metrics.csv"), json.loads((tmp_path / "w" / "metrics.json").read_text())
+    epochs, scores = (
+        pl.read_csv(tmp_path / "w" / "metrics.csv"),
+        json.loads((tmp_path / "w" / "metrics.json").read_text()),
+    )
     assert said["summary"]["val_auroc_auprc"]["max"] == epochs["val_auroc_auprc"].max()
     assert said["summary"]["test/auroc"] == scores["test"]["auroc"]["value"]
 

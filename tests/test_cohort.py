@@ -12,16 +12,18 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from datamodules.concepts import CONCEPT, NAMES
 
 from datamodules import cohort, schema
 from datamodules.cohort import Store
-from datamodules.concepts import CONCEPT, NAMES
 
 ROOT = Path(__file__).parents[1]
 
 
 def stays(count: int = 3, **columns: list) -> pl.DataFrame:
-    return pl.DataFrame({"stay_id": [10 * (i + 1) for i in range(count)], "patient_id": [f"p{i}" for i in range(count)], **columns})
+    return pl.DataFrame(
+        {"stay_id": [10 * (i + 1) for i in range(count)], "patient_id": [f"p{i}" for i in range(count)], **columns}
+    )
 
 
 def events(rows: list[tuple]) -> pl.LazyFrame:
@@ -61,7 +63,12 @@ def test_counts_conversions_and_order(tmp_path: Path) -> None:
         ]
     )
     two = events(
-        [(10, 0, "fio2", 0.4, None), (10, 1, "fio2", 0.4, "fraction"), (10, 2, "fio2", 40.0, "%"), (10, 0, "lactate", 18.016, "mg/dL")]
+        [
+            (10, 0, "fio2", 0.4, None),
+            (10, 1, "fio2", 0.4, "fraction"),
+            (10, 2, "fio2", 40.0, "%"),
+            (10, 0, "lactate", 18.016, "mg/dL"),
+        ]
     )
     store = build(tmp_path / "s", stays(3, height=[170.0, None, 400.0], weight=[None, None, 70.0]), one=one, two=two)
     assert rows(store) == [
@@ -79,7 +86,17 @@ def test_counts_conversions_and_order(tmp_path: Path) -> None:
         (30, 5, "heart_rate", 81.0),
     ]
     assert store.offsets.tolist() == [0, 8, 8, 12]
-    told = ["concept", "rows", "events", "stays", "stays_percent", "duplicate", "unmapped_unit", "not_a_number", "out_of_range"]
+    told = [
+        "concept",
+        "rows",
+        "events",
+        "stays",
+        "stays_percent",
+        "duplicate",
+        "unmapped_unit",
+        "not_a_number",
+        "out_of_range",
+    ]
     assert store.coverage().select(told).rows() == [
         ("heart_rate", 4, 3, 1, 33.3, 1, 0, 0, 0),
         ("temperature", 8, 3, 1, 33.3, 0, 1, 3, 1),
@@ -116,7 +133,10 @@ def test_what_is_derived_does_not_count_a_duplicate_twice(tmp_path: Path) -> Non
     ("table", "message"),
     [
         (stays(0), "no ICU stay found"),
-        (stays(2, stay_number=[1, 1]).with_columns(stay_id=pl.lit(7)), "stay_id must be unique, found 1 ids more than once, such as 7"),
+        (
+            stays(2, stay_number=[1, 1]).with_columns(stay_id=pl.lit(7)),
+            "stay_id must be unique, found 1 ids more than once, such as 7",
+        ),
         (stays(2).with_columns(patient_id=pl.lit(None)), "2 rows have no patient_id"),
         (stays(2, colour=["red", "blue"]), "unexpected column colour"),
     ],
@@ -128,7 +148,11 @@ def test_a_wrong_table_of_stays_is_refused(tmp_path: Path, table: pl.DataFrame, 
 
 
 def test_no_event_at_all_is_refused(tmp_path: Path) -> None:
-    for table in (events([]), events([(99, 0, "heart_rate", 80.0, None)]), events([(10, 0, "heart_rate", -80.0, None)])):
+    for table in (
+        events([]),
+        events([(99, 0, "heart_rate", 80.0, None)]),
+        events([(10, 0, "heart_rate", -80.0, None)]),
+    ):
         with pytest.raises(ValueError, match="no event found in any stay"):
             build(tmp_path / "s", stays(), one=table)
         assert not list(tmp_path.glob("s*/"))
@@ -136,10 +160,20 @@ def test_no_event_at_all_is_refused(tmp_path: Path) -> None:
 
 def random_events(seed: int, count: int = 4000, of: int = 25) -> pl.LazyFrame:
     rng = np.random.default_rng(seed)
-    concept = pl.Series(np.array(["heart_rate", "urine", "norepinephrine", "lactate"])[rng.integers(0, 4, count)], dtype=CONCEPT)
-    columns = {"stay_id": 10 * rng.integers(1, of + 1, count), "minute": rng.integers(-90, 4000, count).astype(np.int32)}
+    concept = pl.Series(
+        np.array(["heart_rate", "urine", "norepinephrine", "lactate"])[rng.integers(0, 4, count)], dtype=CONCEPT
+    )
+    columns = {
+        "stay_id": 10 * rng.integers(1, of + 1, count),
+        "minute": rng.integers(-90, 4000, count).astype(np.int32),
+    }
     return pl.LazyFrame(
-        {**columns, "concept": concept, "value": rng.uniform(0, 5, count).round(2), "unit": pl.Series([None] * count, dtype=pl.String)}
+        {
+            **columns,
+            "concept": concept,
+            "value": rng.uniform(0, 5, count).round(2),
+            "unit": pl.Series([None] * count, dtype=pl.String),
+        }
     )
 
 
@@ -165,12 +199,16 @@ def test_export_equals_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["events.parquet"]
     frame = pl.read_parquet(tmp_path / "out" / "events.parquet")
     assert frame.schema == {"stay_id": pl.Int64, "minute": pl.Int32, "concept": CONCEPT, "value": pl.Float32}
-    assert frame.with_columns(pl.col("value").round(4)).rows() == [(*r[:3], pytest.approx(r[3], abs=1e-3)) for r in rows(store)]
+    assert frame.with_columns(pl.col("value").round(4)).rows() == [
+        (*r[:3], pytest.approx(r[3], abs=1e-3)) for r in rows(store)
+    ]
 
 
 def test_first_after_is_a_binary_search_per_stay(tmp_path: Path) -> None:
     store = build(tmp_path / "s", stays(25), one=random_events(3, count=600))
-    stay, minute = (a.ravel() for a in np.meshgrid(np.arange(25), np.array([-9999, -90, 0, 17, 2000, 3999, 9999]), indexing="ij"))
+    stay, minute = (
+        a.ravel() for a in np.meshgrid(np.arange(25), np.array([-9999, -90, 0, 17, 2000, 3999, 9999]), indexing="ij")
+    )
     expected = [
         store.offsets[s] + np.searchsorted(store.minute[store.offsets[s] : store.offsets[s + 1]], m)
         for s, m in zip(stay, minute, strict=True)
@@ -184,7 +222,11 @@ def test_the_fingerprint_follows_the_raw_files_and_the_settings(tmp_path: Path) 
         path.write_text("1")
     key = cohort.fingerprint(files, tmp_path, {"sets": "a"})
     assert key == cohort.fingerprint(files[::-1], tmp_path, {"sets": "a"})
-    keys = {key, cohort.fingerprint(files, tmp_path, {"sets": "b"}), cohort.fingerprint(files[:1], tmp_path, {"sets": "a"})}
+    keys = {
+        key,
+        cohort.fingerprint(files, tmp_path, {"sets": "b"}),
+        cohort.fingerprint(files[:1], tmp_path, {"sets": "a"}),
+    }
     files[0].write_text("12")
     keys.add(cohort.fingerprint(files, tmp_path, {"sets": "a"}))
     os.utime(files[0], ns=(0, 0))
@@ -248,12 +290,24 @@ except OSError as error:
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("raw")
     for seed, table in enumerate("abc"):
-        random_events(seed, 40_000, of=200).with_columns(pl.col("stay_id") // 10).collect().write_csv(folder / f"{table}.csv")
+        random_events(seed, 40_000, of=200).with_columns(pl.col("stay_id") // 10).collect().write_csv(
+            folder / f"{table}.csv"
+        )
     return folder
 
 
 def start(raw: Path, folder: Path, moment: str = "") -> subprocess.Popen:
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(raw), str(folder), moment, str(raw / f"{folder.parent.name}.log")]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        SCRIPT,
+        str(raw),
+        str(folder),
+        moment,
+        str(raw / f"{folder.parent.name}.log"),
+    ]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -309,7 +363,9 @@ def test_two_processes_build_one_store(raw: Path, tmp_path: Path, unbroken: dict
     assert content(folder) == unbroken
 
 
-@pytest.mark.parametrize(("limit", "cause"), [(20_000, "os error"), (350_000, "requested and")], ids=["reading", "sorting"])
+@pytest.mark.parametrize(
+    ("limit", "cause"), [(20_000, "os error"), (350_000, "requested and")], ids=["reading", "sorting"]
+)
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(
     raw: Path, tmp_path: Path, unbroken: dict[str, bytes], limit: int, cause: str
 ) -> None:

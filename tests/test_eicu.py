@@ -30,7 +30,11 @@ def write(folder: Path, table: str, header: str, *rows: str) -> None:
 def some_stays(**weight: float | None) -> pl.DataFrame:
     """Stays 1, 2, ... with the weights given (kg)."""
     ids = list(range(1, len(weight) + 1))
-    return conform(pl.DataFrame({"stay_id": ids, "patient_id": [str(i) for i in ids], "weight": list(weight.values())}), STAYS, "stays")
+    return conform(
+        pl.DataFrame({"stay_id": ids, "patient_id": [str(i) for i in ids], "weight": list(weight.values())}),
+        STAYS,
+        "stays",
+    )
 
 
 def patient(stay: int, pid: str = "p", hospital_stay: int = 1, visit: int = 1, **other: object) -> str:
@@ -60,19 +64,43 @@ def test_body_size_is_repaired(tmp_path):
         ("90", "105"),
         ("", ""),
     ]
-    write(tmp_path, "patient", PATIENT, *(patient(i, str(i), admissionheight=h, admissionweight=w) for i, (h, w) in enumerate(before)))
+    write(
+        tmp_path,
+        "patient",
+        PATIENT,
+        *(patient(i, str(i), admissionheight=h, admissionweight=w) for i, (h, w) in enumerate(before)),
+    )
     after = eicu.stays(tmp_path).select("height", "weight").rows()
     # 90 cm and 105 kg differ by less than 20, so nothing says that they are swapped
-    assert after == [(110, 80), (170, 70), (170, 70), (None, 70), (None, 70), (170, None), (170, None), (90, 105), (None, None)]
+    assert after == [
+        (110, 80),
+        (170, 70),
+        (170, 70),
+        (None, 70),
+        (None, 70),
+        (170, None),
+        (170, None),
+        (90, 105),
+        (None, None),
+    ]
 
 
 def test_age_sex_and_unit(tmp_path):
     """[eICU documentation, patient table] ages over 89 are written "> 89"; every unit type has a place."""
     before = [("> 89", "Male", "MICU"), ("54", "Female", "CTICU"), ("", "Unknown", "Step-down")]
-    write(tmp_path, "patient", PATIENT, *(patient(i, str(i), age=a, gender=s, unittype=u) for i, (a, s, u) in enumerate(before)))
+    write(
+        tmp_path,
+        "patient",
+        PATIENT,
+        *(patient(i, str(i), age=a, gender=s, unittype=u) for i, (a, s, u) in enumerate(before)),
+    )
     after = eicu.stays(tmp_path)
     assert after.schema == pl.Schema(STAYS)
-    assert after.select("age", "sex", "unit").rows() == [(90, 1, "medical"), (54, 0, "cardiac_surgery"), (None, None, "other")]
+    assert after.select("age", "sex", "unit").rows() == [
+        (90, 1, "medical"),
+        (54, 0, "cardiac_surgery"),
+        (None, None, "other"),
+    ]
 
 
 def test_outcome(tmp_path):
@@ -102,7 +130,13 @@ def test_outcome(tmp_path):
 
 def test_stays_without_outcome_columns(tmp_path):
     """A patient who is still in the unit has no outcome columns yet, and must still be readable."""
-    hidden = {"hospitaldischargeyear", "hospitaldischargeoffset", "hospitaldischargestatus", "unitdischargeoffset", "unitdischargestatus"}
+    hidden = {
+        "hospitaldischargeyear",
+        "hospitaldischargeoffset",
+        "hospitaldischargestatus",
+        "unitdischargeoffset",
+        "unitdischargestatus",
+    }
     names = PATIENT.split(",")
     row = patient(1, age="60").split(",")
     kept = [i for i, name in enumerate(names) if name not in hidden]
@@ -131,7 +165,14 @@ def test_stay_number_orders_what_can_be_ordered(tmp_path):
     [
         ("Norepinephrine (mcg/kg/min)", "0.1", "", 80, "native", 0.1),
         ("Norepinephrine (mcg/min)", "8", "", 80, "weight", 0.1),
-        ("Norepinephrine (mcg/min)", "8", "100", 80, "weight", 0.08),  # the weight charted with the infusion comes first
+        (
+            "Norepinephrine (mcg/min)",
+            "8",
+            "100",
+            80,
+            "weight",
+            0.08,
+        ),  # the weight charted with the infusion comes first
         ("Norepinephrine (mcg/min)", "8", "5", 80, "weight", 0.1),  # ... unless it is not a weight
         ("Norepinephrine (mcg/min)", "8", "", None, "weight", None),
         ("Norepinephrine (mg/hr)", "0.48", "", 80, "weight", 0.1),
@@ -163,14 +204,26 @@ def test_infusion_rate(tmp_path, name, charted, own, weight, kind, rate):
 
 def test_names_that_only_look_like_a_pressor(tmp_path):
     """[eicu-code pivoted-infusion.sql] levothyroxine and an epidural are not; a mixed bag has no rate of its own."""
-    names = ["levothyroxine (mcg/kg/hr)", "Epidural (ml/hr)", "IVF without vasoactives (ml/hr)", "NSS w/ levo/vaso (ml/hr)"]
+    names = [
+        "levothyroxine (mcg/kg/hr)",
+        "Epidural (ml/hr)",
+        "IVF without vasoactives (ml/hr)",
+        "NSS w/ levo/vaso (ml/hr)",
+    ]
     write(tmp_path, "infusionDrug", INFUSION, *(f'{i},1,10,{n},5,"","","",""' for i, n in enumerate(names)))
     assert eicu.infusion_rows(tmp_path, some_stays(a=80.0)).is_empty()
 
 
 def test_vasopressor_intervals(tmp_path):
     """[Bennett 2023] a record holds until the next; after a gap over 5 h, or as the last one, for 60 min."""
-    rows = [(0, "mcg/min", 8), (60, "mcg/min", 16), (360, "ml/hr", 15), (661, "mcg/min", 0), (700, "", 7), (720, "mcg/kg/min", 0.2)]
+    rows = [
+        (0, "mcg/min", 8),
+        (60, "mcg/min", 16),
+        (360, "ml/hr", 15),
+        (661, "mcg/min", 0),
+        (700, "", 7),
+        (720, "mcg/kg/min", 0.2),
+    ]
     rows += [(720, "ml/hr", 15)]  # the same pump in another unit: the direct one counts
     write(tmp_path, "infusionDrug", INFUSION, *(f'1,1,{m},Norepinephrine ({u}),{r},"","","",""' for m, u, r in rows))
     after = eicu.vasopressors(tmp_path, some_stays(a=80.0))
@@ -186,10 +239,20 @@ def test_vasopressor_intervals(tmp_path):
 def test_rate_events_add_overlaps_and_end_at_zero():
     """Two pumps of one drug add; another stay and another drug do not; no float dust is left after the end."""
     columns = ["stay_id", "start_minute", "end_minute", "drug", "rate"]
-    before = [(1, 0, 60, "dopamine", 0.1), (1, 30, 90, "dopamine", 0.2), (1, 30, 40, "milrinone", 0.3), (2, 30, 40, "dopamine", 5.0)]
+    before = [
+        (1, 0, 60, "dopamine", 0.1),
+        (1, 30, 90, "dopamine", 0.2),
+        (1, 30, 40, "milrinone", 0.3),
+        (2, 30, 40, "dopamine", 5.0),
+    ]
     after = treatment.rate_events(pl.DataFrame(before, columns, orient="row")).collect()
     assert after.schema == pl.Schema(RAW_EVENTS)
-    assert after.filter(stay_id=1, concept="dopamine").select("minute", "value").rows() == [(0, 0.1), (30, 0.3), (60, 0.2), (90, 0.0)]
+    assert after.filter(stay_id=1, concept="dopamine").select("minute", "value").rows() == [
+        (0, 0.1),
+        (30, 0.3),
+        (60, 0.2),
+        (90, 0.0),
+    ]
     assert after.filter(stay_id=1, concept="milrinone").select("minute", "value").rows() == [(30, 0.3), (40, 0.0)]
     assert after.filter(stay_id=2).select("minute", "value").rows() == [(30, 5.0), (40, 0.0)]
     assert doctest.testmod(treatment).failed == 0
@@ -197,7 +260,17 @@ def test_rate_events_add_overlaps_and_end_at_zero():
 
 def test_ventilation_spells():
     """[Bennett 2023] on until off or six silent hours; spells under half an hour are dropped; the highest sign of a minute holds."""
-    before = [(1, 0, 2), (1, 0, 0), (1, 300, 2), (1, 900, 2), (1, 960, 0), (2, 0, 2), (2, 20, 0), (3, 10, 1), (3, 50, 2)]
+    before = [
+        (1, 0, 2),
+        (1, 0, 0),
+        (1, 300, 2),
+        (1, 900, 2),
+        (1, 960, 0),
+        (2, 0, 2),
+        (2, 20, 0),
+        (3, 10, 1),
+        (3, 50, 2),
+    ]
     after = treatment.ventilation_events(pl.DataFrame(before, ["stay_id", "minute", "level"], orient="row")).collect()
     assert after.select("stay_id", "minute", "value").rows() == [
         (1, 0, 2),
@@ -217,7 +290,11 @@ def folder(tmp_path):
     """An eICU folder with headers only, to be filled table by table."""
     vitals = ",".join(["vitalperiodicid", "patientunitstayid", "observationoffset", *eicu.PERIODIC])
     write(tmp_path, "vitalPeriodic", vitals)
-    write(tmp_path, "vitalAperiodic", ",".join(["vitalaperiodicid", "patientunitstayid", "observationoffset", *eicu.APERIODIC]))
+    write(
+        tmp_path,
+        "vitalAperiodic",
+        ",".join(["vitalaperiodicid", "patientunitstayid", "observationoffset", *eicu.APERIODIC]),
+    )
     write(tmp_path, "apacheApsVar", "apacheapsvarid,patientunitstayid,eyes,motor,verbal")
     for table, header in {
         "lab": LAB,
@@ -233,7 +310,10 @@ def folder(tmp_path):
 def read(folder: Path, table: str, stays: pl.DataFrame | None = None) -> list[tuple]:
     frame = eicu.events(folder, some_stays(a=80.0) if stays is None else stays)[table].collect(engine="streaming")
     assert frame.schema == pl.Schema(RAW_EVENTS)
-    return sorted(frame.with_columns(pl.col("concept").cast(pl.String)).select("minute", "concept", "value", "unit").rows(), key=str)
+    return sorted(
+        frame.with_columns(pl.col("concept").cast(pl.String)).select("minute", "concept", "value", "unit").rows(),
+        key=str,
+    )
 
 
 def test_vital_signs(folder):
@@ -248,9 +328,16 @@ def test_vital_signs(folder):
         f"2,9,5,{cells}",
     )
     write(
-        folder, "vitalAperiodic", ",".join(["vitalaperiodicid", "patientunitstayid", "observationoffset", *eicu.APERIODIC]), "1,1,7,120,60,"
+        folder,
+        "vitalAperiodic",
+        ",".join(["vitalaperiodicid", "patientunitstayid", "observationoffset", *eicu.APERIODIC]),
+        "1,1,7,120,60,",
     )
-    assert read(folder, "vitalPeriodic") == [(5, "heart_rate", 88, None), (5, "mean_bp", 70, None), (5, "spo2", 97, None)]
+    assert read(folder, "vitalPeriodic") == [
+        (5, "heart_rate", 88, None),
+        (5, "mean_bp", 70, None),
+        (5, "spo2", 97, None),
+    ]
     assert read(folder, "vitalAperiodic") == [(7, "diastolic_bp", 60, None), (7, "systolic_bp", 120, None)]
 
 
@@ -259,16 +346,29 @@ def test_lab_revisions(folder):
     rows = ["1,1,10,creatinine,1.0,mg/dL,mg/dL,11", "2,1,10,creatinine,2.0,mg/dL,MG/DL,12"]  # revised
     rows += ["3,1,20,sodium,130,mmol/L,,21", "4,1,20,sodium,140,mmol/L,,21"]  # contradictory: no result
     rows += ["5,1,30,sodium,131,mmol/L,,31", "6,1,30,sodium,131,mmol/L,,31"]  # the same twice
-    rows += ["7,1,40,potassium,4,mmol/L,,41", "8,1,40,potassium,5,mmol/L,,42", "9,1,40,potassium,6,mmol/L,,42"]  # the earlier stands
+    rows += [
+        "7,1,40,potassium,4,mmol/L,,41",
+        "8,1,40,potassium,5,mmol/L,,42",
+        "9,1,40,potassium,6,mmol/L,,42",
+    ]  # the earlier stands
     rows += ["10,1,50,lactate,,mmol/L,,51", "11,1,50,RBC,4,M/mcL,,51"]  # a text result; not a concept
     write(folder, "lab", LAB, *rows)
-    assert read(folder, "lab") == [(10, "creatinine", 2, "MG/DL"), (30, "sodium", 131, "mmol/L"), (40, "potassium", 4, "mmol/L")]
+    assert read(folder, "lab") == [
+        (10, "creatinine", 2, "MG/DL"),
+        (30, "sodium", 131, "mmol/L"),
+        (40, "potassium", 4, "mmol/L"),
+    ]
 
 
 def test_lab_units(folder):
     """[counted on the eICU demo] ionized calcium's unit follows the value; FiO2 up to 1 is a fraction; a deficit is a negative excess."""
     rows = ["1,1,10,ionized calcium,4.4,mg/dL,mmol/L,11", "2,1,20,ionized calcium,1.1,mg/dL,mmol/L,21"]
-    rows += ["3,1,30,FiO2,0.5,%,,31", "4,1,40,FiO2,50,%,%,41", "5,1,50,FiO2,4,%,lpm,51", "6,1,60,Base Deficit,3,mEq/L,,61"]
+    rows += [
+        "3,1,30,FiO2,0.5,%,,31",
+        "4,1,40,FiO2,50,%,%,41",
+        "5,1,50,FiO2,4,%,lpm,51",
+        "6,1,60,Base Deficit,3,mEq/L,,61",
+    ]
     rows += ["7,1,70,-bands,5,%,%,71", "8,1,80,-bands,0.4,%,K/uL,81"]  # a count keeps its unit, which nothing converts
     write(folder, "lab", LAB, *rows)
     assert read(folder, "lab") == [
@@ -301,7 +401,11 @@ def test_apache_gcs_is_known_at_the_end_of_the_day(folder):
 def test_respiratory_settings(folder):
     """[eicu-code pivoted-bg.sql] text may carry "%"; up to 1 is a fraction; litres charted as FiO2 stay as they are for the range filter."""
     rows = ["1,1,10,respFlowSettings,FiO2,60%", "2,1,20,respFlowSettings,FiO2,0.4", "3,1,30,respFlowSettings,PEEP,5"]
-    rows += ["4,1,40,respFlowCareData,FIO2 (%),30", "5,1,50,respFlowSettings,LPM O2,2", "6,1,60,respFlowSettings,PEEP,off"]
+    rows += [
+        "4,1,40,respFlowCareData,FIO2 (%),30",
+        "5,1,50,respFlowSettings,LPM O2,2",
+        "6,1,60,respFlowSettings,PEEP,off",
+    ]
     write(folder, "respiratoryCharting", CHARTING, *rows)
     assert read(folder, "respiratoryCharting") == [
         (10, "fio2", 60, None),
@@ -356,7 +460,14 @@ def test_urine_and_weight(folder):
     ]
     write(folder, "intakeOutput", FLUIDS, *rows)
     after = sorted((minute, concept, value) for minute, concept, value, _ in read(folder, "intakeOutput"))
-    assert after == [(0, "urine", 200), (1, "urine", 2000), (2, "urine", 84), (3, "urine", 350), (4, "urine", 90), (90, "weight", 81.5)]
+    assert after == [
+        (0, "urine", 200),
+        (1, "urine", 2000),
+        (2, "urine", 84),
+        (3, "urine", 350),
+        (4, "urine", 90),
+        (90, "weight", 81.5),
+    ]
 
 
 def test_intravenous_fluids(folder):
@@ -378,10 +489,12 @@ def test_intravenous_fluids(folder):
 def test_nurse_charting_is_optional(folder):
     """[eicu-code pivoted-vital.sql, pivoted-gcs.sql] vital signs and the coma scale by label and name; the table may be absent."""
     assert "nurseCharting" not in eicu.events(folder, some_stays(a=80.0))
-    header = (
-        "nursingchartid,patientunitstayid,nursingchartoffset,nursingchartcelltypevallabel,nursingchartcelltypevalname,nursingchartvalue"
-    )
-    rows = ["1,1,5,Heart Rate,Heart Rate,88", "2,1,6,Glasgow coma score,GCS Total,15", "3,1,7,Score (Glasgow Coma Scale),Value,14"]
+    header = "nursingchartid,patientunitstayid,nursingchartoffset,nursingchartcelltypevallabel,nursingchartcelltypevalname,nursingchartvalue"
+    rows = [
+        "1,1,5,Heart Rate,Heart Rate,88",
+        "2,1,6,Glasgow coma score,GCS Total,15",
+        "3,1,7,Score (Glasgow Coma Scale),Value,14",
+    ]
     rows += ["4,1,8,Temperature,Temperature (F),98.6", "5,1,9,Glasgow coma score,Eyes,unable"]
     write(folder, "nurseCharting", header, *rows)
     assert read(folder, "nurseCharting") == [(5, "heart_rate", 88, None), (6, "gcs", 15, None), (7, "gcs", 14, None)]
@@ -416,7 +529,9 @@ def test_demo_events():
     assert tables["apacheApsVar"]["minute"].unique().to_list() == [1440]
     assert set(tables["respiratoryCare"]["value"].unique()) == {0, 1, 2}
     everything = pl.concat(tables.values())
-    assert not everything.select(pl.any_horizontal(pl.col("stay_id", "minute", "concept", "value").is_null()).any()).item()
+    assert not everything.select(
+        pl.any_horizontal(pl.col("stay_id", "minute", "concept", "value").is_null()).any()
+    ).item()
 
 
 @demo

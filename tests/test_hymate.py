@@ -13,14 +13,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from datamodules.batch import Spec, Triplets
+from datamodules.batches import Batches
+from datamodules.concepts import NAMES
 from test_cli import refused
 from test_models import spec
 from torch import Tensor
 
 import ehrmodels.hymate as hymate
-from datamodules.batch import Spec, Triplets
-from datamodules.batches import Batches
-from datamodules.concepts import NAMES
 from datamodules.hospitals import MIMICIV, PhysioNet2012
 from ehrmodels.base import load, read_checkpoint
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast, chosen, forecast_task
@@ -58,7 +58,9 @@ def padded(batch: Triplets, more: int, garbage: bool = False) -> Triplets:
         beyond = torch.arange(t.shape[1]) >= batch.length[:, None]
         return t.masked_fill(beyond, fill) if garbage else t
 
-    return batch._replace(time=wider(batch.time, 0.7), variable=wider(batch.variable, 2), value=wider(batch.value, -4.0))
+    return batch._replace(
+        time=wider(batch.time, 0.7), variable=wider(batch.variable, 2), value=wider(batch.value, -4.0)
+    )
 
 
 # ---- traps ----------------------------------------------------------------------------------------------------------------
@@ -92,7 +94,10 @@ def test_observations_left_out_leave_no_trace(attention: str) -> None:
     for i in range(2):
         mine = keep[i] & (torch.arange(30) < batch.length[i])
         alone = Triplets(
-            batch.static[i : i + 1], *(t[i : i + 1, mine] for t in (batch.time, batch.variable, batch.value)), mine.sum()[None], *batch[5:]
+            batch.static[i : i + 1],
+            *(t[i : i + 1, mine] for t in (batch.time, batch.variable, batch.value)),
+            mine.sum()[None],
+            *batch[5:],
         )
         torch.testing.assert_close(model(alone)[0], model(chosen(batch, keep))[i], rtol=1e-5, atol=1e-5)
 
@@ -107,7 +112,9 @@ def test_chosen_table() -> None:
         torch.zeros(3),
         torch.arange(3),
     )
-    left = chosen(batch, torch.tensor([[True, False, True, True], [False, True, True, True], [False, True, False, False]]))
+    left = chosen(
+        batch, torch.tensor([[True, False, True, True], [False, True, True, True], [False, True, False, False]])
+    )
     assert left.length.tolist() == [3, 1, 0]
     assert left.value.tolist() == [[10, 12, 13], [21, 0, 0], [0, 0, 0]]
     assert left.variable.tolist() == [[3, 2, 3], [5, 0, 0], [0, 0, 0]]
@@ -214,7 +221,9 @@ def test_padding_of_the_real_stays(real: Any) -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_a_stay_of_20000_observations_trains(attention: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stay_of_20000_observations_trains(
+    attention: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(hymate._warn_long, "said", False, raising=False)
     model = make(attention, layers=1).train()
     largest = 0
@@ -319,7 +328,12 @@ def test_deletion_takes_the_most_important_first() -> None:
         torch.arange(2),
     )
     importance = torch.tensor([[0.1, 0.2, 0.7], [0.9, 0.1, 0.0]])
-    for share, left in ((0.0, [[10, 11, 12, 13], [20, 21]]), (0.5, [[11, 13], [20]]), (0.75, [[11], []]), (1.0, [[], []])):
+    for share, left in (
+        (0.0, [[10, 11, 12, 13], [20, 21]]),
+        (0.5, [[11, 13], [20]]),
+        (0.75, [[11], []]),
+        (1.0, [[], []]),
+    ):
         after = _without(batch, importance, share)
         assert [after.value[i, : after.length[i]].tolist() for i in range(2)] == left
 
@@ -342,7 +356,10 @@ def test_forecast_table() -> None:
     past, value, known = forecast_task(batch, torch.tensor([0.0, 0.0]), 48, 3)
     assert past.length.tolist() == [2, 2]
     assert past.value.tolist() == [[10, 11], [20, 21]]
-    assert value.tolist() == [[12, 13, 0], [0, 0, 0]]  # the first of variable 1, not the second; variable 3 comes at the end of the 2 hours
+    assert value.tolist() == [
+        [12, 13, 0],
+        [0, 0, 0],
+    ]  # the first of variable 1, not the second; variable 3 comes at the end of the 2 hours
     assert known.tolist() == [[1, 1, 0], [0, 0, 0]]
     past, value, known = forecast_task(batch, torch.tensor([0.5, 0.83]), 48, 3)  # cuts at hours 29 and 40.22
     assert past.length.tolist() == [6, 3]
@@ -415,7 +432,10 @@ def test_training_goes_on_from_forecasting(pretrained: Path, mimic: Path, tmp_pa
     ("more", "said"),
     [
         ("--model.width 32", "cannot start this model: variable.weight has the shape"),
-        ("--model.attention token", "cannot start this model: of_variable.weight has the shape none here and (16, 49) there"),
+        (
+            "--model.attention token",
+            "cannot start this model: of_variable.weight has the shape none here and (16, 49) there",
+        ),
         ("--data.seed 1", "was trained with --data.seed 0, these data have 1"),
         ("--data.hours 24", "was trained with hours of a window 12, these data have 24"),
         ("--data.statics age", "was trained with static features"),
@@ -430,13 +450,19 @@ def test_checkpoints_that_do_not_fit_are_refused(
     assert not (tmp_path / "on").exists()
 
 
-def test_what_forecasting_cannot_do(pretrained: Path, mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_forecasting_cannot_do(
+    pretrained: Path, mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "set --monitor val_loss" in refused(command("HyMaTEForecast", mimic, tmp_path, "x"), capsys)
     for verb in ("evaluate", "predict", "explain"):
         said = refused(f"{verb} --ckpt {pretrained / 'best.ckpt'} --out {tmp_path / 'out'}", capsys)
         assert "predicts no outcome: train a HyMaTE from it" in said or "expected a HyMaTE" in said
-    assert "no checkpoint" in refused(f"{command('HyMaTE', mimic, tmp_path, 'x')} --init_from {tmp_path / 'gone.ckpt'}", capsys)
-    assert "predicts no outcome" in refused(f"{command('HyMaTEForecast', mimic, tmp_path, 'x')} --monitor val_loss --finetune EICU", capsys)
+    assert "no checkpoint" in refused(
+        f"{command('HyMaTE', mimic, tmp_path, 'x')} --init_from {tmp_path / 'gone.ckpt'}", capsys
+    )
+    assert "predicts no outcome" in refused(
+        f"{command('HyMaTEForecast', mimic, tmp_path, 'x')} --monitor val_loss --finetune EICU", capsys
+    )
 
 
 # ---- end to end -----------------------------------------------------------------------------------------------------------
@@ -475,7 +501,9 @@ def test_explain(transferred: Path, eicu: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_explain_is_of_hymate(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "holds a Fusion: expected a HyMaTE" in refused(f"explain --ckpt {trained / 'best.ckpt'} --out {tmp_path / 'out'}", capsys)
+    assert "holds a Fusion: expected a HyMaTE" in refused(
+        f"explain --ckpt {trained / 'best.ckpt'} --out {tmp_path / 'out'}", capsys
+    )
     assert not (tmp_path / "out").exists()
 
 

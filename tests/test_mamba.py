@@ -98,14 +98,19 @@ def test_initial_step_sizes_are_spread_evenly_over_their_logarithm() -> None:
 
 def test_parameters_say_how_they_are_to_be_treated() -> None:
     block = make()
-    marked = {flag: {n for n, p in block.named_parameters() if getattr(p, flag, False)} for flag in ("_no_weight_decay", "_no_reinit")}
+    marked = {
+        flag: {n for n, p in block.named_parameters() if getattr(p, flag, False)}
+        for flag in ("_no_weight_decay", "_no_reinit")
+    }
     assert marked == {"_no_weight_decay": {"A_log", "D"}, "_no_reinit": {"dt_proj.bias"}}
 
 
 @pytest.mark.parametrize(("width", "states", "kernel", "expand"), SIZES)
 def test_weights_of_mamba_ssm_load(width: int, states: int, kernel: int, expand: int) -> None:
     reason = "mamba_ssm does not import here"
-    theirs = pytest.importorskip("mamba_ssm.modules.mamba_simple", reason=reason, exc_type=ImportError).Mamba(width, states, kernel, expand)
+    theirs = pytest.importorskip("mamba_ssm.modules.mamba_simple", reason=reason, exc_type=ImportError).Mamba(
+        width, states, kernel, expand
+    )
     block = make(width, states, kernel, expand)
     block.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(block.state_dict(), strict=True)
@@ -116,7 +121,9 @@ def test_weights_of_mamba_ssm_load(width: int, states: int, kernel: int, expand:
 
 @pytest.mark.parametrize(("width", "states", "kernel", "expand"), SIZES)
 @pytest.mark.parametrize("steps", [1, 9])
-def test_the_parallel_result_equals_the_equations(width: int, states: int, kernel: int, expand: int, steps: int) -> None:
+def test_the_parallel_result_equals_the_equations(
+    width: int, states: int, kernel: int, expand: int, steps: int
+) -> None:
     block, x = shuffled(make(width, states, kernel, expand)), sequence(3, steps, width).double()
     assert near(block(x), plain(block, x))
 

@@ -196,7 +196,10 @@ def test_urine(tmp_path: Path) -> None:
                         201,227510,2121-01-01 11:00:00,80,ml
                         201,226559,2121-01-01 12:00:00,,ml""",
     )
-    assert after(root) == [(201, 60, "urine", 150.0), (201, 120, "urine", 150.0)]  # 450 out less 300 put in; no gastric residual (227510)
+    assert after(root) == [
+        (201, 60, "urine", 150.0),
+        (201, 120, "urine", 150.0),
+    ]  # 450 out less 300 put in; no gastric residual (227510)
 
 
 def test_infusions(tmp_path: Path) -> None:
@@ -217,7 +220,9 @@ def test_infusions(tmp_path: Path) -> None:
                        301,221986,2130-05-02 01:00:00,2130-05-02 02:00:00,0,mcg/kg/min,80,,,""",
     )
     intervals = mimiciv.vasopressors(root, mimiciv.stays(root))
-    assert intervals.select("stay_id", "start_minute", "end_minute", "drug", pl.col("rate").round(4), "unit").rows() == [
+    assert intervals.select(
+        "stay_id", "start_minute", "end_minute", "drug", pl.col("rate").round(4), "unit"
+    ).rows() == [
         (101, 60, 120, "norepinephrine", 0.1, "mcg/kg/min"),
         (101, 90, 180, "norepinephrine", 0.05, "mcg/kg/min"),
         (102, 60, 120, "norepinephrine", 0.2, "mcg/kg/min"),  # mg/kg/min x 1000
@@ -233,8 +238,12 @@ def test_infusions(tmp_path: Path) -> None:
         (101, 120, "norepinephrine", 0.05),
         (101, 180, "norepinephrine", 0.0),
     ]
-    coverage = {row["concept"]: row["unmapped_unit"] for row in MIMICIV(str(root)).open().coverage().iter_rows(named=True)}
-    drugs = {drug: coverage[drug] for drug in ("norepinephrine", "phenylephrine", "vasopressin", "dopamine", "dobutamine")}
+    coverage = {
+        row["concept"]: row["unmapped_unit"] for row in MIMICIV(str(root)).open().coverage().iter_rows(named=True)
+    }
+    drugs = {
+        drug: coverage[drug] for drug in ("norepinephrine", "phenylephrine", "vasopressin", "dopamine", "dobutamine")
+    }
     assert drugs == {"norepinephrine": 0, "phenylephrine": 1, "vasopressin": 0, "dopamine": 0, "dobutamine": 1}
 
 
@@ -249,7 +258,9 @@ def test_fluids_are_spread_over_the_time_in_which_they_ran(tmp_path: Path) -> No
 
 
 def test_new_patients_without_outcome_columns_can_be_predicted(tmp_path: Path) -> None:
-    root = write(tmp_path, chartevents="201,220045,2121-01-01 09:00:00,88,88,bpm\n301,220045,2130-05-02 09:00:00,88,88,bpm")
+    root = write(
+        tmp_path, chartevents="201,220045,2121-01-01 09:00:00,88,88,bpm\n301,220045,2130-05-02 09:00:00,88,88,bpm"
+    )
     (root / "hosp" / "admissions.csv").write_text("hadm_id,admittime\n12,2121-01-01 06:30:00\n13,2130-05-01 00:00:00\n")
     stays = mimiciv.stays(root)
     outcomes = ["discharge_minute", "death_minute", "hospital_death", "icu_death"]
@@ -282,7 +293,8 @@ def test_a_damaged_table_of_stays_is_named(tmp_path: Path, table: str, old: str,
 
 
 @pytest.mark.parametrize(
-    ("table", "item"), [("icu/chartevents", 220045), ("hosp/labevents", 50912), ("icu/outputevents", 226559), ("icu/inputevents", 221906)]
+    ("table", "item"),
+    [("icu/chartevents", 220045), ("hosp/labevents", 50912), ("icu/outputevents", 226559), ("icu/inputevents", 221906)],
 )
 def test_a_damaged_table_of_events_is_named(tmp_path: Path, table: str, item: int) -> None:
     path = write(tmp_path) / f"{table}.csv"
@@ -295,7 +307,9 @@ def test_a_damaged_table_of_events_is_named(tmp_path: Path, table: str, item: in
 
 
 def test_missing_tables_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: expected the files of MIMICIV; set --data\.root"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder .*nowhere: expected the files of MIMICIV; set --data\.root"
+    ):
         MIMICIV(str(tmp_path / "nowhere")).prepare_data()
     with pytest.raises(FileNotFoundError, match=r"no MIMICIV tables in .*: expected hosp/patients\.csv\.gz"):
         MIMICIV(str(tmp_path)).prepare_data()

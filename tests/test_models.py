@@ -7,10 +7,10 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from datamodules.batch import Batch, Grid, Spec, Triplets
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.batch import Batch, Grid, Spec, Triplets
 from ehrmodels.base import ICUModule, load, read_checkpoint
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE
@@ -26,7 +26,10 @@ MODELS: dict[str, tuple[type[ICUModule], dict[str, Any]]] = {
 }
 # Lightning's advice on loaders, and torch's on Lightning's own use of it
 quiet = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*number of training batches", "ignore:.*no `val_dataloader`"
+    "ignore:.*does not have many workers",
+    "ignore:.*LeafSpec",
+    "ignore:.*number of training batches",
+    "ignore:.*no `val_dataloader`",
 )
 SMALL = {"width": 16, "heads": 2}
 
@@ -35,7 +38,16 @@ def spec(variables: int = 65, hours: int = 24, statics: int = 10) -> Spec:
     names = [f"v{i}" for i in range(variables)]
     task = {"name": "mortality_hospital", "hours": hours, "window": hours, "rolling": False}
     ones, zeros = [1.0] * variables, [0.0] * variables
-    return Spec(names, ["mmHg"] * variables, [f"s{i}" for i in range(statics)], zeros, ones, [0.0] * statics, [1.0] * statics, task)
+    return Spec(
+        names,
+        ["mmHg"] * variables,
+        [f"s{i}" for i in range(statics)],
+        zeros,
+        ones,
+        [0.0] * statics,
+        [1.0] * statics,
+        task,
+    )
 
 
 def batch(model: ICUModule, count: int, seed: int = 0, charted: float = 0.3) -> Batch:
@@ -49,7 +61,9 @@ def batch(model: ICUModule, count: int, seed: int = 0, charted: float = 0.3) -> 
     if model.view == "grid":
         seen = mask.cummax(1).values
         value = torch.randn(count, hours, width, generator=rng).clamp(-5, 5) * seen
-        return Grid(static, value, mask, torch.where(seen > 0, torch.rand(count, hours, width, generator=rng), 1.0), target, row)
+        return Grid(
+            static, value, mask, torch.where(seen > 0, torch.rand(count, hours, width, generator=rng), 1.0), target, row
+        )
     length = torch.randint(1, 60, (count,), generator=rng) if charted else torch.zeros(count, dtype=torch.int64)
     shape = (count, max(int(length.max()), 1))
     real = torch.arange(shape[1]) < length[:, None]
@@ -134,7 +148,9 @@ def test_default_size(model: ICUModule) -> None:
 
 @pytest.mark.parametrize(("variables", "hours", "statics"), [(1, 1, 1), (3, 48, 0), (120, 72, 12)])
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")  # torch, of a layer without inputs
+@pytest.mark.filterwarnings(
+    "ignore:Initializing zero-element tensors is a no-op:UserWarning"
+)  # torch, of a layer without inputs
 def test_any_number_of_variables_hours_and_statics(name: str, variables: int, hours: int, statics: int) -> None:
     made = make(name, facts=spec(variables, hours, statics), **SMALL).eval()
     assert torch.isfinite(made(batch(made, 3))).all()
@@ -267,7 +283,12 @@ def test_weight_decay_spares_biases_and_normalisation(model: ICUModule) -> None:
 
 
 def trainer(**arguments: Any) -> lightning.Trainer:
-    plain = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    plain = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return lightning.Trainer(accelerator="cpu", **{**plain, **arguments})
 
 
@@ -302,7 +323,9 @@ def test_checkpoint_gives_the_same_model(name: str, tmp_path: Path) -> None:
     assert again.spec == made.spec
     assert again.facts == made.facts
     assert again.hparams == made.hparams
-    torch.testing.assert_close(again.predict_step(samples, 0)[1], made.eval().predict_step(samples, 0)[1], rtol=0, atol=0)
+    torch.testing.assert_close(
+        again.predict_step(samples, 0)[1], made.eval().predict_step(samples, 0)[1], rtol=0, atol=0
+    )
 
 
 @quiet
@@ -334,7 +357,10 @@ def test_damaged_checkpoints_are_refused(checkpoint: Path) -> None:
         with pytest.raises(ValueError, match="damaged or not a checkpoint"):
             load(checkpoint)
     checkpoint.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*model\.ckpt: expected a file such as runs/NAME/best\.ckpt; set --ckpt"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no checkpoint .*model\.ckpt: expected a file such as runs/NAME/best\.ckpt; set --ckpt",
+    ):
         load(checkpoint)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         load(checkpoint.parent)

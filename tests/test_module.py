@@ -9,11 +9,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-
-from datamodules import schema
 from datamodules.batch import Grid, Spec, Triplets
 from datamodules.batches import Batches
 from datamodules.concepts import BY_NAME, CONCEPT, NAMES
+
+from datamodules import schema
 from datamodules.hospitals import EICU, MIMICIV
 from datamodules.module import ICUDataModule
 from datamodules.tasks import Task, check_statics
@@ -41,7 +41,11 @@ class Toy(ICUDataModule):
         return self.given
 
     def events(self, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
-        rows = [(stay, minute, concept, value, None) for stay, found in self.charted.items() for minute, concept, value in found]
+        rows = [
+            (stay, minute, concept, value, None)
+            for stay, found in self.charted.items()
+            for minute, concept, value in found
+        ]
         return {"events": pl.LazyFrame(rows, schema=schema.RAW_EVENTS, orient="row")}
 
 
@@ -85,7 +89,9 @@ def spec(hours: int = HOURS, **task: Any) -> Spec:
     center = [0.0 if BY_NAME[v].hourly == "rate" else 10.0 for v in variables]
     units = [BY_NAME[v].unit for v in variables]
     facts = {"name": "mortality_hospital", "hours": hours, "window": hours, "rolling": False, **task}
-    return Spec(variables, units, ["age", "sex", "unit=neuro"], center, [20.0] * 6, [50.0, 0.5, 0.0], [10.0, 0.5, 1.0], facts)
+    return Spec(
+        variables, units, ["age", "sex", "unit=neuro"], center, [20.0] * 6, [50.0, 0.5, 0.0], [10.0, 0.5, 1.0], facts
+    )
 
 
 def module(root: Path, events: dict[int, list[Event]], adopted: Spec | None = None, **kwargs: Any) -> Toy:
@@ -115,7 +121,11 @@ def plain_grid(events: list[Event], end: int, told: Spec) -> tuple[list, list, l
             if BY_NAME[variable].hourly == "rate":  # minute by minute: the last value that was set
                 each = []
                 for at in range(start + 60 * (CARRY + hour), start + 60 * (CARRY + hour + 1)):
-                    before = [value for minute, concept, value in sorted(events) if concept == variable and start <= minute <= at]
+                    before = [
+                        value
+                        for minute, concept, value in sorted(events)
+                        if concept == variable and start <= minute <= at
+                    ]
                     each.append(before[-1] if before else 0)
                 value = sum(each) / 60
             elif seen:
@@ -138,7 +148,12 @@ def plain_triplets(events: list[Event], end: int, told: Spec) -> list[tuple[floa
         (
             2 * (minute - start) / (end - start) - 1,
             told.variables.index(concept) + 1,
-            min(max((value - told.center[told.variables.index(concept)]) / told.scale[told.variables.index(concept)], -5), 5),
+            min(
+                max(
+                    (value - told.center[told.variables.index(concept)]) / told.scale[told.variables.index(concept)], -5
+                ),
+                5,
+            ),
         )
         for minute, _, value, concept in order
     ]
@@ -175,7 +190,9 @@ def test_triplets_equal_the_plain_ones(tmp_path: Path) -> None:
     events = charted(8)
     events[3] = [(-600, "lactate", 2.0), (0, "sodium", 140.0)]  # nothing that the model knows inside the window
     events[4] = [(60 * HOURS - 1, "lactate", 2.0)]
-    toy = module(tmp_path / "t", events, spec()._replace(variables=VARIABLES, units=[BY_NAME[v].unit for v in VARIABLES]))
+    toy = module(
+        tmp_path / "t", events, spec()._replace(variables=VARIABLES, units=[BY_NAME[v].unit for v in VARIABLES])
+    )
     told = toy.spec
     assert told is not None
     toy.view = "triplets"
@@ -188,9 +205,13 @@ def test_triplets_equal_the_plain_ones(tmp_path: Path) -> None:
         length = int(batch.length[i])
         assert length == len(expected)
         for column, tensor in zip(
-            zip(*expected, strict=True) if expected else ((), (), ()), (batch.time, batch.variable, batch.value), strict=True
+            zip(*expected, strict=True) if expected else ((), (), ()),
+            (batch.time, batch.variable, batch.value),
+            strict=True,
         ):
-            torch.testing.assert_close(tensor[i, :length], torch.tensor(column, dtype=tensor.dtype), atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(
+                tensor[i, :length], torch.tensor(column, dtype=tensor.dtype), atol=1e-6, rtol=1e-5
+            )
         assert not batch.variable[i, length:].any()
         assert not batch.value[i, length:].any()
     only = toy.batch(toy.rows("all")[2:3])
@@ -204,7 +225,12 @@ def test_the_edges_of_the_window(tmp_path: Path) -> None:
         1: [(0, "lactate", 2.0), (end - 1, "heart_rate", 80.0), (end, "temperature", 37.0)],
         2: [(-1, "lactate", 2.0), (end - 60, "heart_rate", 80.0), (1, "temperature", 37.0)],
         3: [(-60 * CARRY, "lactate", 2.0), (-60 * CARRY - 1, "heart_rate", 80.0), (0, "norepinephrine", 1.0)],
-        4: [(-90, "norepinephrine", 1.0), (90, "norepinephrine", 0.5), (150, "norepinephrine", 0.0), (5, "sodium", 140.0)],
+        4: [
+            (-90, "norepinephrine", 1.0),
+            (90, "norepinephrine", 0.5),
+            (150, "norepinephrine", 0.0),
+            (5, "sodium", 140.0),
+        ],
     }
     toy = module(tmp_path / "t", events, spec())
     grid = toy.batch(toy.rows("all"))
@@ -217,7 +243,9 @@ def test_the_edges_of_the_window(tmp_path: Path) -> None:
     assert grid.mask[1, :, at["lactate"]].tolist() == [0] * 6  # a minute before the window: carried into it
     assert grid.value[1, :, at["lactate"]].tolist() == pytest.approx([-0.4] * 6)
     assert grid.since[1, :, at["lactate"]].tolist() == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
-    assert grid.value[2, :, at["lactate"]].tolist() == pytest.approx([-0.4] * 6)  # CARRY hours before the window: the last to be carried
+    assert grid.value[2, :, at["lactate"]].tolist() == pytest.approx(
+        [-0.4] * 6
+    )  # CARRY hours before the window: the last to be carried
     assert grid.value[2, :, at["heart_rate"]].tolist() == [0] * 6  # a minute earlier: as if never charted
     rate = grid.value[:, :, at["norepinephrine"]] * 20
     assert rate[2].tolist() == pytest.approx([1] * 6, abs=1e-5)
@@ -238,7 +266,10 @@ def test_nothing_at_or_after_the_prediction_reaches_a_batch(tmp_path: Path, view
     toy = module(tmp_path / "a", events, told)
     end = 60 * (HOURS + 4 if rolling else HOURS)
     rng = np.random.default_rng(5)
-    future = [(int(m), str(c), 1.5) for m, c in zip([end, *rng.integers(end, 3000, 60)], rng.choice(VARIABLES, 61), strict=True)]
+    future = [
+        (int(m), str(c), 1.5)
+        for m, c in zip([end, *rng.integers(end, 3000, 60)], rng.choice(VARIABLES, 61), strict=True)
+    ]
     other = module(tmp_path / "b", {s: [e for e in found if e[0] < end] + future for s, found in events.items()}, told)
     chosen = np.flatnonzero(toy.samples["minute"].to_numpy() <= end)
     assert len(chosen) == 6 * (5 if rolling else 1)
@@ -280,7 +311,10 @@ def test_rolling_predictions_go_on_while_the_patient_lives_and_stays() -> None:
     assert [m for m, _ in targets("mortality_24h", 3, True, **lives, icu_minutes=360)] == [180, 240, 300, 360]
     assert targets("mortality_24h", 3, True, **lives, icu_minutes=None) == [(180, 0)]
     # the discharge is charted an hour after the death: no "survivor" is made of a dead patient
-    assert targets("mortality_24h", 3, True, hospital_death=True, death_minute=300, icu_minutes=360) == [(180, 1), (240, 1)]
+    assert targets("mortality_24h", 3, True, hospital_death=True, death_minute=300, icu_minutes=360) == [
+        (180, 1),
+        (240, 1),
+    ]
 
 
 def test_mortality_hospital_and_sepsis_targets() -> None:
@@ -311,14 +345,20 @@ def test_impossible_tasks_are_refused(tmp_path: Path) -> None:
         module(tmp_path / "t", charted(8), min_age=120, hours=6)
 
 
-@pytest.mark.parametrize("name", ["icu_minutes", "discharge_minute", "death_minute", "hospital_death", "icu_death", "sepsis_minute"])
+@pytest.mark.parametrize(
+    "name", ["icu_minutes", "discharge_minute", "death_minute", "hospital_death", "icu_death", "sepsis_minute"]
+)
 def test_statics_that_look_ahead_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"--data\.statics {name} is only known after the prediction time; choose among age"):
+    with pytest.raises(
+        ValueError, match=rf"--data\.statics {name} is only known after the prediction time; choose among age"
+    ):
         Toy(tmp_path, people(4), {}, statics=["age", name])
 
 
 def test_unknown_statics_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"--data\.statics shoe_size is not known; choose among age, sex, unit, admit_minute"):
+    with pytest.raises(
+        ValueError, match=r"--data\.statics shoe_size is not known; choose among age, sex, unit, admit_minute"
+    ):
         check_statics(["shoe_size"])
     check_statics(["age", "sex", "unit", "admit_minute"])
 
@@ -333,12 +373,23 @@ def test_attrition_counts_what_each_rule_leaves(tmp_path: Path) -> None:
         hospital_death=[True, False, False, False, True, False, False, None, False],
         death_minute=[2000, None, None, None, 360, None, None, None, None],
     )
-    events: dict[int, list[Event]] = {s: [(10, "lactate", 2.0)] for s in range(1, 9)} | {9: [(360, "lactate", 2.0), (-1, "lactate", 2.0)]}
+    events: dict[int, list[Event]] = {s: [(10, "lactate", 2.0)] for s in range(1, 9)} | {
+        9: [(360, "lactate", 2.0), (-1, "lactate", 2.0)]
+    }
     toy = Toy(tmp_path / "t", stays, events, hours=6)
     toy.splits = lambda stays: pl.Series(["train"] * len(stays))  # type: ignore[method-assign]
     toy.setup()
     counts = toy.attrition.rows()
-    assert [row[1:4] for row in counts] == [(9, 8, 2), (8, 7, 2), (6, 5, 2), (5, 5, 2), (4, 4, 2), (3, 3, 1), (2, 2, 1), (1, 1, 1)]
+    assert [row[1:4] for row in counts] == [
+        (9, 8, 2),
+        (8, 7, 2),
+        (6, 5, 2),
+        (5, 5, 2),
+        (4, 4, 2),
+        (3, 3, 1),
+        (2, 2, 1),
+        (1, 1, 1),
+    ]
     assert [row[0] for row in counts] == [
         "all ICU stays",
         "ICU discharge after admission",
@@ -396,7 +447,11 @@ def test_splits_by_hospital_keep_hospitals_apart(tmp_path: Path) -> None:
     events = charted(120, per_stay=5)
     toy = module(tmp_path / "t", events, spec(), split_by="hospital")
     assert toy.store is not None
-    where = toy.samples.join(toy.store.stays.select("stay_id", "hospital_id"), on="stay_id").select("hospital_id", "split").unique()
+    where = (
+        toy.samples.join(toy.store.stays.select("stay_id", "hospital_id"), on="stay_id")
+        .select("hospital_id", "split")
+        .unique()
+    )
     assert where["hospital_id"].is_unique().all()
     assert where["split"].n_unique() > 1
     few = people(120).with_columns(hospital_id=pl.lit("one"))
@@ -409,7 +464,10 @@ def test_the_scaler_is_fitted_on_train_only(tmp_path: Path) -> None:
     toy = module(tmp_path / "t", events, stays=stays, hours=6)
     test = set(toy.samples.filter(pl.col("split") == "test")["stay_id"])
     assert 0 < len(test) < 30
-    altered = {s: [(m, c, v / 3 + 1) for m, c, v in found] + [(5, "crp", 9.0)] if s in test else found for s, found in events.items()}
+    altered = {
+        s: [(m, c, v / 3 + 1) for m, c, v in found] + [(5, "crp", 9.0)] if s in test else found
+        for s, found in events.items()
+    }
     older = stays.with_columns(age=pl.when(pl.col("stay_id").is_in(test)).then(99.0).otherwise("age"))
     assert module(tmp_path / "u", altered, stays=older, hours=6).spec == toy.spec
     train = {s: altered[s] if s in test else [(m, c, v / 3 + 1) for m, c, v in found] for s, found in events.items()}
@@ -421,7 +479,9 @@ def test_the_scaler_holds_the_mean_and_deviation_of_the_hours_charted_in_train(t
     toy = module(tmp_path / "t", events, stays=stays, hours=6, statics=["age", "unit"])
     told = toy.spec
     assert told is not None
-    raw = told._replace(center=[0.0] * len(told.variables), scale=[1e9 if BY_NAME[v].hourly == "sum" else 1e3 for v in told.variables])
+    raw = told._replace(
+        center=[0.0] * len(told.variables), scale=[1e9 if BY_NAME[v].hourly == "sum" else 1e3 for v in told.variables]
+    )
     found = defaultdict(list)
     train = toy.samples.filter(pl.col("split") == "train")
     for stay, minute in train.select("stay_id", "minute").iter_rows():
@@ -430,7 +490,11 @@ def test_the_scaler_holds_the_mean_and_deviation_of_the_hours_charted_in_train(t
             for name, scale, v, m in zip(raw.variables, raw.scale, row, charted_now, strict=True):
                 if m:
                     found[name].append(v * scale)
-    derived = {"norepinephrine_equivalent", "norepinephrine_equivalent_change", "urine_rate"}  # not charted, so not known here
+    derived = {
+        "norepinephrine_equivalent",
+        "norepinephrine_equivalent_change",
+        "urine_rate",
+    }  # not charted, so not known here
     assert [v for v in told.variables if v not in derived] == [n for n in NAMES if n in found]
     assert told.units == [BY_NAME[n].unit for n in told.variables]
     for name, center, scale in zip(told.variables, told.center, told.scale, strict=True):
@@ -438,7 +502,9 @@ def test_the_scaler_holds_the_mean_and_deviation_of_the_hours_charted_in_train(t
             continue
         rate = BY_NAME[name].hourly == "rate"
         assert center == pytest.approx(0 if rate else np.mean(found[name]), rel=1e-4)
-        assert scale == pytest.approx(np.sqrt(np.mean(np.square(found[name]))) if rate else np.std(found[name]), rel=1e-4)
+        assert scale == pytest.approx(
+            np.sqrt(np.mean(np.square(found[name]))) if rate else np.std(found[name]), rel=1e-4
+        )
     age = stays.filter(pl.col("stay_id").is_in(train["stay_id"].to_list()))["age"].to_numpy()
     assert told.statics[0] == "age"
     assert told.static_center[0] == pytest.approx(age.mean())
@@ -449,7 +515,9 @@ def test_the_scaler_holds_the_mean_and_deviation_of_the_hours_charted_in_train(t
 
 def test_a_scaler_of_large_values_with_small_spread_is_exact(tmp_path: Path) -> None:
     """Sums in float32 would lose the spread, and even the mean, of such values."""
-    events: dict[int, list[Event]] = {s: [(60 * k, "platelets", 9000 + (s + k) % 2 / 2) for k in range(6)] for s in range(1, 200)}
+    events: dict[int, list[Event]] = {
+        s: [(60 * k, "platelets", 9000 + (s + k) % 2 / 2) for k in range(6)] for s in range(1, 200)
+    }
     told = module(tmp_path / "t", events, hours=6).spec
     assert told is not None
     assert told.center == [pytest.approx(9000.25, abs=1e-6)]
@@ -557,7 +625,10 @@ def test_fewer_samples_than_processes_are_told(tmp_path: Path) -> None:
     toy.world = count
     assert len(toy.train_dataloader()) == 1
     toy.world = count + 1
-    with pytest.raises(ValueError, match=f"split 'train' of .* has {count} samples for {count + 1} processes: .* lower --trainer.devices"):
+    with pytest.raises(
+        ValueError,
+        match=f"split 'train' of .* has {count} samples for {count + 1} processes: .* lower --trainer.devices",
+    ):
         toy.train_dataloader()
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from datamodules.physionet import stays_2012, stays_2019
 
 from datamodules.hospitals import PhysioNet2012, PhysioNet2019
-from datamodules.physionet import stays_2012, stays_2019
 
 DESCRIPTORS = "00:00,RecordID,{0}\n00:00,Age,54\n00:00,Gender,0\n00:00,Height,-1\n00:00,ICUType,4\n00:00,Weight,-1\n"
 RECORDS_2012 = {
@@ -65,7 +65,11 @@ def test_2012_store_and_sample(tmp_path: Path) -> None:
     module = PhysioNet2012(str(tmp_path), sets="a")
     store = module.open()
     coverage = {row["concept"]: row for row in store.coverage().iter_rows(named=True)}
-    assert (coverage["heart_rate"]["rows"], coverage["heart_rate"]["events"], coverage["heart_rate"]["duplicate"]) == (3, 2, 1)
+    assert (coverage["heart_rate"]["rows"], coverage["heart_rate"]["events"], coverage["heart_rate"]["duplicate"]) == (
+        3,
+        2,
+        1,
+    )
     assert store.value[store.offsets[0] : store.offsets[1]].tolist() == [73.0, 40.0, 2.0, 80.5, 60.0]
     with pytest.raises(ValueError, match="no stay in the training split"):
         module.setup()
@@ -107,7 +111,12 @@ def test_2012_errors_name_the_file(tmp_path: Path) -> None:
 
 
 def test_a_cut_archive_is_refused(tmp_path: Path) -> None:
-    write_2012(tmp_path, "b", packed=True, records={str(i): DESCRIPTORS.format(i) + f"00:07,HR,{i % 97}\n" * 40 for i in range(300)})
+    write_2012(
+        tmp_path,
+        "b",
+        packed=True,
+        records={str(i): DESCRIPTORS.format(i) + f"00:07,HR,{i % 97}\n" * 40 for i in range(300)},
+    )
     path = tmp_path / "set-b.tar.gz"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"set-b\.tar\.gz: the archive is cut off or damaged"):
@@ -167,7 +176,9 @@ NAMES_2019 = [
 def record_2019(rows: list[dict[str, float]], label: bool = True) -> str:
     names = NAMES_2019 if label else NAMES_2019[:-1]
     always = {"Age": 62.5, "Gender": 1, "Unit1": 0, "Unit2": 1, "HospAdmTime": -1.5, "SepsisLabel": 0}
-    return "\n".join(["|".join(names), *("|".join(str({**always, **row}.get(n, "NaN")) for n in names) for row in rows)])
+    return "\n".join(
+        ["|".join(names), *("|".join(str({**always, **row}.get(n, "NaN")) for n in names) for row in rows)]
+    )
 
 
 def write_2019(root: Path, packed: bool = False, label: bool = True) -> None:
@@ -193,7 +204,17 @@ def write_2019(root: Path, packed: bool = False, label: bool = True) -> None:
 def test_2019_records(tmp_path: Path, packed: bool) -> None:
     write_2019(tmp_path, packed)
     stays, events = stays_2019(tmp_path, None)
-    told = ["stay_id", "hospital_id", "age", "sex", "unit", "admit_minute", "icu_minutes", "first_minute", "sepsis_minute"]
+    told = [
+        "stay_id",
+        "hospital_id",
+        "age",
+        "sex",
+        "unit",
+        "admit_minute",
+        "icu_minutes",
+        "first_minute",
+        "sepsis_minute",
+    ]
     assert stays.select(told).rows() == [
         # the first labelled row, ICULOS 3, ends at minute 180 and announces an onset six hours later
         (1, "A", 62.5, 1.0, "surgical", -90, 240, 0, 540),

@@ -14,11 +14,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from datamodules.batches import BATCH_EVENTS, Batches
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from test_models import batch, spec
 from test_resume import same
 
-from datamodules.batches import BATCH_EVENTS, Batches
 from ehrmodels import base
 from ehrmodels.base import ICUModule, read_checkpoint
 from ehrmodels.fusion import Fusion
@@ -28,7 +28,17 @@ from experiments.cli import main
 
 ROOT = Path(__file__).parents[1]
 EHR = [sys.executable, "-W", "ignore", "-m", "experiments.cli"]
-TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "experiments.cli"]
+TORCHRUN = [
+    sys.executable,
+    "-W",
+    "ignore",
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node",
+    "2",
+    "-m",
+    "experiments.cli",
+]
 
 # ---- batches --------------------------------------------------------------------------------------------------------------
 
@@ -42,7 +52,9 @@ def test_processes_divide_the_batches_of_one(world: int, by_length: bool, seed: 
     lengths = np.random.default_rng(1).integers(1, 900, count) if by_length else None
     parts = [list(Batches(rows, 8, seed, 2, lengths=lengths, rank=r, world=world)) for r in range(world)]
     assert len({len(p) for p in parts}) == 1
-    assert [len(Batches(rows, 8, seed, 2, lengths=lengths, rank=r, world=world)) for r in range(world)] == [len(p) for p in parts]
+    assert [len(Batches(rows, 8, seed, 2, lengths=lengths, rank=r, world=world)) for r in range(world)] == [
+        len(p) for p in parts
+    ]
     whole = [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
     assert sorted(np.concatenate(whole).tolist()) == sorted(rows.tolist())  # none dropped, none twice
     assert all(1 <= len(p) <= 9 for part in parts for p in part)
@@ -93,7 +105,9 @@ def test_an_epoch_goes_on_at_any_batch_and_the_next_one_begins_at_its_first(leng
 
 
 @pytest.mark.parametrize("kind", [Fusion, HyMaTE, HyMaTEForecast])
-def test_gradients_of_uneven_parts_average_to_that_of_the_whole(kind: type[ICUModule], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_uneven_parts_average_to_that_of_the_whole(
+    kind: type[ICUModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model = kind(width=16, heads=2, dropout=0.0)  # type: ignore[call-arg]
     model.start(spec(12, 24, 3), 3.0)
@@ -163,7 +177,15 @@ def task(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Makes this process one of SLURM's."""
 
     def become(rank: int, tasks: int) -> None:
-        facts = {"NTASKS": tasks, "NTASKS_PER_NODE": tasks, "PROCID": rank, "LOCALID": rank, "NODEID": 0, "JOB_NAME": "train", "STEP_ID": 0}
+        facts = {
+            "NTASKS": tasks,
+            "NTASKS_PER_NODE": tasks,
+            "PROCID": rank,
+            "LOCALID": rank,
+            "NODEID": 0,
+            "JOB_NAME": "train",
+            "STEP_ID": 0,
+        }
         for name, value in facts.items():
             monkeypatch.setenv(f"SLURM_{name}", str(value))
 
@@ -174,7 +196,9 @@ def test_tasks_of_one_device_are_independent(task: Callable[[int, int], None], m
     task(3, 4)
     monkeypatch.setattr(ranks, "ALIKE_SECONDS", 0)
     assert ranks._place({"devices": 4, "accelerator": "cpu"}) == (3, 4)
-    with pytest.raises(ValueError, match=r"SLURM started 4 processes, but --trainer\.devices 2 on --trainer\.num_nodes 1 make 2"):
+    with pytest.raises(
+        ValueError, match=r"SLURM started 4 processes, but --trainer\.devices 2 on --trainer\.num_nodes 1 make 2"
+    ):
         ranks._place({"devices": 2, "accelerator": "cpu"})
     assert rank_zero_only.rank == 3
     with ranks.joined({"devices": "1"}):
@@ -192,17 +216,24 @@ def test_srun_that_was_forgotten_is_told(task: Callable[[int, int], None], monke
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--trainer.strategy fsdp --trainer.accelerator cpu", "--trainer.strategy fsdp needs GPUs, .*: use --trainer.strategy ddp"),
+        (
+            "--trainer.strategy fsdp --trainer.accelerator cpu",
+            "--trainer.strategy fsdp needs GPUs, .*: use --trainer.strategy ddp",
+        ),
         ("--trainer.strategy ddp_spawn", "--trainer.strategy ddp_spawn is not supported; choose among auto, ddp"),
         ("--trainer.devices two --trainer.accelerator cpu", "--trainer.devices two with --trainer.accelerator cpu"),
         ("--checkpoint_minutes -1", "--checkpoint_minutes must be at least 0, found -1"),
     ],
 )
-def test_what_cannot_be_is_told(flags: str, said: str, mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_is_told(
+    flags: str, said: str, mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import re
 
     with pytest.raises(SystemExit):
-        main(f"train --model Fusion --data SyntheticMIMICIV --data.root {mimic} --runs {tmp_path} --name x {flags}".split())
+        main(
+            f"train --model Fusion --data SyntheticMIMICIV --data.root {mimic} --runs {tmp_path} --name x {flags}".split()
+        )
     assert re.search(said, capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
@@ -239,7 +270,9 @@ def finished(process: subprocess.Popen) -> str:
     return out
 
 
-def test_two_processes_do_what_one_does(mimic: Path, eicu: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_do_what_one_does(
+    mimic: Path, eicu: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``trained`` has extracted both systems. Three runs: one process, two started by Lightning, two by torchrun."""
     line = PLAIN.format(mimic, eicu)
     two = "--data.batch_size 16 --trainer.devices 2 --finetune.batch_size 16"
@@ -270,7 +303,11 @@ def members(folder: Path) -> dict[int, int]:
     for path in Path("/proc").iterdir():
         try:
             said = (path / "cmdline").read_bytes() if path.name.isdigit() else b""
-            if b"experiments.cli" in said and b"torch.distributed.run" not in said and (path / "cwd").readlink() == folder:
+            if (
+                b"experiments.cli" in said
+                and b"torch.distributed.run" not in said
+                and (path / "cwd").readlink() == folder
+            ):
                 ranked = [v for v in (path / "environ").read_text().split("\0") if v.startswith("LOCAL_RANK=")]
                 found[int(ranked[0].split("=")[1]) if ranked else 0] = int(path.name)
         except OSError:
@@ -307,10 +344,18 @@ def unbroken(mimic: Path, trained: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize(
-    ("command", "rank", "status"), [(EHR, 1, 1), (EHR, 0, -signal.SIGKILL), (TORCHRUN, 0, 1)], ids=["1", "0", "torchrun"]
+    ("command", "rank", "status"),
+    [(EHR, 1, 1), (EHR, 0, -signal.SIGKILL), (TORCHRUN, 0, 1)],
+    ids=["1", "0", "torchrun"],
 )
 def test_a_killed_process_ends_the_others_and_training_goes_on_where_it_was(
-    command: list[str], rank: int, status: int, request: pytest.FixtureRequest, mimic: Path, trained: Path, tmp_path: Path
+    command: list[str],
+    rank: int,
+    status: int,
+    request: pytest.FixtureRequest,
+    mimic: Path,
+    trained: Path,
+    tmp_path: Path,
 ) -> None:
     line, last = BROKEN.format(mimic), tmp_path / "runs" / "run" / "last.ckpt"
     process, seen = start(command, line, tmp_path), set()

@@ -33,5 +33,7 @@ def test_every_command_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert verb in VERBS
     if any(a.startswith("--data.") for a in arguments) and "--data" not in arguments and "-c" not in arguments:
         arguments = ["--data", "MIMICIV", *arguments]  # what the command itself takes from the checkpoint
-    arguments = ["experiments/configs/demo.yaml" if re.fullmatch(r"runs/.*\.yaml", a) else a for a in arguments]  # what a sweep will write
+    arguments = [
+        "experiments/configs/demo.yaml" if re.fullmatch(r"runs/.*\.yaml", a) else a for a in arguments
+    ]  # what a sweep will write
     make_parser(verb).parse_args(_ordered(arguments))

@@ -26,7 +26,9 @@ def table(target: Any, probability: Any, patient: Any = None, stay: Any = None) 
     )
 
 
-def simulated(rng: np.random.Generator, patients: int, rows: int = 1, ties: int = 0, spread: float = 1.0) -> pl.DataFrame:
+def simulated(
+    rng: np.random.Generator, patients: int, rows: int = 1, ties: int = 0, spread: float = 1.0
+) -> pl.DataFrame:
     """``rows`` rows a patient, correlated within the patient; ``ties`` > 0 rounds probabilities to that many levels."""
     risk = np.repeat(rng.normal(size=patients), rows)
     target = (rng.normal(size=len(risk)) * 0.7 + risk > 1).astype(float)
@@ -129,9 +131,13 @@ def test_intervals_equal_a_loop_that_draws_patients() -> None:
     for _ in range(2000):
         chosen = [numbers[i] for i in rng.integers(len(numbers), size=len(numbers))]
         y, p = (np.concatenate(c) for c in zip(*chosen, strict=True))
-        rank = np.argsort(np.argsort(p, kind="stable"), kind="stable") + 1  # copies of a row tie: a hundredth of the pairs at most
+        rank = (
+            np.argsort(np.argsort(p, kind="stable"), kind="stable") + 1
+        )  # copies of a row tie: a hundredth of the pairs at most
         positives = y.sum()
-        drawn["auroc"].append((rank[y == 1].sum() - positives * (positives + 1) / 2) / (positives * (len(y) - positives)))
+        drawn["auroc"].append(
+            (rank[y == 1].sum() - positives * (positives + 1) / 2) / (positives * (len(y) - positives))
+        )
         drawn["brier"].append(np.mean((p - y) ** 2))
         drawn["sensitivity"].append(np.mean(p[y == 1] >= 0.3))
         drawn["ppv"].append(np.mean(y[p >= 0.3]))
@@ -172,7 +178,9 @@ def test_threshold_is_that_of_the_largest_youden_index(ties: int) -> None:
     chosen = report.choose_threshold(rows)
     assert chosen == pytest.approx(float(thresholds[torch.argmax(true - false)]))
     result = report.score(rows, chosen, 0)
-    assert result["sensitivity"]["value"] + result["specificity"]["value"] - 1 == pytest.approx(float((true - false).max()), abs=1e-6)
+    assert result["sensitivity"]["value"] + result["specificity"]["value"] - 1 == pytest.approx(
+        float((true - false).max()), abs=1e-6
+    )
     assert report.choose_threshold(table([0, 0], [0.2, 0.3])) == 0.5
 
 
@@ -202,10 +210,14 @@ def test_difference_is_paired() -> None:
     """Against itself: exactly 0; a better score on the same patients: above 0; other samples are refused."""
     rng = np.random.default_rng(0)
     target = (rng.random(600) < 0.3).astype(float)
-    base = pl.DataFrame({"patient_id": [str(i % 400) for i in range(600)], "stay_id": range(600), "minute": 1440, "target": target})
+    base = pl.DataFrame(
+        {"patient_id": [str(i % 400) for i in range(600)], "stay_id": range(600), "minute": 1440, "target": target}
+    )
     noise = rng.normal(size=600)
     weak = base.with_columns(probability=1 / (1 + np.exp(-(target + 2 * noise))))
-    strong = base.with_columns(probability=1 / (1 + np.exp(-(2 * target + 2 * noise)))).sample(fraction=1, shuffle=True, seed=1)
+    strong = base.with_columns(probability=1 / (1 + np.exp(-(2 * target + 2 * noise)))).sample(
+        fraction=1, shuffle=True, seed=1
+    )
     same = report.difference(weak, weak.reverse(), replicates=200)
     assert same["auroc"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     better = report.difference(weak, strong, replicates=200)

@@ -48,7 +48,11 @@ Run = Callable[[Path, str, Callable[[], bool]], int]
 def killed() -> Iterator[Run]:
     """Runs a command in a folder and kills it as soon as a condition holds; gives its exit status (-9: it was killed)."""
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-W", "ignore", "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     assert server.stdin is not None and server.stdout is not None
 
@@ -80,11 +84,17 @@ def _alive(child: int) -> bool:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".lock"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.suffix != ".lock"
+    }
 
 
 def unfinished(folder: Path) -> list[Path]:
-    return [p for p in folder.rglob("*") if p.name.startswith(".") or p.suffix in (".tmp", ".partial") or "-v1" in p.name]
+    return [
+        p for p in folder.rglob("*") if p.name.startswith(".") or p.suffix in (".tmp", ".partial") or "-v1" in p.name
+    ]
 
 
 # ---- prepare --------------------------------------------------------------------------------------------------------------
@@ -100,9 +110,17 @@ def prepared(mimic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "moment",
-    ["cache/*.partial", "cache/*.partial/parts/*.tmp", "cache/*.partial/parts/*.parquet", "cache/*.partial/value.f4", "out/.events*/*"],
+    [
+        "cache/*.partial",
+        "cache/*.partial/parts/*.tmp",
+        "cache/*.partial/parts/*.parquet",
+        "cache/*.partial/value.f4",
+        "out/.events*/*",
+    ],
 )
-def test_killed_extraction(moment: str, killed: Run, prepared: Path, mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_extraction(
+    moment: str, killed: Run, prepared: Path, mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = f"prepare --data MIMICIV --data.root {mimic} --data.cache cache --out out"
     assert killed(tmp_path, line, lambda: any(tmp_path.glob(moment))) == -signal.SIGKILL
     monkeypatch.chdir(tmp_path)
@@ -137,7 +155,10 @@ def same(one: Path, other: Path) -> None:
             assert mine["ehr"] == yours["ehr"]
             assert mine["epoch"] == yours["epoch"] and mine["global_step"] == yours["global_step"]
             assert list(mine["state_dict"]) == list(yours["state_dict"])
-            assert all(torch.equal(a, b) for a, b in zip(mine["state_dict"].values(), yours["state_dict"].values(), strict=True)), name
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(mine["state_dict"].values(), yours["state_dict"].values(), strict=True)
+            ), name
             load(other / name)
         elif not name.endswith("environment.txt"):
             assert first[name] == second[name], name
@@ -189,7 +210,9 @@ def test_killed_training(
     same(whole, tmp_path / "runs")
 
 
-def test_killed_twice(killed: Run, whole: Path, mimic: Path, eicu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_twice(
+    killed: Run, whole: Path, mimic: Path, eicu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = (LINE + TRANSFER).format(mimic, eicu)
     folder = tmp_path / "runs" / "run"
     assert killed(tmp_path, line, lambda: (folder / "last.ckpt").exists()) == -signal.SIGKILL
@@ -209,7 +232,9 @@ def unbroken(line: str, parent: Path, monkeypatch: pytest.MonkeyPatch) -> list[P
     return folders
 
 
-def test_killed_training_on_triplets(killed: Run, trained: Path, mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_training_on_triplets(
+    killed: Run, trained: Path, mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batches gathered by length and observations left out at random are the same after a restart."""
     model = "--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --model.thinning 0.3"
     line = f"train {model} --data SyntheticMIMICIV --data.root {mimic} --trainer.max_epochs 4 --name run --data.batch_size 32"
@@ -225,9 +250,15 @@ FORMS = {
         "--model Fusion --model.width 16 --data.num_workers 1 --trainer.check_val_every_n_epoch 2",
         (4, 20),
     ),
-    "Fusion, gradients of three batches": ("--model Fusion --model.width 16 --trainer.accumulate_grad_batches 3", (2, 7)),
+    "Fusion, gradients of three batches": (
+        "--model Fusion --model.width 16 --trainer.accumulate_grad_batches 3",
+        (2, 7),
+    ),
     "HyMaTE": ("--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --model.thinning 0.3", (4, 20)),
-    "HyMaTEForecast": ("--model HyMaTEForecast --model.width 16 --model.layers 1 --model.state 4 --monitor val_loss", (4, 20)),
+    "HyMaTEForecast": (
+        "--model HyMaTEForecast --model.width 16 --model.layers 1 --model.state 4 --monitor val_loss",
+        (4, 20),
+    ),
 }
 
 
@@ -260,7 +291,12 @@ def test_killed_within_an_epoch(
 
 
 def test_a_damaged_checkpoint_of_an_unfinished_run(
-    whole: Path, mimic: Path, eicu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole: Path,
+    mimic: Path,
+    eicu: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The message says what to do, and either of the two ends where an unbroken run does."""
     line = (LINE + TRANSFER).format(mimic, eicu)
@@ -275,7 +311,8 @@ def test_a_damaged_checkpoint_of_an_unfinished_run(
     said = capsys.readouterr().err
     assert "last.ckpt: the checkpoint is damaged" in said
     assert (
-        "copy best.ckpt over it to continue from the best epoch, or delete it to train anew, and run the same command with --resume" in said
+        "copy best.ckpt over it to continue from the best epoch, or delete it to train anew, and run the same command with --resume"
+        in said
     )
     assert len(said.splitlines()) == 1
     shutil.copytree(tmp_path / "runs", tmp_path / "again" / "runs")
@@ -317,13 +354,17 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     same(tmp_path / "whole" / "runs", Path("runs"))
 
 
-def test_resume_of_nothing_starts_anew(whole: Path, mimic: Path, eicu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_of_nothing_starts_anew(
+    whole: Path, mimic: Path, eicu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     main([*(LINE + TRANSFER).format(mimic, eicu).split(), "--resume"])
     same(whole, tmp_path / "runs")
 
 
-def test_a_run_that_had_stopped_early_is_not_trained_further(mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_had_stopped_early_is_not_trained_further(
+    mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed after its last checkpoint: continuing it must not train one epoch more. Without learning, patience ends soon."""
     monkeypatch.chdir(tmp_path)
     line = f"{LINE.format(mimic)} --model.learning_rate 0 --patience 2"

@@ -44,7 +44,9 @@ def found() -> Iterator[None]:
     ehrmodels.scan._found.cache_clear()
 
 
-def inputs(batch: int, width: int, steps: int, states: int, kind: tuple[str, str] = ("variable", "variable")) -> dict[str, Tensor]:
+def inputs(
+    batch: int, width: int, steps: int, states: int, kind: tuple[str, str] = ("variable", "variable")
+) -> dict[str, Tensor]:
     """Random float64 inputs, all of them given; ``kind`` is the form of B and C."""
     rng = torch.Generator().manual_seed(batch + 10 * width + 100 * steps)
     shapes = {
@@ -53,8 +55,17 @@ def inputs(batch: int, width: int, steps: int, states: int, kind: tuple[str, str
         "all groups": (batch, width, states, steps),
         "constant": (width, states),
     }
-    wanted = [(batch, width, steps)] * 2 + [(width, states), shapes[kind[0]], shapes[kind[1]], (width,), (batch, width, steps), (width,)]
-    given = {name: torch.randn(shape, generator=rng, dtype=torch.float64) for name, shape in zip(NAMES, wanted, strict=True)}
+    wanted = [(batch, width, steps)] * 2 + [
+        (width, states),
+        shapes[kind[0]],
+        shapes[kind[1]],
+        (width,),
+        (batch, width, steps),
+        (width,),
+    ]
+    given = {
+        name: torch.randn(shape, generator=rng, dtype=torch.float64) for name, shape in zip(NAMES, wanted, strict=True)
+    }
     given["A"] = -given["A"].exp()
     return given
 
@@ -87,7 +98,9 @@ def same(given: dict[str, Tensor], **options: bool) -> None:
     for ours, theirs in zip(outputs, expected, strict=True):
         torch.testing.assert_close(ours, theirs, **exact)
     for name in given:
-        torch.testing.assert_close(gradients[name], expected_gradients[name], msg=lambda text, name=name: f"{name}: {text}", **exact)
+        torch.testing.assert_close(
+            gradients[name], expected_gradients[name], msg=lambda text, name=name: f"{name}: {text}", **exact
+        )
 
 
 def error(ours: Tensor, exact: Tensor) -> float:
@@ -108,10 +121,14 @@ def test_the_loop_follows_the_equations() -> None:
         torch.testing.assert_close(last, torch.tensor([[[second]]]))
 
 
-@pytest.mark.parametrize("absent", [c for n in range(4) for c in itertools.combinations(("D", "z", "delta_bias"), n)], ids=str)
+@pytest.mark.parametrize(
+    "absent", [c for n in range(4) for c in itertools.combinations(("D", "z", "delta_bias"), n)], ids=str
+)
 @pytest.mark.parametrize("softplus", [False, True])
 @pytest.mark.parametrize("last", [False, True])
-def test_every_option_equals_the_loop(absent: tuple[str, ...], softplus: bool, last: bool, chunk: Callable[..., None]) -> None:
+def test_every_option_equals_the_loop(
+    absent: tuple[str, ...], softplus: bool, last: bool, chunk: Callable[..., None]
+) -> None:
     given = {name: value for name, value in inputs(2, 3, 7, 4).items() if name not in absent}
     if not softplus:
         given["delta"] = given["delta"].abs()
@@ -119,7 +136,9 @@ def test_every_option_equals_the_loop(absent: tuple[str, ...], softplus: bool, l
     same(given, delta_softplus=softplus, return_last_state=last)
 
 
-@pytest.mark.parametrize("kind", list(itertools.product(("variable", "two groups", "all groups", "constant"), repeat=2)), ids=" and ".join)
+@pytest.mark.parametrize(
+    "kind", list(itertools.product(("variable", "two groups", "all groups", "constant"), repeat=2)), ids=" and ".join
+)
 def test_every_form_of_b_and_c_equals_the_loop(kind: tuple[str, str], chunk: Callable[..., None]) -> None:
     given = inputs(3, 4, 5, 2, kind)
     chunk(2, given["u"], given["A"])
@@ -158,7 +177,9 @@ def test_gradients_are_those_of_finite_differences(last: bool, chunk: Callable[.
     given = inputs(2, 2, 5, 2)
     chunk(2, given["u"], given["A"])
     leaves = [value.requires_grad_() for value in given.values()]
-    assert torch.autograd.gradcheck(lambda *each: selective_scan(*each, delta_softplus=True, return_last_state=last), leaves)
+    assert torch.autograd.gradcheck(
+        lambda *each: selective_scan(*each, delta_softplus=True, return_last_state=last), leaves
+    )
 
 
 def test_the_last_state_alone_has_its_gradient(chunk: Callable[..., None]) -> None:
@@ -218,7 +239,9 @@ def test_float32_is_near_float64(product: float, shape: tuple[int, int, int, int
     ],
     ids=str,
 )
-def test_extreme_inputs_give_finite_outputs_and_gradients(changes: dict[str, float], softplus: bool, chunk: Callable[..., None]) -> None:
+def test_extreme_inputs_give_finite_outputs_and_gradients(
+    changes: dict[str, float], softplus: bool, chunk: Callable[..., None]
+) -> None:
     given = {name: value.float() for name, value in inputs(2, 3, 7, 4).items()}
     given["delta"] = given["delta"].abs()
     given |= {name: torch.full_like(given[name], value) for name, value in changes.items()}
@@ -245,7 +268,9 @@ def test_half_precision_is_rounded_at_the_output_only(kind: torch.dtype, roundin
 def test_half_precision_gradients_have_its_type_and_are_near(kind: torch.dtype, rounding: float) -> None:
     given = {name: value.to(kind) for name, value in inputs(2, 8, 50, 4).items()}
     _, gradients = run(selective_scan, given, delta_softplus=True)
-    _, expected = run(selective_scan_reference, {name: value.double() for name, value in given.items()}, delta_softplus=True)
+    _, expected = run(
+        selective_scan_reference, {name: value.double() for name, value in given.items()}, delta_softplus=True
+    )
     for name, gradient in gradients.items():
         assert gradient.dtype == kind, name
         assert error(gradient, expected[name]) <= 4 * rounding, name  # the weights of the outputs are rounded too
@@ -364,7 +389,10 @@ def test_compiled_equals_eager_at_every_length(chunk: Callable[..., None]) -> No
 
 
 @library_warnings
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="torch's default compiler needs g++ or c++, which is not here")
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("c++")),
+    reason="torch's default compiler needs g++ or c++, which is not here",
+)
 def test_a_compiled_block_equals_an_eager_one() -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -378,7 +406,9 @@ def test_a_compiled_block_equals_an_eager_one() -> None:
 
 
 @library_warnings
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch looks, not the block
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # torch looks, not the block
 def test_an_exported_block_gives_the_same_numbers_at_another_length(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install -e '.[dev]'")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
@@ -416,7 +446,9 @@ def test_an_exported_block_gives_the_same_numbers_at_another_length(tmp_path: Pa
     ],
 )
 @pytest.mark.parametrize("scan", [selective_scan, selective_scan_reference])
-def test_shapes_that_do_not_agree_are_named(scan: Callable[..., Any], name: str, shape: tuple[int, ...], message: str) -> None:
+def test_shapes_that_do_not_agree_are_named(
+    scan: Callable[..., Any], name: str, shape: tuple[int, ...], message: str
+) -> None:
     given = inputs(2, 4, 5, 2)
     scan(**given)
     with pytest.raises(ValueError, match=message):
@@ -483,14 +515,18 @@ def test_the_kernel_is_not_used_where_that_is_asked_for(
     assert ehrmodels.scan._kernel(*kernel, on_cuda) is installed
 
 
-def test_a_broken_kernel_is_left_out_with_one_warning(kernel: tuple[str, str], broken: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_kernel_is_left_out_with_one_warning(
+    kernel: tuple[str, str], broken: None, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         assert [ehrmodels.scan._kernel(*kernel, on_cuda) for _ in range(2)] == [None, None]
     (record,) = caplog.records
     assert kernel[0] in record.getMessage() and "undefined symbol" in record.getMessage()
 
 
-def test_a_broken_kernel_that_is_asked_for_is_an_error(kernel: tuple[str, str], broken: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_kernel_that_is_asked_for_is_an_error(
+    kernel: tuple[str, str], broken: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EHR_SCAN", "cuda")
     with pytest.raises(RuntimeError, match=f"{kernel[0]} cannot be used: undefined symbol.*EHR_SCAN=torch"):
         ehrmodels.scan._kernel(*kernel, on_cuda)
@@ -521,7 +557,9 @@ def test_the_kernel_gets_every_argument_in_its_place(monkeypatch: pytest.MonkeyP
     asked: list[list[str]] = []
     fake = SimpleNamespace(selective_scan_fn=lambda *each: ["kernel", selective_scan_reference(*each)])
     monkeypatch.setattr(
-        ehrmodels.scan, "_kernel", lambda extension, interface, x, beyond: asked.append(beyond) or (None if beyond else fake)
+        ehrmodels.scan,
+        "_kernel",
+        lambda extension, interface, x, beyond: asked.append(beyond) or (None if beyond else fake),
     )
     name, output = selective_scan(**given, delta_softplus=True)
     assert name == "kernel"
@@ -532,12 +570,20 @@ def test_the_kernel_gets_every_argument_in_its_place(monkeypatch: pytest.MonkeyP
     selective_scan(**{name: t.double() for name, t in given.items()})
     selective_scan(**inputs(1, 2, 3, 257))
     last = "a gradient through the last state"
-    assert asked == [[], [last], [], ["float64"], ["float64", "more than 256 states"]]  # what the kernel cannot do PyTorch does
+    assert asked == [
+        [],
+        [last],
+        [],
+        ["float64"],
+        ["float64", "more than 256 states"],
+    ]  # what the kernel cannot do PyTorch does
 
 
 def test_the_kernel_of_the_convolution_serves_the_widths_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    fake = SimpleNamespace(causal_conv1d_fn=lambda x, weight, bias, activation: asked.append((weight.shape[1], bias, activation)) or x)
+    fake = SimpleNamespace(
+        causal_conv1d_fn=lambda x, weight, bias, activation: asked.append((weight.shape[1], bias, activation)) or x
+    )
     monkeypatch.setattr(ehrmodels.scan, "_kernel", lambda extension, interface, x, beyond: None if beyond else fake)
     for width in range(1, 7):
         causal_conv1d(torch.zeros(2, 3, 5), torch.zeros(3, width), activation="silu")
@@ -658,10 +704,14 @@ def test_mambapy_gives_the_same_states() -> None:
         torch.testing.assert_close(gradients[name], expected_gradients[name], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", [("variable", "variable"), ("two groups", "two groups"), ("constant", "constant")], ids=" and ".join)
+@pytest.mark.parametrize(
+    "kind", [("variable", "variable"), ("two groups", "two groups"), ("constant", "constant")], ids=" and ".join
+)
 def test_mamba_ssm_gives_the_same(kind: tuple[str, str]) -> None:
     reason = "mamba_ssm does not import here"
-    theirs = pytest.importorskip("mamba_ssm.ops.selective_scan_interface", reason=reason, exc_type=ImportError).selective_scan_ref
+    theirs = pytest.importorskip(
+        "mamba_ssm.ops.selective_scan_interface", reason=reason, exc_type=ImportError
+    ).selective_scan_ref
     given = {name: value.float() for name, value in inputs(2, 4, 37, 3, kind).items()}
     outputs, gradients = run(selective_scan, given, delta_softplus=True, return_last_state=True)
     expected, expected_gradients = run(theirs, given, delta_softplus=True, return_last_state=True)
@@ -681,7 +731,10 @@ def test_the_kernels_equal_torch_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv("EHR_SCAN", choice)
         rng = torch.Generator().manual_seed(0)
         results: list[Tensor] = []
-        for leaves, function in ((given, lambda **k: selective_scan(**k, delta_softplus=True)), (convolution, causal_conv1d)):
+        for leaves, function in (
+            (given, lambda **k: selective_scan(**k, delta_softplus=True)),
+            (convolution, causal_conv1d),
+        ):
             leaves = {name: value.clone().requires_grad_() for name, value in leaves.items()}
             y = function(**leaves)
             weights = torch.randn(y.shape, generator=rng).to(y)

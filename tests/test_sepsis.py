@@ -27,7 +27,9 @@ def matched(*cultures: tuple[float | None, str, str | None, bool], given: dateti
     time, names = pl.Datetime("us"), ["patient_id", "specimen_id", "time", "date", "specimen", "positive"]
     schema = dict(zip(names, [pl.Int64(), pl.Int64(), time, time, pl.String(), pl.Boolean()], strict=True))
     antibiotic = pl.LazyFrame({"patient_id": [1], "time": pl.Series([given], dtype=time)})
-    return sepsis.match_cultures(antibiotic, pl.LazyFrame(rows, schema=schema, orient="row")).collect().row(0, named=True)
+    return (
+        sepsis.match_cultures(antibiotic, pl.LazyFrame(rows, schema=schema, orient="row")).collect().row(0, named=True)
+    )
 
 
 TIMED = [  # hours of the culture from the antibiotic -> hours of the suspicion, None = not suspected
@@ -53,7 +55,9 @@ def test_timed_culture(culture: float, suspected: float | None) -> None:
 def test_culture_with_a_date_only(day: str, suspected: float | None) -> None:
     """[2]: 3 days before the antibiotic's day (the 5th) to that day count as before it, at midnight; the next day as after."""
     row = matched((None, day, "BLOOD", True))
-    assert row["suspected_time"] == (None if suspected is None else datetime(2150, 1, 1) + timedelta(days=suspected - 1))
+    assert row["suspected_time"] == (
+        None if suspected is None else datetime(2150, 1, 1) + timedelta(days=suspected - 1)
+    )
     assert row["culture_time"] == (None if suspected is None else datetime(2150, 1, int(day)))
 
 
@@ -69,7 +73,11 @@ def test_earliest_culture_wins_and_culture_first() -> None:
 def test_unnamed_specimen_and_undated_antibiotic() -> None:
     """[2]: a specimen without a name is no culture; an antibiotic without a time is kept and is no suspicion."""
     row = matched((-5, "5", None, True))
-    assert (row["suspected_infection"], row["suspected_time"], row["culture_time"]) == (False, None, GIVEN - timedelta(hours=5))
+    assert (row["suspected_infection"], row["suspected_time"], row["culture_time"]) == (
+        False,
+        None,
+        GIVEN - timedelta(hours=5),
+    )
     row = matched((-5, "5", "BLOOD", True), given=None)
     assert (row["suspected_infection"], row["culture_time"]) == (False, None)
 
@@ -77,7 +85,11 @@ def test_unnamed_specimen_and_undated_antibiotic() -> None:
 def test_cultures_stay_with_their_antibiotic() -> None:
     """A lazy antibiotic table whose rows come in a new order at each reading still keeps every row's own culture."""
     patients = pl.DataFrame({"patient_id": range(50)})
-    antibiotics = patients.lazy().map_batches(lambda frame: frame.sample(fraction=1, shuffle=True)).with_columns(time=pl.lit(GIVEN))
+    antibiotics = (
+        patients.lazy()
+        .map_batches(lambda frame: frame.sample(fraction=1, shuffle=True))
+        .with_columns(time=pl.lit(GIVEN))
+    )
     taken = patients.lazy().select(
         "patient_id", specimen_id="patient_id", specimen=pl.col("patient_id").cast(pl.String), positive=pl.lit(False)
     )
@@ -88,7 +100,9 @@ def test_cultures_stay_with_their_antibiotic() -> None:
 
 def suspected(*minutes: int | None, stay: int | None = 1) -> pl.DataFrame:
     rows = {"stay_id": [stay] * len(minutes), "suspected_minute": minutes, "antibiotic_minute": minutes}
-    return pl.DataFrame(rows, schema_overrides={"stay_id": pl.Int64}).with_columns(culture_minute=pl.lit(None, pl.Int32))
+    return pl.DataFrame(rows, schema_overrides={"stay_id": pl.Int64}).with_columns(
+        culture_minute=pl.lit(None, pl.Int32)
+    )
 
 
 def sofa_hours(first: int, *scores: int) -> pl.DataFrame:
@@ -128,7 +142,12 @@ def test_first_or_any_suspicion() -> None:
 def test_one_row_a_stay_the_earliest() -> None:
     """[2] sepsis3.sql: first by suspected time, then antibiotic, culture and SOFA hour."""
     rows = pl.DataFrame(
-        {"stay_id": [1, 1, 1], "suspected_minute": [50, 10, 10], "antibiotic_minute": [60, 90, 30], "culture_minute": [50, 10, 10]}
+        {
+            "stay_id": [1, 1, 1],
+            "suspected_minute": [50, 10, 10],
+            "antibiotic_minute": [60, 90, 30],
+            "culture_minute": [50, 10, 10],
+        }
     )
     assert sepsis.sepsis3(rows, sofa_hours(60, 1, 2, 3)).rows() == [(1, 120, 10, 30, 10, 2)]
 
@@ -140,7 +159,9 @@ def test_antibiotics_kept_up() -> None:
     """
     hours = [(0, 1), (24, 25), (48, 49)]
     table = pl.LazyFrame(
-        [(1, 60 * a, 60 * b, None) for a, b in hours], schema=["stay_id", "antibiotic_minute", "stop_minute", "death_minute"], orient="row"
+        [(1, 60 * a, 60 * b, None) for a, b in hours],
+        schema=["stay_id", "antibiotic_minute", "stop_minute", "death_minute"],
+        orient="row",
     ).cast({"death_minute": pl.Int64})
     assert sepsis.kept_up(table).collect()["antibiotic_minute"].to_list() == [0]
     died = table.with_columns(death_minute=pl.lit(60 * 70))
@@ -152,7 +173,9 @@ def test_antibiotics_kept_up() -> None:
 
 
 def test_definitions_are_checked() -> None:
-    with pytest.raises(ValueError, match="'apache': MIMIC-IV lacks what it needs; choose one of mimic_code, ricu, yaib, moor"):
+    with pytest.raises(
+        ValueError, match="'apache': MIMIC-IV lacks what it needs; choose one of mimic_code, ricu, yaib, moor"
+    ):
         mimiciv_sepsis.derive(Path("nowhere"), pl.DataFrame(), "apache")
     with pytest.raises(ValueError, match="'sepsis2': there is no such definition; choose one of eicu, apache"):
         eicu_sepsis.derive(Path("nowhere"), pl.DataFrame(), "sepsis2")
@@ -168,7 +191,9 @@ MIMIC = {
     "hosp/prescriptions": "subject_id,hadm_id,starttime,stoptime,drug_type,drug,route",
     "hosp/microbiologyevents": "subject_id,micro_specimen_id,chartdate,charttime,spec_type_desc,org_itemid,org_name",
 }
-STAYS = pl.DataFrame({"stay_id": [1, 2], "patient_id": ["10", "10"], "death_minute": pl.Series([None, None], dtype=pl.Int32)})
+STAYS = pl.DataFrame(
+    {"stay_id": [1, 2], "patient_id": ["10", "10"], "death_minute": pl.Series([None, None], dtype=pl.Int32)}
+)
 ICU = ["10,100,1,2150-01-02 10:00:30,2150-01-04 10:00:00", "10,100,2,2150-01-06 10:00:00,2150-01-08 10:00:00"]
 
 
@@ -194,7 +219,14 @@ def test_mimic_antibiotic_belongs_to_the_stay_it_starts_in(tmp_path: Path) -> No
     found = mimic(tmp_path, prescriptions=[order(time) for time in times])
     assert found.schema == pl.Schema(sepsis.SUSPICION)
     assert found["stay_id"].to_list() == [None, None, 1, 1, None, 2]
-    assert found["antibiotic_minute"].to_list() == [None, None, 0, 2878, None, 0]  # 10:01:00 is 30 s after intime: minute 0
+    assert found["antibiotic_minute"].to_list() == [
+        None,
+        None,
+        0,
+        2878,
+        None,
+        0,
+    ]  # 10:01:00 is 30 s after intime: minute 0
 
 
 def test_mimic_which_orders_are_antibiotics(tmp_path: Path) -> None:
@@ -210,7 +242,11 @@ def test_mimic_which_orders_are_antibiotics(tmp_path: Path) -> None:
         order("03 11:00:00", "Zosyn", ""),
         order("03 12:00:00", "MetRONIDAZOLE (FLagyl)", "PO"),
     ]
-    assert mimic(tmp_path, prescriptions=rows)["antibiotic"].to_list() == ["Vancomycin", "Vancomycin", "MetRONIDAZOLE (FLagyl)"]
+    assert mimic(tmp_path, prescriptions=rows)["antibiotic"].to_list() == [
+        "Vancomycin",
+        "Vancomycin",
+        "MetRONIDAZOLE (FLagyl)",
+    ]
 
 
 def test_mimic_cultures(tmp_path: Path) -> None:
@@ -220,11 +256,18 @@ def test_mimic_cultures(tmp_path: Path) -> None:
         "1,2150-01-03 00:00:00,2150-01-03 08:00:00,BLOOD,80002,ESCHERICHIA COLI",
     ]
     found = mimic(tmp_path, prescriptions=[order("03 10:00:00")], microbiologyevents=[f"10,{cell}" for cell in cells])
-    assert found.select("positive_culture", "culture_minute", "suspected_minute", "antibiotic_minute").row(0) == (True, 1319, 1319, 1439)
-    assert mimic(tmp_path, prescriptions=[order("03 10:00:00")], microbiologyevents=[f"10,{cells[0]}"])["positive_culture"].to_list() == [
-        False
-    ]
-    dated = mimic(tmp_path, prescriptions=[order("03 10:00:00")], microbiologyevents=["10,1,2150-01-02 00:00:00,,URINE,,"])
+    assert found.select("positive_culture", "culture_minute", "suspected_minute", "antibiotic_minute").row(0) == (
+        True,
+        1319,
+        1319,
+        1439,
+    )
+    assert mimic(tmp_path, prescriptions=[order("03 10:00:00")], microbiologyevents=[f"10,{cells[0]}"])[
+        "positive_culture"
+    ].to_list() == [False]
+    dated = mimic(
+        tmp_path, prescriptions=[order("03 10:00:00")], microbiologyevents=["10,1,2150-01-02 00:00:00,,URINE,,"]
+    )
     assert dated["suspected_minute"].to_list() == [-601]  # midnight before admission, rounded down
 
 
@@ -243,7 +286,9 @@ def test_mimic_other_definitions(tmp_path: Path) -> None:
     assert yaib.select("stay_id", "antibiotic_minute", "suspected_minute").rows() == [(2, -1440, -1560)]
 
 
-@pytest.mark.skipif(not (DEMO / "mimic-iv-demo").exists(), reason="the MIMIC-IV demo is not at ../shared/data/mimic-iv-demo")
+@pytest.mark.skipif(
+    not (DEMO / "mimic-iv-demo").exists(), reason="the MIMIC-IV demo is not at ../shared/data/mimic-iv-demo"
+)
 def test_mimic_demo() -> None:
     """The counts of mimic-code's own SQL (DuckDB) on the demo; row by row both tables were found equal."""
     root = DEMO / "mimic-iv-demo"
@@ -273,7 +318,9 @@ EICU = {
     "microLab": "patientunitstayid,culturetakenoffset,culturesite,organism",
     "diagnosis": "patientunitstayid,diagnosisoffset,diagnosisstring",
 }
-BEDS = pl.DataFrame({"stay_id": [1, 2, 3], "patient_id": ["a", "b", "c"], "hospital_id": ["x", "y", "z"], "weight": [80.0, 50.0, None]})
+BEDS = pl.DataFrame(
+    {"stay_id": [1, 2, 3], "patient_id": ["a", "b", "c"], "hospital_id": ["x", "y", "z"], "weight": [80.0, 50.0, None]}
+)
 BEDS = BEDS.with_columns(death_minute=pl.lit(None, pl.Int32))
 PATIENTS = ['1,x,"Sepsis, pulmonary"', '2,y,"Pneumonia, bacterial"', "3,z,CABG alone"]
 
@@ -294,10 +341,18 @@ def test_eicu_antibiotics_by_name_and_learnt_code(tmp_path: Path) -> None:
         "1,60,tobramycin,77,Ophthalmic,No,0",
         "1,70,furosemide,3660,IV,No,0",
     ]
-    notes = ["3,7,infectious diseases|medications|therapeutic antibacterials", "3,9,surgery|infection|prophylactic antibacterials"]
+    notes = [
+        "3,7,infectious diseases|medications|therapeutic antibacterials",
+        "3,9,surgery|infection|prophylactic antibacterials",
+    ]
     root = eicu_rows(tmp_path, medication=orders, infusionDrug=["2,5,ZOSYN (ml/hr),20,"], treatment=notes)
     found = eicu_sepsis.antibiotics(root, BEDS).sort("stay_id", "minute").collect()
-    assert found.select("stay_id", "minute", "source").rows() == [(1, 0, "name"), (1, 10, "code"), (2, 5, "infusion"), (3, 7, "treatment")]
+    assert found.select("stay_id", "minute", "source").rows() == [
+        (1, 0, "name"),
+        (1, 10, "code"),
+        (2, 5, "infusion"),
+        (3, 7, "treatment"),
+    ]
 
 
 def test_eicu_definitions_on_one_table(tmp_path: Path) -> None:
@@ -307,10 +362,17 @@ def test_eicu_definitions_on_one_table(tmp_path: Path) -> None:
     """
     root = eicu_rows(
         tmp_path,
-        medication=["1,100,cefepime,10132,IV,No,200", "1,1540,cefepime,10132,IV,No,1600", "2,100,cefepime,10132,IV,No,200"],
+        medication=[
+            "1,100,cefepime,10132,IV,No,200",
+            "1,1540,cefepime,10132,IV,No,1600",
+            "2,100,cefepime,10132,IV,No,200",
+        ],
         treatment=["3,60,pulmonary|medications|antibacterials"],
         microLab=["3,0,Blood,Escherichia coli", "2,9000,Urine,no growth"],
-        diagnosis=["2,1441,infectious diseases|systemic/other infections|sepsis", "3,1440,cardiovascular|shock / hypotension|septic shock"],
+        diagnosis=[
+            "2,1441,infectious diseases|systemic/other infections|sepsis",
+            "3,1440,cardiovascular|shock / hypotension|septic shock",
+        ],
     )
 
     def stays(definition: str) -> list[int]:
@@ -361,7 +423,9 @@ def test_eicu_treatment_tiers_only_where_no_rates_are_charted(tmp_path: Path) ->
 
 def test_eicu_stay_without_weight_has_no_rate(tmp_path: Path) -> None:
     """cohorts.md 8: mcg/min without any weight is no rate per kg, so it scores nothing; mcg/kg/min needs no weight."""
-    root = eicu_rows(tmp_path, infusionDrug=["3,0,Norepinephrine (mcg/min),8,", "3,600,Norepinephrine (mcg/kg/min),0.2,"])
+    root = eicu_rows(
+        tmp_path, infusionDrug=["3,0,Norepinephrine (mcg/min),8,", "3,600,Norepinephrine (mcg/kg/min),0.2,"]
+    )
     assert eicu_sofa.pressors(root, BEDS).collect().select("start_minute", "rate").rows() == [(600, 0.2)]
 
 
@@ -371,7 +435,9 @@ def test_eicu_demo() -> None:
     root = DEMO / "eicu-demo"
     stays = eicu.stays(root)
     table = eicu_sepsis.compare_definitions(root, stays)
-    found = {row["definition"]: (row["suspected_stays"], row["suspected_hospitals"]) for row in table.iter_rows(named=True)}
+    found = {
+        row["definition"]: (row["suspected_stays"], row["suspected_hospitals"]) for row in table.iter_rows(named=True)
+    }
     exact = {
         "apache": (288, 133),
         "apache_or_pneumonia": (392, 154),
@@ -381,7 +447,14 @@ def test_eicu_demo() -> None:
         "named_antibiotic_and_culture": (1, 1),
     }
     assert {name: found[name] for name in exact} == exact
-    ours = {"named_antibiotic": 614, "named_or_coded_antibiotic": 985, "two_named_antibiotics": 333, "moor": 374, "yaib": 361, "eicu": 956}
+    ours = {
+        "named_antibiotic": 614,
+        "named_or_coded_antibiotic": 985,
+        "two_named_antibiotics": 333,
+        "moor": 374,
+        "yaib": 361,
+        "eicu": 956,
+    }
     assert {name: found[name][0] for name in ours} == ours
     assert (table["sepsis_stays"] <= table["suspected_stays"]).all()
     derived = eicu_sepsis.derive(root, stays, "moor", min_hospital_percent=15)

@@ -17,12 +17,20 @@ SPAN = pl.LazyFrame({"stay_id": [1], "first_minute": [5], "first_end": [60], "la
 
 def records(*rows: tuple[int, float]) -> pl.LazyFrame:
     return pl.LazyFrame(
-        [(1, minute, value) for minute, value in rows], schema={"stay_id": int, "minute": int, "value": float}, orient="row"
+        [(1, minute, value) for minute, value in rows],
+        schema={"stay_id": int, "minute": int, "value": float},
+        orient="row",
     )
 
 
 def pressors(*rows: tuple[int, int, str, float | None]) -> pl.LazyFrame:
-    schema = {"stay_id": pl.Int64, "start_minute": pl.Int64, "end_minute": pl.Int64, "drug": pl.String, "rate": pl.Float64}
+    schema = {
+        "stay_id": pl.Int64,
+        "start_minute": pl.Int64,
+        "end_minute": pl.Int64,
+        "drug": pl.String,
+        "rate": pl.Float64,
+    }
     return pl.LazyFrame([(1, *row) for row in rows], schema=schema, orient="row")
 
 
@@ -30,7 +38,12 @@ def inputs(spans: pl.LazyFrame = SPAN, **frames: pl.LazyFrame) -> s.Inputs:
     gases = pl.LazyFrame(schema={"stay_id": pl.Int64, "minute": pl.Int64, "pao2": pl.Float64, "fio2": pl.Float64})
     ventilation = pl.LazyFrame(schema={"stay_id": pl.Int64, "start_minute": pl.Int64, "end_minute": pl.Int64})
     single = ("fio2", "platelets", "bilirubin", "mean_bp", "gcs", "creatinine", "urine")
-    empty = {name: records() for name in single} | {"gases": gases, "ventilation": ventilation, "pressors": pressors(), "spans": spans}
+    empty = {name: records() for name in single} | {
+        "gases": gases,
+        "ventilation": ventilation,
+        "pressors": pressors(),
+        "spans": spans,
+    }
     return empty | frames  # type: ignore[return-value]
 
 
@@ -53,7 +66,10 @@ THRESHOLDS: dict[str, tuple[str, list[tuple[float, int]]]] = {  # [1], with the 
     "creatinine": ("renal", [(1.1, 0), (1.2, 1), (1.9, 1), (2.0, 2), (3.4, 2), (3.5, 3), (4.9, 3), (5.0, 4)]),
     "urine": ("renal", [(500, 0), (499, 3), (200, 3), (199, 4)]),
     "gcs": ("cns", [(15, 0), (14, 1), (13, 1), (12, 2), (10, 2), (9, 3), (6, 3), (5, 4), (3, 4)]),
-    "ratio_ventilated": ("respiration", [(400, 0), (399, 1), (300, 1), (299, 2), (200, 2), (199, 3), (100, 3), (99, 4)]),
+    "ratio_ventilated": (
+        "respiration",
+        [(400, 0), (399, 1), (300, 1), (299, 2), (200, 2), (199, 3), (100, 3), (99, 4)],
+    ),
     "ratio_spontaneous": ("respiration", [(400, 0), (399, 1), (300, 1), (299, 2), (99, 2)]),
     "mean_bp": ("cardiovascular", [(70, 0), (69.9, 1), (30, 1)]),
     "dobutamine": ("cardiovascular", [(0, 0), (0.1, 2), (40, 2)]),
@@ -67,7 +83,9 @@ THRESHOLDS: dict[str, tuple[str, list[tuple[float, int]]]] = {  # [1], with the 
 def test_thresholds(measure: str) -> None:
     """Each side of every limit; all other organs score 0 where nothing was measured."""
     component, cases = THRESHOLDS[measure]
-    hours = pl.LazyFrame({name: [None] * len(cases) for name in THRESHOLDS}, schema=dict.fromkeys(THRESHOLDS, pl.Float64))
+    hours = pl.LazyFrame(
+        {name: [None] * len(cases) for name in THRESHOLDS}, schema=dict.fromkeys(THRESHOLDS, pl.Float64)
+    )
     found = s.score(hours.with_columns(pl.Series(measure, [float(value) for value, _ in cases]))).collect()
     assert found[component].to_list() == [points for _, points in cases]
     assert found.drop(component).sum_horizontal().to_list() == [0] * len(cases)
@@ -89,7 +107,9 @@ def test_the_worst_source_counts() -> None:
 
 
 def gas(minute: int, pao2: float = 80, fio2: float | None = None) -> pl.LazyFrame:
-    return pl.LazyFrame({"stay_id": [1], "minute": [minute], "pao2": [pao2], "fio2": pl.Series([fio2], dtype=pl.Float64)})
+    return pl.LazyFrame(
+        {"stay_id": [1], "minute": [minute], "pao2": [pao2], "fio2": pl.Series([fio2], dtype=pl.Float64)}
+    )
 
 
 def test_fio2_is_the_specimens_or_charted_within_4_hours() -> None:
@@ -195,10 +215,16 @@ def test_unscored_drugs_and_unknown_rates() -> None:
 def test_short_episodes_can_be_left_out() -> None:
     """[3]: an episode is 60 minutes or more; rows up to 5 hours apart make one."""
     rows = pressors(
-        (0, 30, "dopamine", 4.0), (400, 420, "epinephrine", 0.1), (700, 725, "epinephrine", 0.1), (1200, 1250, "epinephrine", 0.1)
+        (0, 30, "dopamine", 4.0),
+        (400, 420, "epinephrine", 0.1),
+        (700, 725, "epinephrine", 0.1),
+        (1200, 1250, "epinephrine", 0.1),
     )
     kept = s.long_episodes(rows, 60).collect()
-    assert kept.sort("start_minute").select("start_minute", "drug").rows() == [(400, "epinephrine"), (700, "epinephrine")]
+    assert kept.sort("start_minute").select("start_minute", "drug").rows() == [
+        (400, "epinephrine"),
+        (700, "epinephrine"),
+    ]
     assert s.long_episodes(rows, 0).collect().height == 4
     overlapping = pressors((0, 50, "dopamine", 4.0), (10, 20, "dopamine", 4.0), (40, 70, "dopamine", 4.0))
     assert s.long_episodes(overlapping, 60).collect().height == 3
@@ -251,7 +277,9 @@ def test_mimic_span(tmp_path: Path) -> None:
 
     From 10:00:30, 10:17 is minute 16, 11:00 minute 59; from 10 to 13 o'clock are 3 hours.
     """
-    spans = mimic(tmp_path, chartevents=[chart("01 10:17", 220045, "80", 80), chart("01 13:01", 220045, "80", 80)])["spans"].collect()
+    spans = mimic(tmp_path, chartevents=[chart("01 10:17", 220045, "80", 80), chart("01 13:01", 220045, "80", 80)])[
+        "spans"
+    ].collect()
     assert spans.rows() == [(1, 16, 59, 3)]
     spans = mimic(tmp_path, chartevents=[chart("01 11:00", 220045, "80", 80)])["spans"].collect()
     assert spans.rows() == [(1, 59, 59, 0)]
@@ -273,7 +301,9 @@ def test_mimic_pressor_units(tmp_path: Path) -> None:
         ("221289", "5", "", "80"),
         ("222315", "2.4", "units/hour", "80"),
     ]
-    rows = [f"1,{item},2150-01-01 11:00:00,2150-01-01 12:00:00,{rate},{unit},{weight}" for item, rate, unit, weight in cells]
+    rows = [
+        f"1,{item},2150-01-01 11:00:00,2150-01-01 12:00:00,{rate},{unit},{weight}" for item, rate, unit, weight in cells
+    ]
     found = mimic(tmp_path, inputevents=rows)["pressors"].collect().sort("drug")
     assert found["drug"].to_list() == ["dopamine", *["norepinephrine"] * 3]
     assert found["rate"].to_list() == pytest.approx([0.25, 0.2, 0.2, 0.2])
@@ -308,9 +338,19 @@ def test_mimic_blood_gas(tmp_path: Path) -> None:
         cells = [(52033, kind, ""), (50821, "80", 80), (50816, str(fio2), fio2)]
         return [f"10,100,{number},{item},2150-01-01 11:00:00,{text},{value}" for item, text, value in cells]
 
-    labs = specimen(1, "ART.", 0.4) + specimen(2, "VEN.", 0.4) + specimen(3, "ART.", 5) + specimen(4, "ART.", 20) + specimen(5, "ART.", 55)
+    labs = (
+        specimen(1, "ART.", 0.4)
+        + specimen(2, "VEN.", 0.4)
+        + specimen(3, "ART.", 5)
+        + specimen(4, "ART.", 20)
+        + specimen(5, "ART.", 55)
+    )
     beats = [chart("01 10:30", 220045, "80", 80), chart("01 20:00", 220045, "80", 80)]
-    charted = [chart("01 10:40", 223835, "20", 20), chart("01 10:50", 223835, "0.5", 0.5), chart("01 10:55", 223835, "15", 15)]
+    charted = [
+        chart("01 10:40", 223835, "20", 20),
+        chart("01 10:50", 223835, "0.5", 0.5),
+        chart("01 10:55", 223835, "15", 15),
+    ]
     found = mimic(tmp_path, labevents=labs, chartevents=beats + charted)
     assert sorted(found["gases"].collect()["fio2"].to_list(), key=str) == [40, 55, None, None]
     assert found["fio2"].collect().sort("minute")["value"].to_list() == [20, 50]
@@ -330,7 +370,13 @@ def test_mimic_labs_belong_to_the_admission(tmp_path: Path) -> None:
 
 
 def ventilation(root: Path, *rows: str) -> list[tuple[int, int]]:
-    return mimic(root, chartevents=list(rows))["ventilation"].sort("start_minute").select("start_minute", "end_minute").collect().rows()
+    return (
+        mimic(root, chartevents=list(rows))["ventilation"]
+        .sort("start_minute")
+        .select("start_minute", "end_minute")
+        .collect()
+        .rows()
+    )
 
 
 def test_mimic_ventilation_episode(tmp_path: Path) -> None:
@@ -346,21 +392,32 @@ def test_mimic_ventilation_episode(tmp_path: Path) -> None:
         chart("01 14:00", 223834, "2", 2),
     ]
     assert ventilation(tmp_path, *rows) == [(59, 239)]
-    assert ventilation(tmp_path, rows[0], *rows[2:]) == []  # [2] oxygen_delivery.sql: no flow charted, no device; one mode record is left
-    assert ventilation(tmp_path, *rows[:3], chart("01 14:00", 226732, "Tracheostomy tube"), chart("01 14:00", 223834, "2", 2)) == [
-        (59, 239)
+    assert (
+        ventilation(tmp_path, rows[0], *rows[2:]) == []
+    )  # [2] oxygen_delivery.sql: no flow charted, no device; one mode record is left
+    assert ventilation(
+        tmp_path, *rows[:3], chart("01 14:00", 226732, "Tracheostomy tube"), chart("01 14:00", 223834, "2", 2)
+    ) == [(59, 239)]
+    later = [
+        chart("01 13:00", 223849, "Standby"),
+        chart("02 02:00", 223849, "PSV/SBT"),
+        chart("02 03:00", 223849, "PSV/SBT"),
     ]
-    later = [chart("01 13:00", 223849, "Standby"), chart("02 02:00", 223849, "PSV/SBT"), chart("02 03:00", 223849, "PSV/SBT")]
     assert ventilation(tmp_path, *rows[:3], *later) == [(59, 119), (959, 1019)]  # 14 clock hours without a known status
 
 
 def test_mimic_urine(tmp_path: Path) -> None:
     """[2] urine_output.sql: irrigant that went in (227488) is taken off; 227510 is stomach content."""
-    rows = [f"1,{item},2150-01-01 11:00:00,{value}" for item, value in ((226559, 100), (227488, 30), (227489, 50), (227510, 400))]
+    rows = [
+        f"1,{item},2150-01-01 11:00:00,{value}"
+        for item, value in ((226559, 100), (227488, 30), (227489, 50), (227510, 400))
+    ]
     assert mimic(tmp_path, outputevents=rows)["urine"].collect()["value"].sum() == 120
 
 
-@pytest.mark.skipif(not (DEMO / "mimic-iv-demo").exists(), reason="the MIMIC-IV demo is not at ../shared/data/mimic-iv-demo")
+@pytest.mark.skipif(
+    not (DEMO / "mimic-iv-demo").exists(), reason="the MIMIC-IV demo is not at ../shared/data/mimic-iv-demo"
+)
 def test_mimic_demo() -> None:
     """The counts of mimic-code's own SQL (DuckDB) on the demo; hour by hour all components were found equal."""
     root = DEMO / "mimic-iv-demo"
@@ -368,9 +425,9 @@ def test_mimic_demo() -> None:
     found = s.sofa(mimiciv_sofa.sofa_inputs(root, stays))
     assert (found.height, found["stay_id"].n_unique(), (found["sofa_24h"] >= 2).sum()) == (12_254, 140, 10_215)
     assert found["sofa_24h"].mean() == pytest.approx(5.863636, abs=1e-6)
-    changed = mimiciv_sepsis.derive(root, stays, gcs_intubated="carried", fio2_missing=21, pressor_min_minutes=60, urine_min_hours=12)[
-        "sofa"
-    ]
+    changed = mimiciv_sepsis.derive(
+        root, stays, gcs_intubated="carried", fio2_missing=21, pressor_min_minutes=60, urine_min_hours=12
+    )["sofa"]
     worse = [name for name in s.COMPONENTS if (changed[name] > found[name]).any()]
     better = [name for name in s.COMPONENTS if (changed[name] < found[name]).any()]
     assert worse == ["respiration", "cns", "renal"]
@@ -402,7 +459,9 @@ def eicu_inputs(root: Path, **rows: list[str]) -> s.Inputs:
     """Write the tables (keyword: name of the table) and read them back; stay 1 of 1,441 minutes in hospital x."""
     for table, header in EICU.items():
         (root / f"{table}.csv").write_text("\n".join([header, *rows.get(table, [])]) + "\n")
-    beds = pl.DataFrame({"stay_id": [1], "patient_id": ["a"], "hospital_id": ["x"], "weight": [80.0], "icu_minutes": [1441]})
+    beds = pl.DataFrame(
+        {"stay_id": [1], "patient_id": ["a"], "hospital_id": ["x"], "weight": [80.0], "icu_minutes": [1441]}
+    )
     return eicu_sofa.sofa_inputs(root, beds)
 
 
@@ -414,7 +473,9 @@ def test_eicu_hours_run_to_the_end_of_the_unit_stay(tmp_path: Path) -> None:
 def test_eicu_pressure_is_the_median_of_an_hour(tmp_path: Path) -> None:
     """cohorts.md 8: one flush of the line (20 mmHg) in an hour of 80 is not hypotension."""
     periodic = [f"1,{minute},80,,,,,,{value}," for minute, value in ((5, 80), (10, 20), (15, 80), (65, 60))]
-    found = eicu_inputs(tmp_path, vitalPeriodic=periodic, vitalAperiodic=["1,60,,,78"])["mean_bp"].sort("minute").collect()
+    found = (
+        eicu_inputs(tmp_path, vitalPeriodic=periodic, vitalAperiodic=["1,60,,,78"])["mean_bp"].sort("minute").collect()
+    )
     assert found.rows() == [(1, 60, 79.0), (1, 120, 60.0)]
 
 
@@ -434,17 +495,28 @@ def test_eicu_gcs(tmp_path: Path) -> None:
     ]
     charted = eicu_inputs(tmp_path, nurseCharting=nurse)
     assert charted["gcs"].sort("minute").collect().rows() == [(1, 100, 9.0), (1, 200, 7.0)]
-    on_a_ventilator = eicu_inputs(tmp_path, nurseCharting=nurse, respiratoryCare=["1,150,150,0,0,0", "1,400,150,400,0,0"])
-    assert on_a_ventilator["ventilation"].select(pl.col("start_minute").min(), pl.col("end_minute").max()).collect().row(0) == (150, 400)
+    on_a_ventilator = eicu_inputs(
+        tmp_path, nurseCharting=nurse, respiratoryCare=["1,150,150,0,0,0", "1,400,150,400,0,0"]
+    )
+    assert on_a_ventilator["ventilation"].select(
+        pl.col("start_minute").min(), pl.col("end_minute").max()
+    ).collect().row(0) == (150, 400)
     assert on_a_ventilator["gcs"].sort("minute").collect().rows() == [(1, 100, 9.0), (1, 200, 15.0)]
 
 
 def test_eicu_gas_and_treatment_tier(tmp_path: Path) -> None:
     """cohorts.md 8: FiO2 from the laboratory at the same minute, fraction or %, else from respiratoryCharting; the tier counts from
     the very minute of its row, here the last of hour 0."""
-    lab = ["1,30,paO2,80,mm Hg,,30", "1,30,FiO2,0.4,%,,30", "1,90,paO2,60,mm Hg,,90", "1,30,platelets x 1000,90,K/mcL,,30"]
+    lab = [
+        "1,30,paO2,80,mm Hg,,30",
+        "1,30,FiO2,0.4,%,,30",
+        "1,90,paO2,60,mm Hg,,90",
+        "1,30,platelets x 1000,90,K/mcL,,30",
+    ]
     tier = "cardiovascular|shock|vasopressors|dopamine >15 micrograms/kg/min"
-    found = eicu_inputs(tmp_path, patient=["1,x"], lab=lab, respiratoryCharting=["1,80,,FiO2,60%"], treatment=[f"1,60,{tier}"])
+    found = eicu_inputs(
+        tmp_path, patient=["1,x"], lab=lab, respiratoryCharting=["1,80,,FiO2,60%"], treatment=[f"1,60,{tier}"]
+    )
     ratios = s.oxygenation(found["gases"], found["fio2"], found["ventilation"]).sort("minute").collect()
     assert ratios["ratio"].to_list() == pytest.approx([200, 100])
     first = s.sofa(found).row(0, named=True)
@@ -459,7 +531,13 @@ def test_eicu_demo() -> None:
     found = eicu_sepsis.derive(root, stays)["sofa"]
     assert found.schema == pl.Schema(eicu_sepsis.SOFA_EICU)
     hours = stays.select("stay_id", hours=((pl.col("icu_minutes") - 1) // 60).clip(0) + 1)
-    assert found.group_by("stay_id").len("hours").join(hours, on="stay_id").filter(pl.col("hours") != pl.col("hours_right")).is_empty()
+    assert (
+        found.group_by("stay_id")
+        .len("hours")
+        .join(hours, on="stay_id")
+        .filter(pl.col("hours") != pl.col("hours_right"))
+        .is_empty()
+    )
     assert found.filter(pl.col("end_minute") < 1440)["cns"].max() == 0
     assert found.filter(pl.col("end_minute") == 1440)["cns"].max() == 4
     told = eicu_sofa.hospitals(root, stays)

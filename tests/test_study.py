@@ -155,7 +155,9 @@ def test_progress_and_intention_do_not_count_as_attempts(study: Callable[[], Stu
     assert study().trials()[0].state == TrialState.RUNNING
 
 
-def test_a_study_with_other_settings_is_refused(study: Callable[[], Study], storage: str, request: pytest.FixtureRequest) -> None:
+def test_a_study_with_other_settings_is_refused(
+    study: Callable[[], Study], storage: str, request: pytest.FixtureRequest
+) -> None:
     study()
     with pytest.raises(ValueError, match=r"begun with another config:\n  -patience: 3\n  \+patience: 4\n"):
         Study(request.node.name, storage, {**SETTINGS, "config": "patience: 4\n"})
@@ -198,7 +200,9 @@ def test_half_a_line_in_the_journal_is_taken_away(tmp_path: Path) -> None:
 
 
 def test_space() -> None:
-    found = distributions({**SPACE, "model.dropout": {"low": 0.0, "high": 0.5, "step": 0.1}, "model.pos_weight": [None, 1]})
+    found = distributions(
+        {**SPACE, "model.dropout": {"low": 0.0, "high": 0.5, "step": 0.1}, "model.pos_weight": [None, 1]}
+    )
     assert found == {
         "model.learning_rate": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True),
         "model.width": optuna.distributions.CategoricalDistribution([8, 16]),

@@ -33,10 +33,16 @@ LINE = "sweep --model Fusion --model.width 8 --data SyntheticMIMICIV --data.root
     [
         ("{model.lerning_rate: [0.1]}", "unknown option --model.lerning_rate; did you mean --model.learning_rate?"),
         ("{model.width: [8, wide]}", "--model.width: expected int, found wide"),
-        ("{model.learning_rate: {low: -1.0, high: 1.0}}", "--model.learning_rate must be a finite number of at least 0, found -1.0"),
+        (
+            "{model.learning_rate: {low: -1.0, high: 1.0}}",
+            "--model.learning_rate must be a finite number of at least 0, found -1.0",
+        ),
         ("{model.dropout: {low: 0.5, high: 0.1}}", "--space model.dropout: `low <= high` must hold"),
         ("{model.dropout: {low: a, high: b}}", "--space model.dropout: low and high must be numbers"),
-        ("{model.dropout: 0.1}", "--space model.dropout: expected a list of choices, or low and high, with log or step, found 0.1"),
+        (
+            "{model.dropout: 0.1}",
+            "--space model.dropout: expected a list of choices, or low and high, with log or step, found 0.1",
+        ),
         ("{model.dropout: [[1]]}", "--space model.dropout: choices must be numbers, words, true, false or null"),
         ("{}", "--space is empty"),
     ],
@@ -61,7 +67,9 @@ def test_bad_space(space: str, message: str, mimic: Path, tmp_path: Path, capsys
 def test_bad_sweep(more: str, message: str, mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if "nowhere" in more:
         more += " --data MIMICIV"
-    said = refused([*LINE.format(mimic, tmp_path / "runs").split(), "--space", "{model.width: [8]}", *more.split()], capsys)
+    said = refused(
+        [*LINE.format(mimic, tmp_path / "runs").split(), "--space", "{model.width: [8]}", *more.split()], capsys
+    )
     assert message in said and "secret" not in said
 
 
@@ -79,7 +87,12 @@ def test_bad_sweep(more: str, message: str, mimic: Path, tmp_path: Path, capsys:
         ),
         (MemoryError(), TrialState.FAIL, "out of memory: lower --data.batch_size", SystemExit),
         (ValueError("the loss is not a number any more"), TrialState.FAIL, "the loss is not a number any more", None),
-        (RuntimeError("CUDA error: device-side assert"), TrialState.FAIL, "RuntimeError: CUDA error: device-side assert", SystemExit),
+        (
+            RuntimeError("CUDA error: device-side assert"),
+            TrialState.FAIL,
+            "RuntimeError: CUDA error: device-side assert",
+            SystemExit,
+        ),
         (optuna.TrialPruned(), TrialState.PRUNED, None, None),
         (KeyboardInterrupt(), TrialState.RUNNING, None, KeyboardInterrupt),
         (OSError(28, "No space left on device"), TrialState.RUNNING, None, OSError),
@@ -99,7 +112,9 @@ def test_how_a_trial_ends(
     def fails(**_: Any) -> None:
         raise raised
 
-    (tmp_path / "train.yaml").write_text(yaml.safe_dump({"model": "Fusion", "data": "SyntheticMIMICIV", "trainer": {"max_epochs": 1}}))
+    (tmp_path / "train.yaml").write_text(
+        yaml.safe_dump({"model": "Fusion", "data": "SyntheticMIMICIV", "trainer": {"max_epochs": 1}})
+    )
     monkeypatch.setattr(verbs, "train", fails)
     one = Study("s", str(tmp_path / "study.journal"), SETTINGS)
     trial = claimed(one, 1)
@@ -121,8 +136,22 @@ def swept(mimic: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) 
     """Study folder of a sweep whose workers were killed, logged offline to Weights & Biases; one choice makes the loss no number."""
     folder = tmp_path_factory.mktemp("sweep")
     space = "{model.learning_rate: [0.001, 0.01, 1.0e+30], model.dropout: {low: 0.0, high: 0.5}}"
-    line = [*LINE.format(mimic, folder).split(), "--workers", "2", "--space", space, "--wandb", "offline", "--trials", "5"]
-    environment = {**os.environ, "WANDB_CONFIG_DIR": str(folder / "wandb-config"), "WANDB_CACHE_DIR": str(folder / "wandb-cache")}
+    line = [
+        *LINE.format(mimic, folder).split(),
+        "--workers",
+        "2",
+        "--space",
+        space,
+        "--wandb",
+        "offline",
+        "--trials",
+        "5",
+    ]
+    environment = {
+        **os.environ,
+        "WANDB_CONFIG_DIR": str(folder / "wandb-config"),
+        "WANDB_CACHE_DIR": str(folder / "wandb-cache"),
+    }
     here = folder / "experiments"  # a user's folder may be called so
     here.mkdir()
     (here / "sweep.py").write_text("raise SystemExit('not this one')")
@@ -152,7 +181,17 @@ def test_sweep_ends_with_every_trial(swept: Path, tmp_path: Path) -> None:
         assert epochs["val_auroc_auprc"].max() == trial["val_auroc_auprc"]
         assert load(folder / "best.ckpt").learning_rate == trial["model.learning_rate"]
         assert json.loads((folder / "metrics.json").read_text()).keys() == {"val"}  # the test split is not looked at
-    main(["evaluate", "--ckpt", f"{Path(trial['run']) / 'best.ckpt'}", "--data.split", "test", "--out", str(tmp_path / "scores")])
+    main(
+        [
+            "evaluate",
+            "--ckpt",
+            f"{Path(trial['run']) / 'best.ckpt'}",
+            "--data.split",
+            "test",
+            "--out",
+            str(tmp_path / "scores"),
+        ]
+    )
     assert (tmp_path / "sweep.png").exists() is False and (swept / "sweep.png").stat().st_size > 10_000
 
 
@@ -160,7 +199,9 @@ def test_best_is_reproduced_by_train(swept: Path, tmp_path: Path) -> None:
     table = pl.read_csv(swept / "trials.csv").filter(pl.col("state") == "complete")
     best = table.sort("val_auroc_auprc", descending=True).row(0, named=True)
     main(["train", "-c", str(swept / "best.yaml"), "--runs", str(tmp_path), "--name", "again"])
-    again, before = (pl.read_csv(folder / "metrics.csv")["val_auroc_auprc"] for folder in (tmp_path / "again", Path(best["run"])))
+    again, before = (
+        pl.read_csv(folder / "metrics.csv")["val_auroc_auprc"] for folder in (tmp_path / "again", Path(best["run"]))
+    )
     np.testing.assert_allclose(again, before, rtol=0, atol=1e-6)
     assert json.loads((tmp_path / "again" / "metrics.json").read_text()).keys() == {"val", "test"}
 
@@ -204,10 +245,15 @@ def test_same_command_shows_the_summary_again_and_more_trials_go_on(
 ) -> None:
     config = yaml.safe_load((swept / "train.yaml").read_text())
     study = optuna.load_study(
-        study_name="s", storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(swept / "study.journal")))
+        study_name="s",
+        storage=optuna.storages.JournalStorage(
+            optuna.storages.journal.JournalFileBackend(str(swept / "study.journal"))
+        ),
     )
     path = swept.parent / "again.yaml"
-    path.write_text(yaml.safe_dump({**config, "space": study.user_attrs["space"], "name": "s", "runs": str(swept.parent)}))
+    path.write_text(
+        yaml.safe_dump({**config, "space": study.user_attrs["space"], "name": "s", "runs": str(swept.parent)})
+    )
     before = (swept / "best.yaml").read_bytes()
     main(["sweep", "-c", str(path), "--trials", "5"])
     assert "5 trials" in capsys.readouterr().out and (swept / "best.yaml").read_bytes() == before
@@ -227,7 +273,9 @@ def test_workers_end_with_the_command(mimic: Path, trained: Path, tmp_path: Path
         "--patience",
         "1000",
     ]
-    process = subprocess.Popen([sys.executable, "-m", "experiments.cli", *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.cli", *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     eventually(lambda: (tmp_path / "s" / "trial-0000" / "metrics.csv").exists(), 120)
     mine = workers(process.pid)
     assert len(mine) == 1

@@ -37,7 +37,9 @@ def refused(root: Path, path: Path, *words: str) -> None:
         assert word in said, (word, said)
 
 
-@pytest.mark.parametrize("name", ["notes.csv", "Notes.CSV", "notes.csv.gz", "NOTES.CSV.GZ", "notes.parquet", "Notes.Parquet"])
+@pytest.mark.parametrize(
+    "name", ["notes.csv", "Notes.CSV", "notes.csv.gz", "NOTES.CSV.GZ", "notes.parquet", "Notes.Parquet"]
+)
 @pytest.mark.parametrize("folder", ["icu", "ICU"])
 def test_every_format_in_any_case(tmp_path: Path, name: str, folder: str) -> None:
     frame = pl.read_csv(GOOD.encode(), schema_overrides={"charttime": pl.Datetime("ms")})
@@ -95,11 +97,18 @@ def test_missing_table(tmp_path: Path) -> None:
 
 def test_missing_column(tmp_path: Path) -> None:
     path = put(tmp_path, GOOD.replace("charttime", "chart_time").encode())
-    refused(tmp_path, path, "column charttime is missing", "expected stay_id, value, charttime, note", "found stay_id, value, chart_time")
+    refused(
+        tmp_path,
+        path,
+        "column charttime is missing",
+        "expected stay_id, value, charttime, note",
+        "found stay_id, value, chart_time",
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("notes.csv", b""), ("notes.csv.gz", b""), ("notes.csv.gz", gzip.compress(b"")), ("notes.csv", b"\n")]
+    ("name", "content"),
+    [("notes.csv", b""), ("notes.csv.gz", b""), ("notes.csv.gz", gzip.compress(b"")), ("notes.csv", b"\n")],
 )
 def test_empty_file(tmp_path: Path, name: str, content: bytes) -> None:
     refused(tmp_path, put(tmp_path, content, name), "empty", "expected a header line", "download it again")

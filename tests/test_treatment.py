@@ -5,14 +5,16 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-
-from datamodules import mimiciv, treatment
 from datamodules.concepts import BY_NAME, CONCEPT, CONCEPTS
 from datamodules.treatment import NOREPINEPHRINE_EQUIVALENT, derived, estimated_events, volume_events
 
+from datamodules import mimiciv, treatment
+
 
 def events(*rows: tuple[int, int, str, float]) -> pl.DataFrame:
-    return pl.DataFrame(rows, {"stay": pl.Int32, "minute": pl.Int32, "concept": CONCEPT, "value": pl.Float32}, orient="row")
+    return pl.DataFrame(
+        rows, {"stay": pl.Int32, "minute": pl.Int32, "concept": CONCEPT, "value": pl.Float32}, orient="row"
+    )
 
 
 def after(table: pl.DataFrame, concept: str, stay: int = 0) -> list[tuple[int, float]]:
@@ -114,7 +116,9 @@ def test_volumes_are_spread_over_their_hours(before: tuple[int, int, float], exp
 def test_mimic_fluids_are_what_runs_into_a_vein(tmp_path: Path) -> None:
     """This project's rule: orders in mL or L, but not by mouth or tube and not from before the ICU."""
     (tmp_path / "icu").mkdir()
-    (tmp_path / "icu" / "icustays.csv").write_text("subject_id,stay_id,intime,outtime\n1,11,2150-01-01 00:00:00,2150-01-03 00:00:00\n")
+    (tmp_path / "icu" / "icustays.csv").write_text(
+        "subject_id,stay_id,intime,outtime\n1,11,2150-01-01 00:00:00,2150-01-03 00:00:00\n"
+    )
     header = "stay_id,starttime,endtime,amount,amountuom,ordercategoryname"
     rows = [
         "11,2150-01-01 00:00:00,2150-01-01 02:00:00,1,L,02-Fluids (Crystalloids)",

@@ -48,10 +48,14 @@ class Batches(Sampler):
         self.data, self.seed, self.epoch, self.start, self.rank, self.world = rows, seed, epoch, start, rank, world
         self.log_length = None if lengths is None else np.log(np.maximum(lengths, 1))
         self.whole, parts = whole, 1 if whole else world
-        cuts = list(range(0, len(rows), size * parts)) if lengths is None else _cuts(np.sort(lengths)[::-1], size, parts)
+        cuts = (
+            list(range(0, len(rows), size * parts)) if lengths is None else _cuts(np.sort(lengths)[::-1], size, parts)
+        )
         self.starts = np.array(cuts[:-1] if len(cuts) > 1 and len(rows) - cuts[-1] < parts else cuts)
 
-    def set_epoch(self, epoch: int) -> None:  # called by Lightning before every epoch; by then it has begun the batches of the first
+    def set_epoch(
+        self, epoch: int
+    ) -> None:  # called by Lightning before every epoch; by then it has begun the batches of the first
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
@@ -60,7 +64,9 @@ class Batches(Sampler):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         batches = self._shared()[self.start :]
-        return iter(batches[self.rank :: self.world] if self.whole else [batch[self.rank :: self.world] for batch in batches])
+        return iter(
+            batches[self.rank :: self.world] if self.whole else [batch[self.rank :: self.world] for batch in batches]
+        )
 
     def _shared(self) -> list[np.ndarray]:
         """The batches of an epoch, each of all processes."""

@@ -15,6 +15,7 @@ Words used below:
   record  one row of a charted value: ``stay_id, minute, value``.
 """
 
+from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 import polars as pl
@@ -23,14 +24,18 @@ COMPONENTS = ("respiration", "coagulation", "liver", "cardiovascular", "cns", "r
 SOFA: dict[str, pl.DataType] = {
     "stay_id": pl.Int64(),
     "end_minute": pl.Int32(),  # end of the hour
-    **{name: pl.Int8() for name in COMPONENTS},  # 0 to 4: worst of the 24 hours that end here, 0 where nothing was measured
+    **{
+        name: pl.Int8() for name in COMPONENTS
+    },  # 0 to 4: worst of the 24 hours that end here, 0 where nothing was measured
     "sofa_24h": pl.Int8(),  # their sum, 0 to 24
 }
 
 HOURS_BEFORE = 24  # hours of the grid before hour 0
 WINDOW_HOURS = 24
 FIO2_VALID_MINUTES = 240  # a charted FiO2 serves the blood gases of the next 4 hours [2]
-GCS_CARRY_MINUTES = 360  # a part of the GCS that is missing is taken from the record before, if less than 6 hours old [2]
+GCS_CARRY_MINUTES = (
+    360  # a part of the GCS that is missing is taken from the record before, if less than 6 hours old [2]
+)
 GCS_NORMAL = {"eyes": 4, "verbal": 5, "motor": 6}
 TUBE = 0  # ``verbal`` of a patient who cannot speak because of a tube
 URINE_LOOK_BACK_MINUTES = 23 * 60
@@ -50,41 +55,51 @@ class Inputs(TypedDict):
     bilirubin: pl.LazyFrame  # records of total bilirubin in mg/dL
     mean_bp: pl.LazyFrame  # records in mmHg
     pressors: pl.LazyFrame  # stay_id, start_minute, end_minute, drug, rate (mcg/kg/min; a null rate is not scored)
-    gcs: pl.LazyFrame  # records of the total Glasgow coma scale; ``gcs_total`` makes them from its parts
+    gcs: pl.LazyFrame  # stay_id, minute, eyes, verbal (0 = cannot be tested because of a tube), motor
+    gcs_totals: pl.LazyFrame  # records of the total Glasgow coma scale where its parts are not charted
     creatinine: pl.LazyFrame  # records in mg/dL
     urine: pl.LazyFrame  # records in mL, the volume since the record before
 
 
-class Switches(TypedDict, total=False):
-    """Where pipelines differ in scoring; what is left out is mimic-code's way [2].
+@dataclass(frozen=True)
+class Switches:
+    """Where pipelines differ in scoring; the defaults are mimic-code's way [2].
 
-    gcs_intubated: "normal" gives a patient with a tube a GCS of 15, "carried" the last one from before the tube.
-    fio2_missing: FiO2 in % for blood gases without one (21 = room air).
-    pressor_min_minutes: shortest vasopressor episode that counts (0 or 60).
-    urine_min_hours: charted hours that a 24-hour urine volume needs (22 or 12).
+    Attributes:
+        gcs_intubated: "normal" gives a patient with a tube a GCS of 15, "carried" the last one from before the tube.
+        fio2_missing: FiO2 in % for a blood gas without one (21 = room air [3]); null leaves such a gas out.
+        pressor_min_minutes: shortest vasopressor episode that counts (0, or 60 as [3]).
+        urine_min_hours: charted hours that a 24-hour urine volume needs (22, or 12 as [3]).
     """
 
-    gcs_intubated: Literal["normal", "carried"]
-    fio2_missing: float
-    pressor_min_minutes: int
-    urine_min_hours: float
+    gcs_intubated: Literal["normal", "carried"] = "normal"
+    fio2_missing: float | None = None
+    pressor_min_minutes: int = 0
+    urine_min_hours: float = 22
+
+    def __post_init__(self) -> None:
+        if self.gcs_intubated not in ("normal", "carried"):
+            raise ValueError(f"--data.sofa: gcs_intubated is {self.gcs_intubated!r}; expected normal or carried")
+        if self.fio2_missing is not None and not 20 < self.fio2_missing <= 100:
+            raise ValueError(
+                f"--data.sofa: fio2_missing is {self.fio2_missing}; expected a percentage such as 21, or null"
+            )
 
 
-def sofa(inputs: Inputs, *, fio2_missing: float | None = None, pressor_min_minutes: int = 0, urine_min_hours: float = 22) -> pl.DataFrame:
-    """Score every hour of every stay. All defaults are those of [2].
+def sofa(inputs: Inputs, switches: Switches) -> pl.DataFrame:
+    """Score every hour of every stay.
 
     Args:
-        inputs: the measurements; ``gcs_intubated``, the fourth switch, belongs to ``gcs_total``.
-        fio2_missing: FiO2 in % for a blood gas that has none; None leaves such a gas out, 21 takes room air [3].
-        pressor_min_minutes: shortest episode of a drug that counts (0, or 60 as [3]).
-        urine_min_hours: charted hours that a 24-hour urine volume needs (22, or 12 as [3]).
+        inputs: the measurements.
+        switches: where pipelines differ.
 
     Returns:
         One row a stay and hour from hour 0 on, columns and types of ``SOFA``, sorted.
     """
     spans = inputs["spans"]
     grid = hour_grid(spans)
-    ratio = oxygenation(inputs["gases"], inputs["fio2"], inputs["ventilation"], fio2_missing)
+    ratio = oxygenation(inputs["gases"], inputs["fio2"], inputs["ventilation"], switches.fio2_missing)
+    scale = pl.concat([gcs_total(inputs["gcs"], switches.gcs_intubated), inputs["gcs_totals"]], how="vertical_relaxed")
     lowest, highest = pl.col("value").min(), pl.col("value").max()
     measured = (
         worst(ratio.filter("ventilated"), spans, ratio_ventilated=pl.col("ratio").min()),
@@ -92,10 +107,10 @@ def sofa(inputs: Inputs, *, fio2_missing: float | None = None, pressor_min_minut
         worst(inputs["platelets"], spans, platelets=lowest),
         worst(inputs["bilirubin"], spans, bilirubin=highest),
         worst(inputs["mean_bp"], spans, mean_bp=lowest),
-        running(long_episodes(inputs["pressors"], pressor_min_minutes), spans),
-        worst(inputs["gcs"], spans, gcs=lowest),
+        running(long_episodes(inputs["pressors"], switches.pressor_min_minutes), spans),
+        worst(scale, spans, gcs=lowest),
         worst(inputs["creatinine"], spans, creatinine=highest),
-        worst(urine_24h(inputs["urine"], spans, urine_min_hours), spans, urine=highest),
+        worst(urine_24h(inputs["urine"], spans, switches.urine_min_hours), spans, urine=highest),
     )
     for table in measured:
         grid = grid.join(table, on=["stay_id", "hour"], how="left")
@@ -132,7 +147,9 @@ def worst(records: pl.LazyFrame, spans: pl.LazyFrame, **worst_of: pl.Expr) -> pl
     )
 
 
-def oxygenation(gases: pl.LazyFrame, fio2: pl.LazyFrame, ventilation: pl.LazyFrame, fio2_missing: float | None = None) -> pl.LazyFrame:
+def oxygenation(
+    gases: pl.LazyFrame, fio2: pl.LazyFrame, ventilation: pl.LazyFrame, fio2_missing: float | None = None
+) -> pl.LazyFrame:
     """PaO2/FiO2 of every arterial gas and whether it was drawn on an invasive ventilator [2].
 
     FiO2 is that of the specimen, else the last one charted in the 4 hours before, else ``fio2_missing`` (%).
@@ -146,7 +163,9 @@ def oxygenation(gases: pl.LazyFrame, fio2: pl.LazyFrame, ventilation: pl.LazyFra
     return (
         gases.sort("minute")
         .join_asof(charted, on="minute", by="stay_id", tolerance=FIO2_VALID_MINUTES, check_sortedness=False)
-        .join_asof(episodes, on="minute", by="stay_id", check_sortedness=False)  # the last episode that began before the gas
+        .join_asof(
+            episodes, on="minute", by="stay_id", check_sortedness=False
+        )  # the last episode that began before the gas
         .select(
             "stay_id",
             "minute",
@@ -294,8 +313,19 @@ def score(hours: pl.LazyFrame) -> pl.LazyFrame:
         "cns": (below("gcs", 15, 13, 10, 6),),
         "renal": (from_("creatinine", 1.2, 2, 3.5, 5), oliguria),
     }
-    inputs = ("ratio_ventilated", "ratio_spontaneous", "platelets", "bilirubin", "mean_bp", "gcs", "creatinine", "urine")
-    scored = hours.with_columns(pl.max_horizontal(*parts).cast(pl.Int8).alias(name) for name, parts in components.items())
+    inputs = (
+        "ratio_ventilated",
+        "ratio_spontaneous",
+        "platelets",
+        "bilirubin",
+        "mean_bp",
+        "gcs",
+        "creatinine",
+        "urine",
+    )
+    scored = hours.with_columns(
+        pl.max_horizontal(*parts).cast(pl.Int8).alias(name) for name, parts in components.items()
+    )
     return scored.drop(*inputs, *SCORED_PRESSORS)
 
 

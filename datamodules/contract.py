@@ -12,7 +12,8 @@ from torch import Tensor
 class Grid(NamedTuple):
     """Samples as an hourly grid; the last hour ends at the prediction time.
 
-    ``value`` is carried forward from the last hour in which the variable was seen and is 0 (the mean) before that.
+    ``value`` is carried forward from the last hour in which the variable was seen and is 0 (the mean) before that; a rate is the
+    mean over the hour, one that was set before the window included.
     """
 
     static: Tensor  # (B, S) standardised; units of care one-hot
@@ -24,7 +25,10 @@ class Grid(NamedTuple):
 
 
 class Triplets(NamedTuple):
-    """Samples as events in order of time, then variable; padded on the right."""
+    """Samples as events in order of time, then variable; padded on the right.
+
+    A rate that runs when the window opens is an event of its first minute.
+    """
 
     static: Tensor  # (B, S)
     time: Tensor  # (B, N) from -1 (start of the window) to 1 (prediction time)
@@ -56,8 +60,8 @@ class Spec(NamedTuple):
     task: dict[str, Any]  # arguments of ``tasks.Task``
 
     @property
-    def hours(self) -> int:
-        """T, the length of the grid."""
+    def window(self) -> int:
+        """T, the hours of history that a sample has: the length of the grid."""
         return int(self.task["window"])
 
 

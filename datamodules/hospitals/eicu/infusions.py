@@ -1,7 +1,7 @@
 """eICU infusion rates: what ``infusionDrug`` charts in a dozen units -> mcg/kg/min (vasopressin: units/h).
 
 Sources of the rules:
-  [C] eicu-code ``concepts/pivoted/pivoted-infusion.sql`` (MIT): the spellings of the drugs, in ``terms/eicu_infusion_names.csv``
+  [C] eicu-code ``concepts/pivoted/pivoted-infusion.sql`` (MIT): the spellings of the drugs, in ``eicu_infusion_names.csv``
   [B] Bennett 2023, doi:10.1093/gigascience/giad041: weight, time and mass conversion, typical concentrations, validity of a record
 """
 
@@ -9,11 +9,10 @@ from pathlib import Path
 
 import polars as pl
 
-from datamodules import tables
-from datamodules.concepts import BY_NAME
-from datamodules.schema import VASOPRESSORS
-
-NAMES = Path(__file__).parent / "terms" / "eicu_infusion_names.csv"
+from datamodules import raw
+from datamodules.dictionary import BY_NAME, words
+from datamodules.hospitals.base import Tables
+from datamodules.schema import INFUSIONS, as_events
 
 # charted unit, lower case without spaces -> (mcg per minute in one unit of it, whether it is already per kg)
 MASS: dict[str, tuple[float, bool]] = {
@@ -52,14 +51,14 @@ CONCENTRATION: dict[str, float] = {
     "vasopressin": 0.2,
 }
 VASOPRESSIN_UNITS_PER_MCG = 0.53  # [B]
-GAP = 300  # minutes; a longer gap to the next record of the drug ends the episode [B]
-OVERHANG = 60  # minutes for which the last record of an episode holds [B]
+HOLDS = 300  # minutes for which a record holds when no other follows: a longer gap ends an episode [B]
 
 INFUSION_ROWS: dict[str, pl.DataType] = {
     "stay_id": pl.Int64(),
     "minute": pl.Int32(),
     "drug": pl.String(),
     "charted": pl.String(),  # the rate as charted
+    "number": pl.Float64(),  # what it says, null where it is no number
     "source_unit": pl.String(),  # last parenthesis of the name in lower case without spaces, "" where there is none
     "kind": pl.String(),  # native, zero, scaled, weight, concentration, unresolved
     "weight": pl.Float64(),  # kg, null unknown
@@ -68,86 +67,115 @@ INFUSION_ROWS: dict[str, pl.DataType] = {
 }
 
 
-def infusion_rows(root: Path, stays: pl.DataFrame) -> pl.DataFrame:
-    """Every charted infusion of a vasoactive drug with its rate in one unit.
+def kept(root: Path) -> pl.LazyFrame:
+    """Rows of ``infusionDrug`` with the columns that are read, everything charted as text."""
+    columns = {
+        "patientunitstayid": "int",
+        "infusionoffset": "int",
+        "drugname": "str",
+        "drugrate": "str",
+        "patientweight": "str",
+    }
+    table = raw.scan(root, "infusionDrug", columns).rename({"patientunitstayid": "stay_id", "infusionoffset": "minute"})
+    return table.filter(pl.col("minute").is_not_null()).cast({"minute": pl.Int32})
+
+
+def intervals(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
+    """Infusion intervals with a known rate, schema ``schema.INFUSIONS``; a rate of 0 says that the drug is known to be off.
+
+    A record holds until the next record of the same stay and drug, whatever its unit (a next record whose rate cannot be told
+    ends what is known), and with no next record within 5 hours for those 5 hours [B]: whether one follows is not known before. [B] itself
+    looks ahead and lets the last record of an episode hold for 1 hour only. Of several records in one minute the most direct
+    ``kind`` counts (one pump is often charted in mcg/min and in mL/h), then the highest rate. ``estimated`` marks rates through
+    an assumed concentration; the use of the admission weight is not marked, since eICU charts a weight with under 4 % of the
+    pressor rows and nearly every rate would carry the mark.
+    """
+    order = pl.Enum(["native", "zero", "scaled", "weight", "concentration", "unresolved"])
+    rows = infusion_rows(tables, stays)
+    rows = rows.with_columns(
+        kind=pl.when(pl.col("rate").is_null()).then(pl.lit("unresolved")).otherwise("kind").cast(order)
+    )
+    rows = rows.sort("stay_id", "drug", "minute", "kind", pl.col("rate"), descending=[False, False, False, False, True])
+    rows = rows.unique(["stay_id", "drug", "minute"], keep="first", maintain_order=True)
+    following = pl.col("minute").shift(-1).over("stay_id", "drug", order_by="minute")
+    unit = (
+        pl.when(pl.col("drug") == "vasopressin")
+        .then(pl.lit(BY_NAME["vasopressin"].unit))
+        .otherwise(pl.lit("mcg/kg/min"))
+    )
+    return (
+        rows.with_columns(
+            start_minute="minute",
+            end_minute=pl.min_horizontal(following, pl.col("minute") + HOLDS),
+            known_minute="minute",
+            unit=unit,
+            estimated=pl.col("kind") == "concentration",
+        )
+        .filter(pl.col("rate").is_not_null())
+        .select(pl.col(c).cast(dtype) for c, dtype in INFUSIONS.items())
+    )
+
+
+def refused(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
+    """Rows whose rate cannot be told, as events with the reason: they are counted, not stored."""
+    rows = infusion_rows(tables, stays).filter(pl.col("rate").is_null())
+    reason = (
+        pl.when(pl.col("number").is_null()).then(pl.lit("not_a_number"))
+        .when(pl.col("kind") == "unresolved").then(pl.lit("unmapped_unit"))
+        .when(pl.col("weight").is_null() & (pl.col("kind") != "native")).then(pl.lit("unmapped_unit"))
+        .otherwise(pl.lit("out_of_range"))
+    )  # fmt: skip
+    unit = pl.when(pl.col("source_unit") == "").then(pl.lit("no unit")).otherwise("source_unit")
+    return as_events(rows.with_columns(concept="drug", value="number", unit=unit, dropped=reason))
+
+
+def infusion_rows(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
+    """Every charted infusion of a vasoactive drug with its rate in one unit, schema ``INFUSION_ROWS``.
 
     ``kind`` says how the rate was found: "native" (already in the target unit), "zero" (a rate of 0 or "OFF" is 0 in every
     unit, also where the unit is empty), "scaled" (another unit of mass or time), "weight" (divided by the weight charted with
     the infusion, else by the admission weight), "concentration" (mL/h times a typical concentration, then by the weight) or
     "unresolved". A rate outside the concept's accepted range is null; ``kind`` keeps how it was computed.
-
-    Args:
-        root: folder with the eICU tables.
-        stays: as ``eicu.stays`` gives them; rows of other stays are left out.
     """
-    with tables.reading(root, "infusionDrug"):
-        return _rows(root, stays).sort("stay_id", "drug", "minute").collect()
-
-
-def vasopressors(root: Path, stays: pl.DataFrame) -> pl.DataFrame:
-    """Infusion intervals with a known rate above 0, schema ``schema.VASOPRESSORS``.
-
-    A record holds until the next record of the same stay and drug, whatever its unit: a next record whose rate cannot be told
-    ends what is known. With no next record within 5 h it holds for 60 min [B]. Of several records in one minute the
-    most direct ``kind`` counts (one pump is often charted in mcg/min and in mL/h), then the highest rate.
-    ``estimated`` marks rates through an assumed concentration; the use of the admission weight is not marked, since eICU charts
-    a weight with under 4 % of the pressor rows and nearly every rate would carry the mark.
-
-    Args:
-        root: folder with the eICU tables.
-        stays: as ``eicu.stays`` gives them.
-    """
-    with tables.reading(root, "infusionDrug"):
-        return intervals(root, stays).filter(pl.col("rate") > 0).collect()
-
-
-def intervals(root: Path, stays: pl.DataFrame) -> pl.LazyFrame:
-    """As ``vasopressors``, lazily and with the intervals of rate 0, which say that the drug is known to be off."""
-    order = pl.Enum(["native", "zero", "scaled", "weight", "concentration", "unresolved"])
-    rows = _rows(root, stays).with_columns(kind=pl.when(pl.col("rate").is_null()).then(pl.lit("unresolved")).otherwise("kind").cast(order))
-    rows = rows.sort("stay_id", "drug", "minute", "kind", pl.col("rate"), descending=[False, False, False, False, True])
-    rows = rows.unique(["stay_id", "drug", "minute"], keep="first", maintain_order=True)
-    following = pl.col("minute").shift(-1).over("stay_id", "drug", order_by="minute")
-    end = pl.when(following - pl.col("minute") <= GAP).then(following).otherwise(pl.col("minute") + OVERHANG)
-    unit = pl.when(pl.col("drug") == "vasopressin").then(pl.lit(BY_NAME["vasopressin"].unit)).otherwise(pl.lit("mcg/kg/min"))
-    return (
-        rows.with_columns(start_minute="minute", end_minute=end, unit=unit, estimated=pl.col("kind") == "concentration")
-        .filter(pl.col("rate").is_not_null())
-        .select(pl.col(c).cast(kind) for c, kind in VASOPRESSORS.items())
-    )
-
-
-def _rows(root: Path, stays: pl.DataFrame) -> pl.LazyFrame:
-    names = pl.scan_csv(NAMES)
-    table = tables.scan(
-        root,
-        "infusionDrug",
-        {"patientunitstayid": "int", "infusionoffset": "int", "drugname": "str", "drugrate": "str", "patientweight": "str"},
-    ).rename({"patientunitstayid": "stay_id", "infusionoffset": "minute"})
+    names = words("eicu_infusion_names").lazy()
     lower = pl.col("drugname").str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
     parts = {
         "name": lower.str.replace(r"\([^()]*\)$", "").str.strip_chars(),
         "source_unit": lower.str.extract(r"\(([^()]*)\)$").fill_null("").str.replace_all(" ", ""),
     }
-    table = table.with_columns(**parts).join(names, on="name", how="inner")
-    table = table.join(stays.lazy().select("stay_id", admission=pl.col("weight").cast(pl.Float64)), on="stay_id", how="inner")
+    table = tables["infusionDrug"].with_columns(**parts).join(names, on="name", how="inner")
+    table = table.join(
+        stays.lazy().select("stay_id", admission=pl.col("weight").cast(pl.Float64)), on="stay_id", how="inner"
+    )
 
-    own = pl.col("patientweight").cast(pl.Float64, strict=False)
+    own = raw.number(pl.col("patientweight"))
     own = pl.when(own.is_between(BY_NAME["weight"].low, BY_NAME["weight"].high)).then(own)
-    source = pl.when(own.is_not_null()).then(pl.lit("infusion")).when(pl.col("admission").is_not_null()).then(pl.lit("admission"))
+    source = (
+        pl.when(own.is_not_null())
+        .then(pl.lit("infusion"))
+        .when(pl.col("admission").is_not_null())
+        .then(pl.lit("admission"))
+    )
     charted = pl.col("drugrate").str.strip_chars()
-    number = pl.when(charted.str.to_lowercase() == "off").then(0.0).otherwise(charted.cast(pl.Float64, strict=False))
+    number = (
+        pl.when(charted.str.to_lowercase() == "off")
+        .then(0.0)
+        .otherwise(raw.number(pl.when(~charted.str.contains("%")).then(charted)))
+    )
     table = table.with_columns(weight=pl.coalesce(own, "admission"), weight_source=source, number=number)
 
     rate, kind = _rate()
     low, high = (
-        pl.col("drug").replace_strict({c: float(getattr(BY_NAME[c], side)) for c in CONCENTRATION}, return_dtype=pl.Float64)
+        pl.col("drug").replace_strict(
+            {c: float(getattr(BY_NAME[c], side)) for c in CONCENTRATION}, return_dtype=pl.Float64
+        )
         for side in ("low", "high")
     )
     zero = pl.col("number") == 0
     return (
         table.with_columns(
-            rate=pl.when(zero).then(0.0).otherwise(rate), kind=pl.when(zero & (kind != "native")).then(pl.lit("zero")).otherwise(kind)
+            rate=pl.when(zero).then(0.0).otherwise(rate),
+            kind=pl.when(zero & (kind != "native")).then(pl.lit("zero")).otherwise(kind),
         )
         .with_columns(rate=pl.when(pl.col("rate").is_between(low, high)).then("rate"), charted="drugrate")
         .select(pl.col(c).cast(dtype) for c, dtype in INFUSION_ROWS.items())
@@ -158,7 +186,9 @@ def _rate() -> tuple[pl.Expr, pl.Expr]:
     """The rate in the target unit (null: unknown) and how it was found, from ``number, source_unit, drug, weight``."""
 
     def lookup(column: str, table: dict[str, float]) -> pl.Expr:
-        return pl.col(column).replace_strict({key: float(value) for key, value in table.items()}, default=None, return_dtype=pl.Float64)
+        return pl.col(column).replace_strict(
+            {key: float(value) for key, value in table.items()}, default=None, return_dtype=pl.Float64
+        )
 
     mass = lookup("source_unit", {u: factor for u, (factor, _) in MASS.items()})
     per_kg = lookup("source_unit", {u: kg for u, (_, kg) in MASS.items()}) == 1
@@ -181,7 +211,9 @@ def _rate() -> tuple[pl.Expr, pl.Expr]:
         .when(volume.is_not_null())
         .then(number * volume * concentration / weight)
     )
-    native = pl.when(vasopressin).then(pl.col("source_unit") == "units/hr").otherwise(pl.col("source_unit") == "mcg/kg/min")
+    native = (
+        pl.when(vasopressin).then(pl.col("source_unit") == "units/hr").otherwise(pl.col("source_unit") == "mcg/kg/min")
+    )
     needs_weight = pl.when(vasopressin).then(times_kg.fill_null(False) | per_kg.fill_null(False)).otherwise(~per_kg)
     kind = (
         pl.when(number.is_null())

@@ -1,0 +1,356 @@
+"""Raw tables of a hospital -> the store that every batch is cut from, in one pass over each table.
+
+Each raw table is streamed once, its kept rows divided into buckets of some thousand stays as they come, whatever order they stand
+in. Then bucket after bucket is sorted into the store, so that memory does not grow with the number of stays. Parts are written to a
+temporary name and renamed, and so is the store: a run that is killed leaves finished parts that the next run takes up, and never a
+store that is incomplete. A lock lets one process build while others wait.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import polars as pl
+from filelock import FileLock
+
+from datamodules import dictionary, raw
+from datamodules.derive.treatment import NOREPINEPHRINE_EQUIVALENT, derived
+from datamodules.dictionary import CONCEPT, CONCEPTS, NAMES, RATES, conversion
+from datamodules.hospitals.base import Hospital, Tables
+from datamodules.schema import DROPPED, STAYS, as_events, check_stays
+from datamodules.store import Store
+
+BUCKET = 1000  # stays whose rows are sorted together
+ROW_GROUP = 50_000  # rows that each open file of a bucket may hold in memory
+SOURCES = ("schema.py", "dictionary.py", "raw.py", "build.py", "store.py", "hospitals/**/*.py", "derive/*.py")
+DERIVED_FROM = [
+    NAMES.index(name)
+    for name in (*NOREPINEPHRINE_EQUIVALENT, "urine", "weight", "gcs", *("gcs_eyes", "gcs_verbal", "gcs_motor"))
+]
+RATE = np.isin(NAMES, RATES)
+SUM = np.array([c.hourly == "sum" for c in CONCEPTS])
+KEPT, CLIPPED = 0, len(DROPPED.categories) + 1  # states of a row; between them the reasons of ``DROPPED``
+UNMAPPED, NOT_A_NUMBER, OUTSIDE = (
+    DROPPED.categories.to_list().index(r) + 1 for r in ("unmapped_unit", "not_a_number", "out_of_range")
+)
+Step = Callable[[str, int, int], None]  # told of progress: what is done, how much of it, of how much
+
+
+def fingerprint(hospital: Hospital) -> str:
+    """A key that changes with the raw files (name, size, times), the options, the dictionary and the code that reads.
+
+    Times are those of content and of the file itself, so that a copy that keeps its date is another file.
+    """
+    facts = [(str(p.relative_to(hospital.root)), *_times(p)) for p in sorted(hospital.files())]
+    folder = Path(__file__).parent
+    code = [dictionary.digest(folder, pattern) for pattern in (*SOURCES, "dictionary/*.csv")]
+    content = json.dumps([hospital.name, hospital.extraction(), facts, code], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def _times(path: Path) -> tuple[int, int, int]:
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+
+
+def build(hospital: Hospital, folder: Path, step: Step = lambda *_: None) -> Store:
+    """Open the store at ``folder``; write it first where it is not there yet.
+
+    Args:
+        hospital: whose tables are read.
+        folder: where the store is to be.
+        step: told of progress.
+    """
+    with writing(folder):
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    partial = folder.with_name(folder.name + ".partial")
+                    partial.mkdir(exist_ok=True)
+                    try:
+                        stays = _bucketed(check_stays(hospital.stays()), hospital.partition)
+                        _extract(hospital, stays, partial, step)
+                        _assemble(hospital, stays, partial, step)
+                    except (
+                        ValueError,
+                        FileNotFoundError,
+                    ):  # the raw files must change, and with them the name of the store
+                        shutil.rmtree(partial)
+                        raise
+                    partial.replace(folder)
+    return Store(folder)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a full disk and the like, of which Python, numpy and polars each speak differently, into one error."""
+    try:
+        yield
+    except (OSError, pl.exceptions.ComputeError) as error:
+        message = str(error)
+        system = getattr(error, "errno", None) is not None or "os error" in message or "requested and" in message
+        if not system or isinstance(error, FileNotFoundError):  # a raw table's fault: its message says what to do
+            raise
+        raise OSError(
+            f"the store {folder} could not be written ({error}): is the disk full, or the folder not yours? "
+            f"Free some space or set --data.cache to another folder, then run again: finished tables are kept"
+        ) from error
+
+
+def _bucketed(stays: pl.DataFrame, partition: str) -> pl.DataFrame:
+    """The stays with their row number ``stay`` and their ``bucket``; a patient's stays share one where rows belong to patients."""
+    stays = stays.with_row_index("stay").cast({"stay": pl.Int32})
+    bucket = pl.col("stay") // BUCKET
+    stays = stays.with_columns(bucket=bucket.first().over(partition) if partition == "patient_id" else bucket)
+    assert stays["bucket"].is_sorted(), "stays of one patient must stand together"
+    compact = stays["bucket"].rank("dense") - 1  # without gaps
+    return stays.with_columns(compact.cast(pl.Int32).alias("bucket"))
+
+
+def _extract(hospital: Hospital, stays: pl.DataFrame, partial: Path, step: Step) -> None:
+    """Stream each raw table once into one folder a bucket."""
+    (partial / "rows").mkdir(exist_ok=True)
+    names = list(hospital.tables(stays))
+    for number, table in enumerate(names, 1):
+        step(f"[{number}/{len(names)}] {table}", 0, 1)
+        place = partial / "rows" / table.replace("/", ".")
+        if not place.exists():
+            unfinished = place.with_name(f".{place.name}")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            raw.attempt(hospital.root, table, lambda table=table, to=unfinished: _divide(hospital, stays, table, to))  # type: ignore[misc]
+            unfinished.replace(place)
+        step(f"[{number}/{len(names)}] {table}", 1, 1)
+
+
+def _divide(hospital: Hospital, stays: pl.DataFrame, table: str, folder: Path) -> None:
+    rows, key = hospital.tables(stays)[table], hospital.partition
+    schema = rows.collect_schema()
+    pl.DataFrame(schema=schema).write_parquet(folder / "schema.parquet")
+    buckets = stays.select(pl.col(key).cast(schema[key]), "bucket").unique()
+    target = pl.PartitionBy(folder, key="bucket", include_key=False)
+    divided = rows.join(buckets.lazy(), on=key)
+    divided.sink_parquet(
+        target, compression="lz4", row_group_size=ROW_GROUP, statistics=False, mkdir=True, engine="streaming"
+    )
+
+
+def bucket_tables(folder: Path, bucket: int) -> Tables:
+    """The kept rows of one bucket, lazily; a table without a row of it is empty.
+
+    Args:
+        folder: of the store, with ``rows/``.
+        bucket: its number.
+    """
+    tables: Tables = {}
+    for place in sorted((folder / "rows").iterdir()):
+        files = sorted((place / f"bucket={bucket}").glob("*.parquet"))
+        tables[place.name.replace(".", "/")] = pl.scan_parquet(files or place / "schema.parquet")
+    return tables
+
+
+def _assemble(hospital: Hospital, stays: pl.DataFrame, partial: Path, step: Step) -> None:
+    """Sort each bucket into the store: converted, within range, each row once, with what is derived from them."""
+    counts = _Counts(len(stays))
+    hospitals = []
+    buckets = stays.partition_by("bucket", maintain_order=True)
+    names = ("minute.i4", "known.i4", "concept.u1", "value.f4", "rates.i8")
+    with ExitStack() as stack:
+        out = {name: stack.enter_context((partial / name).open("wb")) for name in names}
+        for number, members in enumerate(buckets):
+            step("sorting events by stay", number, len(buckets))
+            tables = bucket_tables(partial, number)
+            frames = hospital.events(tables, members.select(*STAYS))
+            charted = pl.concat([*frames, _admission(members)]).join(
+                members.lazy().select("stay_id", "stay"), on="stay_id"
+            )
+            charted = charted.select(
+                "stay", "minute", pl.coalesce("known_minute", "minute").alias("known_minute"), "concept",
+                pl.col("value").cast(pl.Float32), pl.col("unit").cast(pl.Categorical), "dropped",
+            )  # fmt: skip
+            _write(charted.collect(), counts, out)
+            hospitals.append(_filled(tables, members, hospital.partition))
+        step("sorting events by stay", len(buckets), len(buckets))
+    if not counts.events.sum():
+        raise ValueError("no event found in any stay: expected rows of known items with a time inside a stay")
+    np.concatenate([[0], np.cumsum(counts.per_stay)]).astype(np.int64).tofile(partial / "offsets.i8")
+    counts.table().write_csv(partial / "coverage.csv")
+    counts.units().write_csv(partial / "units.csv")
+    filled = (
+        pl.concat(hospitals)
+        .group_by("hospital_id")
+        .agg(pl.col("stays").sum(), pl.exclude("stays", "hospital_id").any())
+    )
+    filled.sort("hospital_id").write_parquet(partial / "hospitals.parquet")
+    stays.select("bucket").write_parquet(partial / "buckets.parquet")
+    stays.select(*STAYS).write_parquet(partial / "stays.parquet")
+
+
+def _admission(stays: pl.DataFrame) -> pl.LazyFrame:
+    """Height and weight of the stays table as events of admission."""
+    long = stays.lazy().select("stay_id", "height", "weight").unpivot(index="stay_id", variable_name="concept")
+    return as_events(long.drop_nulls("value").with_columns(minute=pl.lit(0)))
+
+
+def _filled(tables: Tables, members: pl.DataFrame, key: str) -> pl.DataFrame:
+    """Per hospital, its stays and whether any of them has a row in each table."""
+    filled = members.select("hospital_id", "stay_id", "patient_id")
+    for name, rows in tables.items():
+        ids = rows.select(pl.col(key).cast(filled.schema[key])).unique().collect()[key]
+        filled = filled.with_columns(pl.col(key).is_in(ids.implode()).alias(name))
+    return filled.group_by("hospital_id").agg(pl.len().cast(pl.Int64).alias("stays"), pl.col(*tables).any())
+
+
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # stay, minute, known, concept, value
+
+
+def _write(charted: pl.DataFrame, counts: "_Counts", out: Mapping[str, IO[bytes]]) -> None:
+    """Append the events of a bucket of stays to the columns of the store."""
+    stay, minute, known = (charted[c].to_numpy().astype(np.int64) for c in ("stay", "minute", "known_minute"))
+    concept = charted["concept"].to_physical().to_numpy().astype(np.int64)
+    state = (charted["dropped"].to_physical().cast(pl.Int64) + 1).fill_null(KEPT).to_numpy().copy()
+    factor, offset = counts.convert(concept, charted["unit"])
+    value = charted["value"].fill_null(np.nan).to_numpy() * factor + offset
+    fio2 = concept == NAMES.index("fio2")  # a percentage or a fraction, often without a unit (mimic-code bg.sql)
+    value = np.where(fio2 & (value >= 0.2) & (value <= 1), value * 100, value).astype(np.float32)
+    inside, finite, rate = dictionary.plausible(concept, value), np.isfinite(value), RATE[concept]
+    fresh = state == KEPT
+    state[fresh & np.isnan(factor)] = UNMAPPED
+    state[(state == KEPT) & ~finite] = NOT_A_NUMBER
+    state[(state == KEPT) & ~inside] = OUTSIDE
+    clip = (state == OUTSIDE) & rate & fresh  # dropping a step would leave the one before it in force
+    value[clip] = dictionary.clipped(concept[clip], value[clip])
+    state[clip] = CLIPPED
+    counts.read(concept, state)
+    good = (state == KEPT) | (state == CLIPPED)
+    minute = np.where(rate, np.maximum(minute, known), minute)  # a step counts from when it is known
+    known = np.maximum(minute, known)
+    events = _once(*(c[good] for c in (stay, minute, known, concept, value)))  # nothing is derived from a duplicate
+    extra = _derived(*events)
+    counts.read(extra[3], np.zeros(len(extra[3]), np.int64))
+    stay, minute, known, concept, value = _once(*(np.concatenate(both) for both in zip(events, extra, strict=True)))
+    before = int(counts.per_stay.sum())
+    counts.kept(stay, concept)
+    minute.astype(np.int32).tofile(out["minute.i4"])
+    known.astype(np.int32).tofile(out["known.i4"])
+    concept.astype(np.uint8).tofile(out["concept.u1"])
+    value.astype(np.float32).tofile(out["value.f4"])
+    row = np.flatnonzero(RATE[concept])
+    row = row[np.lexsort((minute[row], concept[row], stay[row]))]  # stable: of several at one minute the last holds
+    (row + before).astype(np.int64).tofile(out["rates.i8"])
+
+
+def _once(stay: np.ndarray, minute: np.ndarray, known: np.ndarray, concept: np.ndarray, value: np.ndarray) -> Columns:
+    """Rows sorted by stay, minute, concept and value, each once, known as early as it was; volumes known at several times stay apart."""
+    key = (stay << 40) + ((minute + 2**31) << 8) + concept
+    order = np.argsort(key, kind="stable")
+    key, known, value = key[order], known[order], value[order].astype(np.float32) + 0  # -0.0 becomes 0.0
+    tie = np.flatnonzero(np.diff(key, prepend=key[:1] - 1) == 0)
+    tie = np.union1d(tie, tie - 1)  # rows that share stay, minute and concept: few, so only these are sorted further
+    inner = np.lexsort((known[tie], value[tie], key[tie]))
+    known[tie], value[tie] = known[tie][inner], value[tie][inner]
+    concept = key & 0xFF
+    first = np.ones(len(key), bool)
+    first[1:] = (key[1:] != key[:-1]) | (value[1:] != value[:-1]) | (SUM[concept[1:]] & (known[1:] != known[:-1]))
+    key, known, value = key[first], known[first], value[first]
+    return key >> 40, ((key >> 8) & 0xFFFFFFFF) - 2**31, known, key & 0xFF, value
+
+
+def _derived(
+    stay: np.ndarray, minute: np.ndarray, known: np.ndarray, concept: np.ndarray, value: np.ndarray
+) -> Columns:
+    """``treatment.derived`` of these rows, within the plausible ranges."""
+    source = np.isin(concept, DERIVED_FROM)
+    named = pl.Series(NAMES, dtype=CONCEPT).gather(concept[source].astype(np.uint32))
+    columns = {"stay": stay, "minute": minute, "known_minute": known, "value": value}
+    frame = pl.DataFrame({name: column[source] for name, column in columns.items()}).with_columns(
+        named.alias("concept")
+    )
+    made = derived(frame.cast({"stay": pl.Int32, "minute": pl.Int32, "known_minute": pl.Int32}))
+    concept, value = made["concept"].to_physical().to_numpy().astype(np.int64), made["value"].to_numpy()
+    value = np.where(RATE[concept], dictionary.clipped(concept, value), value)
+    good = dictionary.plausible(concept, value)
+    stay, minute, known = (made[c].to_numpy()[good].astype(np.int64) for c in ("stay", "minute", "known_minute"))
+    return stay, minute, known, concept[good], value[good]
+
+
+class _Counts:
+    """What was read, converted, kept and dropped, per concept, over all buckets."""
+
+    def __init__(self, stays: int):
+        self.states = np.zeros((len(NAMES), CLIPPED + 1), np.int64)
+        self.events, self.stays = np.zeros(len(NAMES), np.int64), np.zeros(len(NAMES), np.int64)
+        self.per_stay = np.zeros(stays, np.int64)
+        self.pairs: dict[tuple[str, str | None], int] = {}  # (concept, charted unit) -> rows
+
+    def convert(self, concept: np.ndarray, unit: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+        """Factor and offset of each row (NaN: the unit is not known), and count its pair of concept and unit."""
+        codes = unit.to_physical().cast(pl.Int64).fill_null(-1).to_numpy() + 1
+        width = int(codes.max(initial=0)) + 1
+        pair, rows = np.unique(concept * width + codes, return_counts=True)
+        units = unit.drop_nulls().unique()
+        text = dict(
+            zip((units.to_physical().cast(pl.Int64) + 1).to_list(), units.cast(pl.String).to_list(), strict=True)
+        )
+        factors = np.full((len(NAMES) * width, 2), np.nan, np.float32)
+        for number, count in zip(pair.tolist(), rows.tolist(), strict=True):
+            name, code = NAMES[number // width], number % width
+            charted = text.get(code)
+            factor, offset = conversion(name, charted)
+            factors[number] = np.nan if factor is None else factor, np.nan if offset is None else offset
+            self.pairs[name, charted] = self.pairs.get((name, charted), 0) + count
+        chosen = factors[concept * width + codes]
+        return chosen[:, 0], chosen[:, 1]
+
+    def read(self, concept: np.ndarray, state: np.ndarray) -> None:
+        width = self.states.shape[1]
+        self.states += np.bincount(concept * width + state, minlength=self.states.size).reshape(self.states.shape)
+
+    def kept(self, stay: np.ndarray, concept: np.ndarray) -> None:
+        self.events += np.bincount(concept, minlength=len(NAMES))
+        self.per_stay += np.bincount(stay, minlength=len(self.per_stay))
+        if len(stay):
+            first = int(stay.min())
+            seen = np.zeros((int(stay.max()) - first + 1, len(NAMES)), bool)
+            seen[stay - first, concept] = True
+            self.stays += seen.sum(0)
+
+    def table(self) -> pl.DataFrame:
+        """Rows read, events kept (of these clipped to the range), stays with an event, rows dropped by reason; charted concepts only."""
+        reasons = {reason: self.states[:, i + 1] for i, reason in enumerate(DROPPED.categories)}
+        stored = self.states[:, KEPT] + self.states[:, CLIPPED]
+        table = pl.DataFrame(
+            {
+                "concept": NAMES,
+                "unit": [c.unit for c in CONCEPTS],
+                "rows": self.states.sum(1),
+                "events": self.events,
+                "stays": self.stays,
+                "stays_percent": np.round(100 * self.stays / max(len(self.per_stay), 1), 1),
+                "duplicate": stored - self.events + reasons["duplicate"],
+                "unmapped_unit": reasons["unmapped_unit"],
+                "not_a_number": reasons["not_a_number"],
+                "out_of_range": reasons["out_of_range"],
+                "withdrawn": reasons["withdrawn"],
+                "clipped": self.states[:, CLIPPED],
+            }
+        )
+        return table.filter(pl.col("rows") > 0)
+
+    def units(self) -> pl.DataFrame:
+        """``concept, unit, rows, factor, offset`` of every pair that was charted."""
+        rows = [(name, unit, count, *conversion(name, unit)) for (name, unit), count in self.pairs.items()]
+        schema = {
+            "concept": CONCEPT,
+            "unit": pl.String(),
+            "rows": pl.Int64(),
+            "factor": pl.Float64(),
+            "offset": pl.Float64(),
+        }
+        return pl.DataFrame(rows, schema=schema, orient="row").sort("concept", "unit")

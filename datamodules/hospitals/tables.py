@@ -1,0 +1,96 @@
+"""One's own hospital without writing code: ``stays.parquet`` and ``events.parquet``, the very files that ``ehr prepare --out`` writes."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from datamodules import raw
+from datamodules.dictionary import CONCEPT, NAMES
+from datamodules.hospitals.base import Hospital
+from datamodules.hospitals.base import Tables as Kept
+from datamodules.schema import STAYS, as_events, conform
+
+# made anew from the others, so that they always agree with them
+DERIVED = ("norepinephrine_equivalent", "norepinephrine_equivalent_change", "urine_rate")
+COLUMNS: dict[str, pl.DataType] = {
+    "stay_id": pl.Int64(),
+    "minute": pl.Int32(),
+    "concept": pl.String(),
+    "value": pl.Float64(),
+}
+OPTIONAL: dict[str, pl.DataType] = {"known_minute": pl.Int32(), "unit": pl.String()}
+
+
+class Tables(Hospital):
+    """One's own hospital: ``stays.parquet`` and ``events.parquet`` as ``ehr prepare --out`` writes them.
+
+    ``stays.parquet`` needs ``stay_id`` and ``patient_id``; the other columns of docs/data.md may be absent (unknown). ``events.parquet``
+    needs ``stay_id, minute`` (since ICU admission), ``concept, value``; ``known_minute`` (default: ``minute``) and ``unit`` (default:
+    the concept's own) may be absent.
+
+    Args:
+        root: Folder with the two files.
+    """
+
+    name = "Tables"
+    raw_tables = ("stays", "events")
+
+    def __init__(self, root: str = "data/tables", **kwargs: Any):
+        super().__init__(root, **kwargs)
+
+    def stays(self) -> pl.DataFrame:
+        """``stays.parquet`` in schema ``STAYS``; a stay without a number is the patient's first."""
+        path, frame = self._open("stays", {"stay_id": STAYS["stay_id"], "patient_id": STAYS["patient_id"]})
+        present = {c: kind for c, kind in STAYS.items() if c in frame.collect_schema()}
+        table = _cast(path, frame.select(present), present).collect()
+        table = conform(table, STAYS, str(path))
+        return table.with_columns(
+            pl.col("stay_number").fill_null(1),
+            pl.col("hospital_id").fill_null("own"),
+            pl.col("unit").fill_null("other"),
+        )
+
+    def tables(self, stays: pl.DataFrame) -> Kept:
+        """``events.parquet``."""
+        path, frame = self._open("events", COLUMNS)
+        present = COLUMNS | {c: kind for c, kind in OPTIONAL.items() if c in frame.collect_schema()}
+        return {"events": _cast(path, frame.select(present), present)}
+
+    def events(self, tables: Kept, stays: pl.DataFrame) -> list[pl.LazyFrame]:
+        """The events; derived variables are made anew."""
+        rows = tables["events"].collect()
+        unknown = sorted(set(rows["concept"].drop_nulls().unique()) - set(NAMES))
+        if unknown:
+            raise ValueError(
+                f"{self.root}/events.parquet: {', '.join(unknown[:5])} is no concept; expected those of dictionary/concepts.csv"
+            )
+        rows = rows.filter(~pl.col("concept").is_in(DERIVED)).with_columns(pl.col("concept").cast(CONCEPT))
+        return [as_events(rows.lazy())]
+
+    def _open(self, table: str, needed: dict[str, pl.DataType]) -> tuple[Path, pl.LazyFrame]:
+        path = raw.find(self.root, table)
+        if path is None or path.suffix != ".parquet":
+            raise FileNotFoundError(
+                f"no {table}.parquet in {self.root}: expected the files that `ehr prepare --out` writes; set --data.root"
+            )
+        try:
+            frame = pl.scan_parquet(path)
+            columns = frame.collect_schema().names()
+        except pl.exceptions.PolarsError as error:
+            raise ValueError(f"{path}: the file is cut off or damaged ({error}); write it again") from error
+        missing = [c for c in needed if c not in columns]
+        if missing:
+            raise ValueError(
+                f"{path}: column {', '.join(missing)} is missing; expected {', '.join(needed)}, found {', '.join(columns)}"
+            )
+        return path, frame
+
+
+def _cast(path: Path, frame: pl.LazyFrame, kinds: dict[str, pl.DataType]) -> pl.LazyFrame:
+    actual = frame.collect_schema()
+    for column, kind in kinds.items():
+        numbers = actual[column].is_numeric() or actual[column] in (pl.Boolean, pl.Null)
+        if kind != pl.String and not numbers:
+            raise ValueError(f"{path}: column {column} is {actual[column]}; expected {kind}")
+    return frame.select(pl.col(c).cast(kind) for c, kind in kinds.items())

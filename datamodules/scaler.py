@@ -1,0 +1,92 @@
+"""The variables and the scaler that a model is told of, fitted on training samples only, and static features."""
+
+from dataclasses import asdict
+
+import numpy as np
+import polars as pl
+
+from datamodules.contract import Spec
+from datamodules.dictionary import BY_NAME, CARE_UNITS, CONCEPTS
+from datamodules.hospitals.base import Hospital
+from datamodules.store import Store
+from datamodules.tasks import OUTCOMES, STATICS
+from datamodules.views import CLIP, Views
+
+FIT_SAMPLES = 8192  # training samples from which the scaler is fitted
+
+
+def fit(hospital: Hospital, store: Store, stay: np.ndarray, minute: np.ndarray) -> Spec:
+    """Choose the variables and fit the scaler on the samples of the training split.
+
+    Args:
+        hospital: its options: task, treatment, statics, seed.
+        store: its events.
+        stay: (N,) stay indices of the training samples.
+        minute: (N,) their prediction times.
+
+    Raises:
+        ValueError: there is no sample, or no value in any window.
+    """
+    if not len(stay):
+        raise ValueError(f"no stay in the training split of {hospital.root}: give more stays")
+    everyone = np.unique(stay)
+    rng = np.random.default_rng(hospital.seed)
+    rows = (
+        np.sort(rng.choice(len(stay), FIT_SAMPLES, replace=False)) if len(stay) > FIT_SAMPLES else np.arange(len(stay))
+    )
+    stay, minute = stay[rows], minute[rows]
+    allowed = [c for c in CONCEPTS if hospital.treatment or not c.treatment]
+    views = Views(store, [c.name for c in allowed], hospital.task.window_hours)
+    moments = np.zeros((3, len(allowed)))
+    for piece in np.array_split(np.arange(len(stay)), max(len(stay) // 256, 1)):
+        value, mask, _ = views.hourly(stay[piece], minute[piece])
+        value = np.where(mask, value, 0).astype(np.float64)  # sums of squares need the digits
+        moments += [mask.sum((0, 1)), value.sum((0, 1)), (value**2).sum((0, 1))]
+    count, first, second = moments
+    seen = count > 0
+    if not seen.any():
+        raise ValueError(f"no value of any known variable in the training windows of {hospital.root}")
+    names = [c.name for c, s in zip(allowed, seen, strict=True) if s]
+    center = first[seen] / count[seen]
+    scale = np.sqrt(np.maximum(second[seen] / count[seen] - center**2, 0))
+    rate = np.array([BY_NAME[n].hourly == "rate" for n in names])
+    scale = np.where(rate, np.sqrt(second[seen] / count[seen]), scale)  # a rate keeps 0 at 0: off
+    center, scale = np.where(rate, 0, center), np.where(scale > 1e-6, scale, 1)
+    static_names, raw = static_columns(store.stays, hospital.statics)
+    mine = raw[everyone]
+    mine = np.where(np.isnan(mine).all(0), 0, mine)
+    static_center, static_scale = np.nan_to_num(np.nanmean(mine, 0)), np.nanstd(mine, 0)
+    onehot = np.array(["=" in n for n in static_names], bool)
+    static_center = np.where(onehot, 0, static_center)
+    static_scale = np.where(onehot | ~(static_scale > 1e-6), 1, static_scale)
+    return Spec(
+        variables=names,
+        units=[BY_NAME[n].unit for n in names],
+        statics=static_names,
+        center=center.tolist(),
+        scale=scale.tolist(),
+        static_center=static_center.tolist(),
+        static_scale=static_scale.tolist(),
+        task=asdict(hospital.task),
+    )
+
+
+def static_columns(stays: pl.DataFrame, statics: list[str]) -> tuple[list[str], np.ndarray]:
+    """Names and raw values (stays, S) of static features; ``unit`` becomes one column per kind of unit."""
+    assert not set(statics) & set(OUTCOMES)
+    names = [n for s in statics for n in ([f"unit={u}" for u in CARE_UNITS] if s == "unit" else [s])]
+    columns = [
+        (pl.col("unit") == n[5:]).cast(pl.Float32) if n.startswith("unit=") else pl.col(n).cast(pl.Float32)
+        for n in names
+    ]
+    values = stays.select(c.alias(n) for c, n in zip(columns, names, strict=True)).fill_null(float("nan")).to_numpy()
+    return names, values.reshape(len(stays), len(names))
+
+
+def standard_statics(stays: pl.DataFrame, spec: Spec) -> np.ndarray:
+    """(stays, S) static features as the model expects them; unknown is the mean."""
+    wanted = [s for s in STATICS if s in spec.statics or any(n.startswith(f"{s}=") for n in spec.statics)]
+    names, raw = static_columns(stays, wanted)
+    raw = raw[:, [names.index(n) for n in spec.statics]]
+    standard = (raw - np.array(spec.static_center, np.float32)) / np.array(spec.static_scale, np.float32)
+    return np.nan_to_num(np.clip(standard, -CLIP, CLIP)).astype(np.float32)
