@@ -164,7 +164,7 @@ def number(text: pl.Expr) -> pl.Expr:
 
 def censored(text: pl.Expr) -> pl.Expr:
     """The number of a laboratory's text, a limit such as ``">16.00"`` or ``"<0.2"`` taken for the value itself."""
-    return number(text.str.strip_chars().str.replace(r"^(>=|<=|>|<|greater than|less than)\s*", ""))
+    return number(text.str.strip_chars().str.replace(r"(?i)^(>=|<=|>|<|greater than|less than)\s*", ""))
 
 
 def _parsed(actual: str, name: str, stored: pl.DataType, kind: str, careful: bool) -> pl.Expr:

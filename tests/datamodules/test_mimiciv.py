@@ -405,7 +405,7 @@ def test_a_result_that_is_a_limit_counts_as_the_limit(tmp_path: Path) -> None:
     root = write(
         tmp_path,
         labevents="""2,1,50813,2121-01-01 09:00:00,>16.00,,mmol/L
-                     2,2,50885,2121-01-01 09:00:00,less than 0.2,,mg/dL
+                     2,2,50885,2121-01-01 09:00:00,LESS THAN 0.2,,mg/dL
                      2,3,50885,2121-01-01 10:00:00,<0.2,,mg/dL
                      2,4,50813,2121-01-01 10:00:00,HEMOLYZED,,mmol/L
                      2,5,51265,2121-01-01 10:00:00,1000,,K/uL""",
