@@ -239,7 +239,14 @@ def test_stay_number_orders_what_can_be_ordered(tmp_path):
         ("Norepinephrine ()", "0", "", None, "zero", 0),  # nothing is nothing in every unit
         ("Norepinephrine (mcg/min)", "OFF", "", None, "zero", 0),
         ("Norepinephrine (mcg/min)", "ERROR", "", 80, "unresolved", None),
-        ("Norepinephrine (mcg/kg/min)", "8", "", 80, "native", None),  # above the accepted 3 mcg/kg/min
+        (
+            "Norepinephrine (mcg/kg/min)",
+            "8",
+            "",
+            80,
+            "native",
+            8,
+        ),  # above the accepted 3 mcg/kg/min: the store clips it
         ("Norepinephrine (mcg/hr)", "4,800", "", 80, "weight", 1),
         ("Norepinephrine (mcg/hr)", "4,80", "", 80, "unresolved", None),
         ("Norepinephrine (mcg/min)", "8 %", "", 80, "unresolved", None),
@@ -313,6 +320,22 @@ def test_what_cannot_be_read_is_counted(folder):
     assert counted(folder, "norepinephrine", *told) == [6, 2, 2, 2]
     assert counted(folder, "lactate", *told) == [2, 1, 1, 0]
     assert counted(folder, "peep", *told) == [2, 1, 1, 0]
+
+
+def test_a_rate_out_of_range_is_clipped(folder):
+    """Norepinephrine is accepted up to 3 mcg/kg/min. One charted as 8 runs at 3 while the record holds, rather than not at all; where another record of the minute is in range, that one counts."""
+    rates = [(0, "mcg/kg/min", 0.1), (60, "mcg/kg/min", 8), (120, "mcg/kg/min", 10), (120, "ml/hr", 15)]
+    rates += [(180, "mcg/kg/min", -1)]
+    write(folder, "patient", PATIENT, patient(1, admissionweight=80))
+    write(folder, "infusionDrug", INFUSION, *(f"1,1,{m},Norepinephrine ({u}),{r}" for m, u, r in rates))
+    built = store(folder).frame(0, 1).filter(pl.col("concept") == "norepinephrine")
+    assert built.select("minute", pl.col("value").round(4)).rows() == [
+        (0, pytest.approx(0.1)), (60, 3), (120, pytest.approx(0.1)), (180, 0)
+    ]  # fmt: skip
+    assert counted(folder, "norepinephrine", "rows", "events", "clipped", "out_of_range") == [5, 4, 1, 1]
+    hospital, stays = EICU(str(folder)), some_stays(a=80.0)
+    intervals = hospital.infusions(hospital.tables(stays), stays).collect()
+    assert intervals["rate"].to_list() == pytest.approx([0.1, 8, 0.1])  # the table says what was charted
 
 
 def test_a_rate_per_kg_without_a_weight_is_counted(folder):

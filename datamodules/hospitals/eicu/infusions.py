@@ -63,7 +63,7 @@ INFUSION_ROWS: dict[str, pl.DataType] = {
     "kind": pl.String(),  # native, zero, scaled, weight, concentration, unresolved
     "weight": pl.Float64(),  # kg, null unknown
     "weight_source": pl.String(),  # infusion, admission, null unknown
-    "rate": pl.Float64(),  # mcg/kg/min (vasopressin: units/h), null where it cannot be told or is outside the accepted range
+    "rate": pl.Float64(),  # mcg/kg/min (vasopressin: units/h), null where it cannot be told or is negative
 }
 
 
@@ -83,19 +83,22 @@ def kept(root: Path) -> pl.LazyFrame:
 def intervals(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
     """Infusion intervals with a known rate, schema ``schema.INFUSIONS``; a rate of 0 says that the drug is known to be off.
 
-    A record holds until the next record of the same stay and drug, whatever its unit (a next record whose rate cannot be told
-    ends what is known), and with no next record within 5 hours for those 5 hours [B]: whether one follows is not known before. [B] itself
-    looks ahead and lets the last record of an episode hold for 1 hour only. Of several records in one minute the most direct
-    ``kind`` counts (one pump is often charted in mcg/min and in mL/h), then the highest rate. ``estimated`` marks rates through
-    an assumed concentration; the use of the admission weight is not marked, since eICU charts a weight with under 4 % of the
-    pressor rows and nearly every rate would carry the mark.
+    A record holds until the next record of the same stay and drug, whatever its unit (a next record whose rate cannot
+    be told ends what is known), and with no next record within 5 hours for those 5 hours [B]: whether one follows is
+    not known before. [B] itself looks ahead and lets the last record of an episode hold for 1 hour only. Of several
+    records in one minute one within the accepted range counts, then the most direct ``kind`` (one pump is often
+    charted in mcg/min and in mL/h), then the highest rate. A rate above the range stays, for the drug runs: the store
+    clips it. ``estimated`` marks rates through an assumed concentration; the use of the admission weight is not
+    marked, since eICU charts a weight with under 4 % of the pressor rows and nearly every rate would carry the mark.
     """
     order = pl.Enum(["native", "zero", "scaled", "weight", "concentration", "unresolved"])
     rows = infusion_rows(tables, stays)
     rows = rows.with_columns(
-        kind=pl.when(pl.col("rate").is_null()).then(pl.lit("unresolved")).otherwise("kind").cast(order)
+        kind=pl.when(pl.col("rate").is_null()).then(pl.lit("unresolved")).otherwise("kind").cast(order),
+        beyond=(pl.col("rate") > _highest()).fill_null(True),
     )
-    rows = rows.sort("stay_id", "drug", "minute", "kind", pl.col("rate"), descending=[False, False, False, False, True])
+    at = ["stay_id", "drug", "minute"]
+    rows = rows.sort(*at, "beyond", "kind", pl.col("rate"), descending=[False] * 5 + [True])
     rows = rows.unique(["stay_id", "drug", "minute"], keep="first", maintain_order=True)
     following = pl.col("minute").shift(-1).over("stay_id", "drug", order_by="minute")
     unit = (
@@ -135,7 +138,7 @@ def infusion_rows(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
     ``kind`` says how the rate was found: "native" (already in the target unit), "zero" (a rate of 0 or "OFF" is 0 in every
     unit, also where the unit is empty), "scaled" (another unit of mass or time), "weight" (divided by the weight charted with
     the infusion, else by the admission weight), "concentration" (mL/h times a typical concentration, then by the weight) or
-    "unresolved". A rate outside the concept's accepted range is null; ``kind`` keeps how it was computed.
+    "unresolved". A negative rate is null; ``kind`` keeps how it was computed.
     """
     names = words("eicu_infusion_names").lazy()
     lower = pl.col("drugname").str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
@@ -165,21 +168,20 @@ def infusion_rows(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
     table = table.with_columns(weight=pl.coalesce(own, "admission"), weight_source=source, number=number)
 
     rate, kind = _rate()
-    low, high = (
-        pl.col("drug").replace_strict(
-            {c: float(getattr(BY_NAME[c], side)) for c in CONCENTRATION}, return_dtype=pl.Float64
-        )
-        for side in ("low", "high")
-    )
     zero = pl.col("number") == 0
     return (
         table.with_columns(
             rate=pl.when(zero).then(0.0).otherwise(rate),
             kind=pl.when(zero & (kind != "native")).then(pl.lit("zero")).otherwise(kind),
         )
-        .with_columns(rate=pl.when(pl.col("rate").is_between(low, high)).then("rate"), charted="drugrate")
+        .with_columns(rate=pl.when(pl.col("rate") >= 0).then("rate"), charted="drugrate")
         .select(pl.col(c).cast(dtype) for c, dtype in INFUSION_ROWS.items())
     )
+
+
+def _highest() -> pl.Expr:
+    """The upper limit of the accepted rates of a row's drug."""
+    return pl.col("drug").replace_strict({c: BY_NAME[c].high for c in CONCENTRATION}, return_dtype=pl.Float64)
 
 
 def _rate() -> tuple[pl.Expr, pl.Expr]:
