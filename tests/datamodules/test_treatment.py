@@ -1,20 +1,20 @@
 """Treatment response: what is derived from infusions, fluids and urine, each with a table before and after."""
 
 import doctest
-from pathlib import Path
 
 import polars as pl
 import pytest
-from datamodules.concepts import BY_NAME, CONCEPT, CONCEPTS
-from datamodules.treatment import NOREPINEPHRINE_EQUIVALENT, derived, estimated_events, volume_events
 
-from datamodules import mimiciv, treatment
+from datamodules.derive import treatment
+from datamodules.derive.treatment import NOREPINEPHRINE_EQUIVALENT, derived, estimated_events, volume_events
+from datamodules.dictionary import BY_NAME, CONCEPT, CONCEPTS
+from datamodules.schema import EVENTS
 
 
-def events(*rows: tuple[int, int, str, float]) -> pl.DataFrame:
-    return pl.DataFrame(
-        rows, {"stay": pl.Int32, "minute": pl.Int32, "concept": CONCEPT, "value": pl.Float32}, orient="row"
-    )
+def events(*rows: tuple[int, int, str, float] | tuple[int, int, str, float, int]) -> pl.DataFrame:
+    """Events of (stay, minute, concept, value, when it was known: default ``minute``)."""
+    schema = {"stay": pl.Int32, "minute": pl.Int32, "concept": CONCEPT, "value": pl.Float32, "known_minute": pl.Int32}
+    return pl.DataFrame([row if len(row) == 5 else (*row, row[1]) for row in rows], schema, orient="row")
 
 
 def after(table: pl.DataFrame, concept: str, stay: int = 0) -> list[tuple[int, float]]:
@@ -24,6 +24,55 @@ def after(table: pl.DataFrame, concept: str, stay: int = 0) -> list[tuple[int, f
 
 def test_examples_in_the_docstrings() -> None:
     assert doctest.testmod(treatment).failed == 0
+
+
+def test_rate_events_add_overlaps_and_end_at_zero() -> None:
+    """Two pumps of one drug add; another stay and another drug do not; no float dust is left after the end."""
+    columns = ["stay_id", "start_minute", "end_minute", "drug", "rate"]
+    before = [
+        (1, 0, 60, "dopamine", 0.1),
+        (1, 30, 90, "dopamine", 0.2),
+        (1, 30, 40, "milrinone", 0.3),
+        (2, 30, 40, "dopamine", 5.0),
+    ]
+    after = treatment.rate_events(pl.DataFrame(before, columns, orient="row")).collect()
+    assert after.schema == pl.Schema(EVENTS)
+    assert after.filter(stay_id=1, concept="dopamine").select("minute", "value").rows() == [
+        (0, 0.1),
+        (30, 0.3),
+        (60, 0.2),
+        (90, 0.0),
+    ]
+    assert after.filter(stay_id=1, concept="milrinone").select("minute", "value").rows() == [(30, 0.3), (40, 0.0)]
+    assert after.filter(stay_id=2).select("minute", "value").rows() == [(30, 5.0), (40, 0.0)]
+
+
+def test_ventilation_spells() -> None:
+    """[Bennett 2023] on until off or six silent hours; a spell counts however short it was; the highest sign of a minute holds."""
+    before = [
+        (1, 0, 2),
+        (1, 0, 0),
+        (1, 300, 2),
+        (1, 900, 2),
+        (1, 960, 0),
+        (2, 0, 2),
+        (2, 20, 0),
+        (3, 10, 1),
+        (3, 50, 2),
+    ]
+    after = treatment.ventilation_events(pl.DataFrame(before, ["stay_id", "minute", "level"], orient="row")).collect()
+    assert after.select("stay_id", "minute", "value").rows() == [
+        (1, 0, 2),
+        (1, 300, 2),
+        (1, 660, 0),  # 300 + six hours without a sign
+        (1, 900, 2),
+        (1, 960, 0),
+        (2, 0, 2),  # 20 minutes of ventilation: that they were so few is known only afterwards
+        (2, 20, 0),
+        (3, 10, 1),
+        (3, 50, 2),
+        (3, 410, 0),
+    ]
 
 
 def test_norepinephrine_equivalent_adds_the_drugs() -> None:
@@ -64,6 +113,38 @@ def test_urine_rate_per_kg_and_hour() -> None:
     )
     assert after(derived(before), "urine_rate") == [(180, 1.0), (190, 0.5), (310, 0.6)]
     assert after(derived(before), "urine_rate", 1) == []
+
+
+def test_a_urine_rate_uses_what_was_known_when_its_volume_was() -> None:
+    """The volume of minute 120 was entered at 400, after that of 180: until then that one is since minute 60; so is the weight."""
+    before = events(
+        (0, 0, "weight", 80),
+        (0, 60, "urine", 100, 60),
+        (0, 120, "urine", 80, 400),
+        (0, 150, "weight", 100, 200),
+        (0, 180, "urine", 160, 190),
+        (0, 240, "urine", 100, 410),
+    )
+    found = derived(before).filter(pl.col("concept") == "urine_rate").sort("minute")
+    assert found.select("minute", "known_minute", pl.col("value").cast(pl.Float64).round(4)).rows() == [
+        (120, 400, 0.8),  # known at 400: by then the weight is 100 kg
+        (180, 190, 1.0),  # 160 mL in the 2 h since minute 60, 80 kg
+        (240, 410, 1.0),
+    ]
+
+
+def test_the_total_coma_scale_is_derived_where_all_three_parts_are_charted() -> None:
+    parts = ("gcs_eyes", "gcs_verbal", "gcs_motor")
+    before = events(
+        *((0, 10, part, 3, known) for part, known in zip(parts, (12, 30, 10), strict=True)),
+        *((0, 60, part, 2) for part in parts[:2]),  # no motor score
+        *((0, 90, part, 4) for part in parts),
+        (0, 90, "gcs", 14),  # charted itself
+        *((0, 120, part, 4, 125) for part in parts),
+        (0, 120, "gcs", 14, 300),  # charted itself, but entered only later
+    )
+    found = derived(before).filter(pl.col("concept") == "gcs").sort("minute")
+    assert found.select("minute", "known_minute", "value").rows() == [(10, 30, 9), (120, 125, 12)]
 
 
 def test_nothing_derived_looks_ahead() -> None:
@@ -111,26 +192,6 @@ def test_volumes_are_spread_over_their_hours(before: tuple[int, int, float], exp
     table = pl.LazyFrame([(1, *before)], ["stay_id", "start_minute", "end_minute", "volume"], orient="row")
     found = volume_events(table, "fluids").sort("minute").collect()
     assert [(m, round(v, 6)) for m, v in zip(found["minute"], found["value"], strict=True)] == expected
-
-
-def test_mimic_fluids_are_what_runs_into_a_vein(tmp_path: Path) -> None:
-    """This project's rule: orders in mL or L, but not by mouth or tube and not from before the ICU."""
-    (tmp_path / "icu").mkdir()
-    (tmp_path / "icu" / "icustays.csv").write_text(
-        "subject_id,stay_id,intime,outtime\n1,11,2150-01-01 00:00:00,2150-01-03 00:00:00\n"
-    )
-    header = "stay_id,starttime,endtime,amount,amountuom,ordercategoryname"
-    rows = [
-        "11,2150-01-01 00:00:00,2150-01-01 02:00:00,1,L,02-Fluids (Crystalloids)",
-        "11,2150-01-01 00:30:00,2150-01-01 01:00:00,50,ml,01-Drips",
-        "11,2150-01-01 00:00:00,2150-01-01 01:00:00,400,ml,13-Enteral Nutrition",
-        "11,2150-01-01 00:00:00,2150-01-01 01:00:00,400,ml,14-Oral/Gastric Intake",
-        "11,2150-01-01 00:00:00,2150-01-01 00:01:00,3000,ml,16-Pre Admission/Non-ICU",
-        "11,2150-01-01 00:00:00,2150-01-01 01:00:00,8,mg,01-Drips",
-    ]
-    (tmp_path / "icu" / "inputevents.csv").write_text("\n".join([header, *rows]) + "\n")
-    found = mimiciv._fluids(tmp_path, mimiciv._times(tmp_path)).sort("minute").collect()
-    assert list(zip(found["minute"], found["value"], strict=True)) == [(59, 550.0), (119, 500.0)]
 
 
 def test_the_treatment_group_holds_what_is_given_and_its_response() -> None:
