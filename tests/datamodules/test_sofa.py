@@ -3,15 +3,18 @@
 [1] is Vincent 1996 (doi:10.1007/BF01709751), [2] mimic-code (the SQL file is named), [3] Bennett 2023 (doi:10.1093/gigascience/giad041).
 """
 
+import doctest
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 
-from datamodules import eicu, eicu_sepsis, eicu_sofa, mimiciv, mimiciv_sepsis, mimiciv_sofa
-from datamodules import sofa as s
+from datamodules.cohort import Cohort
+from datamodules.derive import sofa as s
+from datamodules.hospitals import EICU, MIMICIV
 
-DEMO = Path(__file__).parents[2] / "shared/data"
 SPAN = pl.LazyFrame({"stay_id": [1], "first_minute": [5], "first_end": [60], "last_hour": [30]})
 
 
@@ -37,14 +40,24 @@ def pressors(*rows: tuple[int, int, str, float | None]) -> pl.LazyFrame:
 def inputs(spans: pl.LazyFrame = SPAN, **frames: pl.LazyFrame) -> s.Inputs:
     gases = pl.LazyFrame(schema={"stay_id": pl.Int64, "minute": pl.Int64, "pao2": pl.Float64, "fio2": pl.Float64})
     ventilation = pl.LazyFrame(schema={"stay_id": pl.Int64, "start_minute": pl.Int64, "end_minute": pl.Int64})
-    single = ("fio2", "platelets", "bilirubin", "mean_bp", "gcs", "creatinine", "urine")
+    parts = dict.fromkeys(("eyes", "verbal", "motor"), pl.Float64) | {"stay_id": pl.Int64, "minute": pl.Int64}
+    single = ("fio2", "platelets", "bilirubin", "mean_bp", "gcs_totals", "creatinine", "urine")
     empty = {name: records() for name in single} | {
         "gases": gases,
         "ventilation": ventilation,
         "pressors": pressors(),
         "spans": spans,
+        "gcs": pl.LazyFrame(schema=parts),
     }
     return empty | frames  # type: ignore[return-value]
+
+
+def scored(frames: s.Inputs, **switches: Any) -> pl.DataFrame:
+    return s.sofa(frames, s.Switches(**switches))
+
+
+def test_examples_in_the_docstrings() -> None:
+    assert doctest.testmod(s).failed == 0
 
 
 def test_grid_has_the_day_before() -> None:
@@ -139,8 +152,8 @@ def test_ventilated_at_both_ends_of_an_episode() -> None:
 def test_unventilated_gas_scores_2_at_most() -> None:
     """[2] sofa.sql: 60 mmHg on 80 % is 75: 4 points on a ventilator, 2 without."""
     episode = pl.LazyFrame({"stay_id": [1], "start_minute": [0], "end_minute": [120]})
-    assert s.sofa(inputs(gases=gas(30, 60, 80)))["respiration"][0] == 2
-    assert s.sofa(inputs(gases=gas(30, 60, 80), ventilation=episode))["respiration"][0] == 4
+    assert scored(inputs(gases=gas(30, 60, 80)))["respiration"][0] == 2
+    assert scored(inputs(gases=gas(30, 60, 80), ventilation=episode))["respiration"][0] == 4
 
 
 GCS_CASES = [  # eyes, verbal, motor now; the same of the record before; minutes between; score
@@ -174,6 +187,18 @@ def test_gcs_carried_through_a_tube() -> None:
     assert s.gcs_total(frame, "carried").collect()["value"].to_list() == [8, 8, 8, 14, 15]
     with pytest.raises(ValueError, match="'normal' or 'carried'"):
         s.gcs_total(frame, "guessed")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="gcs_intubated is 'guessed'; expected normal or carried"):
+        s.Switches(gcs_intubated="guessed")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"fio2_missing is 0\.21; expected a percentage such as 21"):
+        s.Switches(fio2_missing=0.21)
+
+
+def test_a_total_without_its_parts_is_scored_too() -> None:
+    """A hospital that charts the total only; the worst of an hour counts, whichever it comes from."""
+    assert scored(inputs(gcs_totals=records((30, 9.0))))["cns"][0] == 3
+    parts = pl.LazyFrame({"stay_id": [1], "minute": [40], "eyes": [4.0], "verbal": [4.0], "motor": [6.0]})
+    assert scored(inputs(gcs_totals=records((30, 9.0)), gcs=parts))["cns"][0] == 3
+    assert scored(inputs(gcs=parts))["cns"][0] == 1
 
 
 def test_urine_is_scaled_to_a_day_when_enough_is_charted() -> None:
@@ -203,13 +228,13 @@ def test_overlapping_infusions_take_the_highest_rate() -> None:
     rows = pressors((0, 120, "norepinephrine", 0.06), (30, 90, "norepinephrine", 0.07), (0, 60, "epinephrine", 0.02))
     found = s.running(rows, SPAN).sort("hour").collect()
     assert found.select("norepinephrine", "epinephrine").rows() == [(0.07, 0.02), (0.06, None)]
-    assert s.sofa(inputs(pressors=rows))["cardiovascular"][:2].to_list() == [3, 3]
+    assert scored(inputs(pressors=rows))["cardiovascular"][:2].to_list() == [3, 3]
 
 
 def test_unscored_drugs_and_unknown_rates() -> None:
     """[2] sofa.sql scores four drugs only; a rate whose unit or weight is unknown comes as null and scores nothing."""
     rows = pressors((0, 600, "vasopressin", 2.4), (0, 600, "phenylephrine", 3.0), (0, 600, "norepinephrine", None))
-    assert s.sofa(inputs(pressors=rows))["cardiovascular"].to_list() == [0] * 31
+    assert scored(inputs(pressors=rows))["cardiovascular"].to_list() == [0] * 31
 
 
 def test_short_episodes_can_be_left_out() -> None:
@@ -232,7 +257,7 @@ def test_short_episodes_can_be_left_out() -> None:
 
 def test_24_hour_window_looks_before_admission() -> None:
     """[2] sofa.sql: maximum of an hour and the 23 before; hours before 0 are looked at and not put out."""
-    found = s.sofa(inputs(platelets=records((-600, 10.0), (30, 90.0))))
+    found = scored(inputs(platelets=records((-600, 10.0), (30, 90.0))))
     # -600 lies in hour -11, the 24-hour window of hour 12 is the last that holds it; minute 30 in hour 0 lasts to hour 23
     assert found["coagulation"].to_list() == [4] * 13 + [2] * 11 + [0] * 7
     assert found["sofa_24h"].to_list() == found["coagulation"].to_list()
@@ -241,7 +266,7 @@ def test_24_hour_window_looks_before_admission() -> None:
 def test_hours_and_stays_without_any_value() -> None:
     """Missing is normal; a stay without a span (no heart rate in MIMIC-IV) has no row."""
     spans = pl.LazyFrame({"stay_id": [1, 2], "first_minute": [0, 0], "first_end": [60, 17], "last_hour": [1, 0]})
-    found = s.sofa(inputs(spans, mean_bp=records((90, 50.0))))
+    found = scored(inputs(spans, mean_bp=records((90, 50.0))))
     assert found.schema == pl.Schema(s.SOFA)
     assert found.select("stay_id", "end_minute", "sofa_24h").rows() == [(1, 60, 0), (1, 120, 1), (2, 17, 0)]
 
@@ -252,20 +277,23 @@ INTIME = "2150-01-01 10:00:30"
 MIMIC = {
     "icu/icustays": "subject_id,hadm_id,stay_id,intime,outtime",
     "icu/chartevents": "subject_id,stay_id,charttime,storetime,itemid,value,valuenum",
-    "hosp/labevents": "subject_id,hadm_id,specimen_id,itemid,charttime,value,valuenum",
-    "icu/inputevents": "stay_id,itemid,starttime,endtime,rate,rateuom,patientweight",
-    "icu/outputevents": "stay_id,itemid,charttime,value",
+    "hosp/labevents": "subject_id,hadm_id,specimen_id,itemid,charttime,value,valuenum,storetime",
+    "icu/inputevents": "subject_id,stay_id,itemid,starttime,endtime,rate,rateuom,patientweight",
+    "icu/outputevents": "stay_id,itemid,charttime,storetime,value",
 }
 
 
-def mimic(root: Path, **rows: list[str]) -> s.Inputs:
+def mimic(root: Path, before: int | None = None, labs: str = "drawn", **rows: list[str]) -> s.Inputs:
     """Write the tables (keyword: last part of the name) and read them back; stay 1 is of patient 10, admission 100."""
     rows = {"icustays": [f"10,100,1,{INTIME},2150-01-03 10:00:00"], **rows}
     for table, header in MIMIC.items():
         path = root / f"{table}.csv"
         path.parent.mkdir(exist_ok=True)
-        path.write_text("\n".join([header, *rows.get(path.stem, [])]) + "\n")
-    return mimiciv_sofa.sofa_inputs(root, pl.DataFrame({"stay_id": [1]}))
+        full = [row + "," * (header.count(",") - row.count(",")) for row in rows.get(path.stem, [])]
+        path.write_text("\n".join([header, *full]) + "\n")
+    hospital = MIMICIV(str(root), labs=labs)  # type: ignore[arg-type]
+    stays = pl.DataFrame({"stay_id": [1]})
+    return hospital.sofa_inputs(hospital.tables(stays), pl.LazyFrame(), stays, before)
 
 
 def chart(time: str, item: int, value: str = "", number: float | str = "", stored: str = "") -> str:
@@ -287,7 +315,7 @@ def test_mimic_span(tmp_path: Path) -> None:
 
 def test_mimic_no_heart_rate_no_score(tmp_path: Path) -> None:
     """[2] icustay_times.sql: the grid hangs on item 220045."""
-    assert s.sofa(mimic(tmp_path, chartevents=[chart("01 11:00", 220052, "50", 50)])).is_empty()
+    assert scored(mimic(tmp_path, chartevents=[chart("01 11:00", 220052, "50", 50)])).is_empty()
 
 
 def test_mimic_pressor_units(tmp_path: Path) -> None:
@@ -302,7 +330,8 @@ def test_mimic_pressor_units(tmp_path: Path) -> None:
         ("222315", "2.4", "units/hour", "80"),
     ]
     rows = [
-        f"1,{item},2150-01-01 11:00:00,2150-01-01 12:00:00,{rate},{unit},{weight}" for item, rate, unit, weight in cells
+        f"10,1,{item},2150-01-01 11:00:00,2150-01-01 12:00:00,{rate},{unit},{weight}"
+        for item, rate, unit, weight in cells
     ]
     found = mimic(tmp_path, inputevents=rows)["pressors"].collect().sort("drug")
     assert found["drug"].to_list() == ["dopamine", *["norepinephrine"] * 3]
@@ -317,7 +346,7 @@ def test_mimic_gcs_text(tmp_path: Path) -> None:
         chart("01 11:00", 220739, "None", 1),
         chart("01 12:00", 223900, "No Response", 1),
     ]
-    assert mimic(tmp_path, chartevents=rows)["gcs"].collect()["value"].to_list() == [15, 11]
+    assert s.gcs_total(mimic(tmp_path, chartevents=rows)["gcs"]).collect()["value"].to_list() == [15, 11]
 
 
 def test_mimic_mean_pressure(tmp_path: Path) -> None:
@@ -409,25 +438,53 @@ def test_mimic_ventilation_episode(tmp_path: Path) -> None:
 def test_mimic_urine(tmp_path: Path) -> None:
     """[2] urine_output.sql: irrigant that went in (227488) is taken off; 227510 is stomach content."""
     rows = [
-        f"1,{item},2150-01-01 11:00:00,{value}"
-        for item, value in ((226559, 100), (227488, 30), (227489, 50), (227510, 400))
-    ]
+        f"1,{item},2150-01-01 11:00:00,,{value}"
+        for item, value in ((226559, 100), (226559, 100), (227488, 30), (227489, 50), (227510, 400))
+    ]  # one row stands twice
     assert mimic(tmp_path, outputevents=rows)["urine"].collect()["value"].sum() == 120
 
 
-@pytest.mark.skipif(
-    not (DEMO / "mimic-iv-demo").exists(), reason="the MIMIC-IV demo is not at ../shared/data/mimic-iv-demo"
-)
-def test_mimic_demo() -> None:
+def test_mimic_before_a_minute_only_what_was_known(tmp_path: Path) -> None:
+    """Before minute 239 (14:00 o'clock): neither what was charted later, nor what was stored later, however old it is.
+
+    An infusion that goes on is known up to then; a laboratory value is known when drawn, or by option when stored.
+    """
+    beats = [chart("01 10:30", 220045, "80", 80), chart("01 20:00", 220045, "80", 80)]
+    pressure = [
+        chart("01 11:00", 220052, "60", 60, "2150-01-01 11:30:00"),
+        chart("01 12:00", 220052, "61", 61, "2150-01-01 15:00:00"),
+        chart("01 14:00", 220052, "62", 62),
+    ]
+    labs = [
+        f"10,100,{n},50912,2150-01-01 {at}:00,,{value},2150-01-01 15:00:00"
+        for n, at, value in ((1, "11:00", 3), (2, "14:00", 4))
+    ]
+    output = [
+        f"1,226559,2150-01-01 {at}:00,{stored},100" for at, stored in (("11:00", ""), ("12:00", "2150-01-01 16:00:00"))
+    ]
+    infused = [f"10,1,221906,2150-01-01 {start}:00,2150-01-01 20:00:00,0.2,mcg/kg/min," for start in ("11:00", "14:00")]
+    tables = {"chartevents": beats + pressure, "labevents": labs, "outputevents": output, "inputevents": infused}
+    early = mimic(tmp_path, 239, **tables)
+    assert early["spans"].collect()["last_hour"].to_list() == [0]  # the last heart rate so far is that of 10:30
+    assert early["mean_bp"].collect()["value"].to_list() == [60]
+    assert early["urine"].collect()["minute"].to_list() == [59]
+    assert early["pressors"].select("start_minute", "end_minute").collect().rows() == [(59, 239)]
+    later = [chart("01 13:59", 220045, "80", 80)]
+    in_time = mimic(tmp_path, 239, **tables | {"chartevents": beats + later})
+    assert in_time["creatinine"].collect()["value"].to_list() == [3]
+    assert mimic(tmp_path, 239, "stored", **tables | {"chartevents": beats + later})["creatinine"].collect().is_empty()
+    whole = mimic(tmp_path, **tables)
+    assert [whole[name].collect().height for name in ("mean_bp", "creatinine", "urine", "pressors")] == [3, 2, 2, 2]  # type: ignore[literal-required]
+
+
+def test_mimic_demo(real: Callable[[str], Path]) -> None:
     """The counts of mimic-code's own SQL (DuckDB) on the demo; hour by hour all components were found equal."""
-    root = DEMO / "mimic-iv-demo"
-    stays = mimiciv.stays(root)
-    found = s.sofa(mimiciv_sofa.sofa_inputs(root, stays))
+    root = str(real("mimic-iv-demo"))
+    found = pl.read_parquet(Cohort(MIMICIV(root)).sepsis_tables()["sofa"])
     assert (found.height, found["stay_id"].n_unique(), (found["sofa_24h"] >= 2).sum()) == (12_254, 140, 10_215)
     assert found["sofa_24h"].mean() == pytest.approx(5.863636, abs=1e-6)
-    changed = mimiciv_sepsis.derive(
-        root, stays, gcs_intubated="carried", fio2_missing=21, pressor_min_minutes=60, urine_min_hours=12
-    )["sofa"]
+    switches = s.Switches(gcs_intubated="carried", fio2_missing=21, pressor_min_minutes=60, urine_min_hours=12)
+    changed = pl.read_parquet(Cohort(MIMICIV(root, sofa=switches)).sepsis_tables()["sofa"])
     worse = [name for name in s.COMPONENTS if (changed[name] > found[name]).any()]
     better = [name for name in s.COMPONENTS if (changed[name] < found[name]).any()]
     assert worse == ["respiration", "cns", "renal"]
@@ -437,8 +494,9 @@ def test_mimic_demo() -> None:
 # --- eICU ---------------------------------------------------------------------------------------------------------------------
 
 
-EICU = {
-    "patient": "patientunitstayid,hospitalid",
+EICU_TABLES = {
+    "patient": "patientunitstayid,patienthealthsystemstayid,uniquepid,hospitalid,gender,age,admissionheight,admissionweight,"
+    "unittype,unitvisitnumber,hospitaladmitoffset,unitdischargeoffset,apacheadmissiondx",
     "vitalPeriodic": "patientunitstayid,observationoffset,heartrate,respiration,sao2,temperature,"
     "systemicsystolic,systemicdiastolic,systemicmean,etco2",
     "vitalAperiodic": "patientunitstayid,observationoffset,noninvasivesystolic,noninvasivediastolic,noninvasivemean",
@@ -449,25 +507,36 @@ EICU = {
     "respiratoryCare": "patientunitstayid,respcarestatusoffset,ventstartoffset,ventendoffset,priorventstartoffset,priorventendoffset",
     "intakeOutput": "patientunitstayid,intakeoutputoffset,cellpath,cellvaluenumeric",
     "infusionDrug": "patientunitstayid,infusionoffset,drugname,drugrate,patientweight",
-    "medication": "patientunitstayid",
     "treatment": "patientunitstayid,treatmentoffset,treatmentstring",
-    "microLab": "patientunitstayid",
 }
 
 
-def eicu_inputs(root: Path, **rows: list[str]) -> s.Inputs:
+def bed(stay: int = 1, weight: float | str = 80, discharge: int | str = 1441) -> str:
+    return f"{stay},{stay},p{stay},x,Male,60,,{weight},MICU,1,0,{discharge},"
+
+
+def eicu_inputs(root: Path, before: int | None = None, **rows: list[str]) -> s.Inputs:
     """Write the tables (keyword: name of the table) and read them back; stay 1 of 1,441 minutes in hospital x."""
-    for table, header in EICU.items():
+    rows = {"patient": [bed()], **rows}
+    for table, header in EICU_TABLES.items():
         (root / f"{table}.csv").write_text("\n".join([header, *rows.get(table, [])]) + "\n")
-    beds = pl.DataFrame(
-        {"stay_id": [1], "patient_id": ["a"], "hospital_id": ["x"], "weight": [80.0], "icu_minutes": [1441]}
-    )
-    return eicu_sofa.sofa_inputs(root, beds)
+    hospital = EICU(str(root))
+    store = Cohort(hospital).store
+    events = store.frame(0, len(store.stays)).lazy()
+    return hospital.sofa_inputs(hospital.tables(store.stays), events, store.stays, before)
+
+
+def coma(found: s.Inputs) -> list[tuple]:
+    """Stay, minute and total of the coma scale, from its parts or charted."""
+    totals = [s.gcs_total(found["gcs"]), found["gcs_totals"]]
+    return pl.concat(totals, how="vertical_relaxed").sort("minute").collect().rows()
 
 
 def test_eicu_hours_run_to_the_end_of_the_unit_stay(tmp_path: Path) -> None:
-    """eICU counts minutes from admission, so hour 0 is minutes 1 to 60; minute 1441 opens hour 24."""
-    assert eicu_inputs(tmp_path)["spans"].collect().rows() == [(1, 0, 60, 24)]
+    """eICU counts minutes from admission, so hour 0 is minutes 1 to 60; minute 1441 opens hour 24. Without an end: to the last event."""
+    beats = ["1,30,80,,,,,,,", "2,200,80,,,,,,,"]
+    spans = eicu_inputs(tmp_path, patient=[bed(), bed(2, discharge="")], vitalPeriodic=beats)["spans"]
+    assert spans.sort("stay_id").collect().rows() == [(1, 0, 60, 24), (2, 0, 60, 3)]
 
 
 def test_eicu_pressure_is_the_median_of_an_hour(tmp_path: Path) -> None:
@@ -484,9 +553,9 @@ def test_eicu_gcs(tmp_path: Path) -> None:
 
     Eyes 2, motor 4, verbal 1: 7 points awake, 15 with a tube by mimic-code's rule.
     """
-    assert eicu_inputs(tmp_path, apacheApsVar=["1,0,2,4,1"])["gcs"].collect().rows() == [(1, 1440, 7.0)]
-    assert eicu_inputs(tmp_path, apacheApsVar=["1,1,2,4,1"])["gcs"].collect().rows() == [(1, 1440, 15.0)]
-    assert eicu_inputs(tmp_path, apacheApsVar=["1,1,-1,-1,-1"])["gcs"].collect().is_empty()
+    assert coma(eicu_inputs(tmp_path, apacheApsVar=["1,0,2,4,1"])) == [(1, 1440, 7.0)]
+    assert coma(eicu_inputs(tmp_path, apacheApsVar=["1,1,2,4,1"])) == [(1, 1440, 15.0)]
+    assert coma(eicu_inputs(tmp_path, apacheApsVar=["1,1,-1,-1,-1"], vitalPeriodic=["1,30,80,,,,,,,"])) == []
     nurse = [
         "1,100,Glasgow coma score,GCS Total,9",
         "1,200,Glasgow coma score,Verbal,1",
@@ -494,14 +563,14 @@ def test_eicu_gcs(tmp_path: Path) -> None:
         "1,200,Glasgow coma score,Eyes,2",
     ]
     charted = eicu_inputs(tmp_path, nurseCharting=nurse)
-    assert charted["gcs"].sort("minute").collect().rows() == [(1, 100, 9.0), (1, 200, 7.0)]
+    assert coma(charted) == [(1, 100, 9.0), (1, 200, 7.0)]
     on_a_ventilator = eicu_inputs(
         tmp_path, nurseCharting=nurse, respiratoryCare=["1,150,150,0,0,0", "1,400,150,400,0,0"]
     )
     assert on_a_ventilator["ventilation"].select(
         pl.col("start_minute").min(), pl.col("end_minute").max()
     ).collect().row(0) == (150, 400)
-    assert on_a_ventilator["gcs"].sort("minute").collect().rows() == [(1, 100, 9.0), (1, 200, 15.0)]
+    assert coma(on_a_ventilator) == [(1, 100, 9.0), (1, 200, 15.0)]
 
 
 def test_eicu_gas_and_treatment_tier(tmp_path: Path) -> None:
@@ -514,22 +583,92 @@ def test_eicu_gas_and_treatment_tier(tmp_path: Path) -> None:
         "1,30,platelets x 1000,90,K/mcL,,30",
     ]
     tier = "cardiovascular|shock|vasopressors|dopamine >15 micrograms/kg/min"
-    found = eicu_inputs(
-        tmp_path, patient=["1,x"], lab=lab, respiratoryCharting=["1,80,,FiO2,60%"], treatment=[f"1,60,{tier}"]
-    )
+    found = eicu_inputs(tmp_path, lab=lab, respiratoryCharting=["1,80,,FiO2,60%"], treatment=[f"1,60,{tier}"])
     ratios = s.oxygenation(found["gases"], found["fio2"], found["ventilation"]).sort("minute").collect()
     assert ratios["ratio"].to_list() == pytest.approx([200, 100])
-    first = s.sofa(found).row(0, named=True)
+    first = scored(found).row(0, named=True)
     assert (first["respiration"], first["coagulation"], first["cardiovascular"]) == (2, 2, 4)
 
 
-@pytest.mark.skipif(not (DEMO / "eicu-demo").exists(), reason="the eICU demo is not at ../shared/data/eicu-demo")
-def test_eicu_demo() -> None:
+def drugs(found: s.Inputs) -> list[tuple]:
+    columns = ("stay_id", "start_minute", "end_minute", "drug", "rate")
+    return (
+        found["pressors"].sort("stay_id", "start_minute").select(*columns[:4], pl.col("rate").round(4)).collect().rows()
+    )
+
+
+def test_eicu_treatment_tiers_only_until_a_rate_is_charted(tmp_path: Path) -> None:
+    """cohorts.md 9.4: the tier of dose in ``treatment`` stands in for a rate while the stay has no infusion record so far.
+
+    Stay 1: norepinephrine 8 mcg/min at 80 kg is 0.1 mcg/kg/min from minute 0 on, its treatment row is not used. Stay 2 charts rates from
+    minute 300 on: the row of 90 counts, that of 350 does not. Stay 3 has none. A treatment row counts for one hour from its own minute on.
+    """
+    tier = "cardiovascular|shock|vasopressors|norepinephrine > 0.1 micrograms/kg/min"
+    found = eicu_inputs(
+        tmp_path,
+        patient=[bed(1), bed(2), bed(3)],
+        infusionDrug=["1,0,Norepinephrine (mcg/min),8,", "2,300,Norepinephrine (mcg/min),8,"],
+        treatment=[
+            f"1,90,{tier}",
+            f"2,90,{tier}",
+            f"2,350,{tier}",
+            f"3,90,{tier}",
+            "3,200,cardiovascular|shock|inotropic agent|dobutamine",
+        ],
+    )
+    assert drugs(found) == [
+        (1, 0, 300, "norepinephrine", 0.1),
+        (2, 89, 149, "norepinephrine", 0.2),
+        (2, 300, 600, "norepinephrine", 0.1),
+        (3, 89, 149, "norepinephrine", 0.2),
+        (3, 199, 259, "dobutamine", 1.0),
+    ]
+    hours = s.running(found["pressors"], found["spans"]).filter(pl.col("stay_id") == 3).sort("hour").collect()
+    assert hours.select("hour", "norepinephrine", "dobutamine").rows() == [(1, 0.2, None), (3, None, 1.0)]
+
+
+def test_eicu_stay_without_weight_has_no_rate(tmp_path: Path) -> None:
+    """cohorts.md 8: mcg/min without any weight is no rate per kg, so it scores nothing; mcg/kg/min needs no weight."""
+    infused = ["1,0,Norepinephrine (mcg/min),8,", "1,600,Norepinephrine (mcg/kg/min),0.2,"]
+    assert drugs(eicu_inputs(tmp_path, patient=[bed(weight="")], infusionDrug=infused)) == [
+        (1, 600, 900, "norepinephrine", 0.2)
+    ]
+
+
+def test_eicu_scores_what_the_store_holds(tmp_path: Path) -> None:
+    """One reading of the tables for features and for SOFA: a creatinine of 60 mg/dL is out of range for both, umol/L are converted."""
+    lab = ["1,30,creatinine,60,mg/dL,,30", "1,90,creatinine,450,mg/dL,umol/L,90", "1,150,platelets x 1000,0,K/mcL,,150"]
+    found = eicu_inputs(tmp_path, lab=lab)
+    assert found["creatinine"].collect().rows() == [(1, 90, pytest.approx(5.09, abs=0.01))]
+    assert found["platelets"].collect().is_empty()
+    assert scored(found)["renal"][:2].to_list() == [0, 4]
+
+
+def test_eicu_before_a_minute_only_what_was_known(tmp_path: Path) -> None:
+    """Before minute 240: no result that was revised at 300, no pressure that was entered then, no step that had not begun."""
+    tables = {
+        "lab": ["1,30,creatinine,3,mg/dL,,30", "1,30,creatinine,5,mg/dL,,300"],
+        "vitalAperiodic": ["1,100,,,65", "1,240,,,60"],
+        "infusionDrug": ["1,200,Norepinephrine (mcg/min),8,", "1,250,Norepinephrine (mcg/min),16,"],
+        "treatment": ["1,240,cardiovascular|shock|vasopressors|norepinephrine > 0.1 micrograms/kg/min"],
+        "respiratoryCare": ["1,150,150,0,0,0", "1,300,150,290,0,0"],
+    }
+    early, whole = eicu_inputs(tmp_path, 240, **tables), eicu_inputs(tmp_path, **tables)
+    assert early["creatinine"].collect()["value"].to_list() == [3]
+    assert whole["creatinine"].sort("minute").collect()["value"].to_list() == [3, 5]
+    assert early["mean_bp"].collect().rows() == [(1, 120, 65)]
+    assert drugs(early) == [(1, 200, 240, "norepinephrine", 0.1)]
+    assert drugs(whole) == [(1, 200, 250, "norepinephrine", 0.1), (1, 250, 550, "norepinephrine", 0.2)]
+    assert early["ventilation"].collect().rows() == [(1, 150, 240)]
+    assert whole["ventilation"].collect().rows() == [(1, 150, 300)]  # the end was written at 300
+
+
+def test_eicu_demo(real: Callable[[str], Path]) -> None:
     """One row per hour up to discharge from the unit; APACHE's score of the first day counts at its end only."""
-    root = DEMO / "eicu-demo"
-    stays = eicu.stays(root)
-    found = eicu_sepsis.derive(root, stays)["sofa"]
-    assert found.schema == pl.Schema(eicu_sepsis.SOFA_EICU)
+    cohort = Cohort(EICU(str(real("eicu-demo"))))
+    stays = cohort.store.stays
+    found = pl.read_parquet(cohort.sepsis_tables()["sofa"])
+    assert found.schema == pl.Schema(s.SOFA)
     hours = stays.select("stay_id", hours=((pl.col("icu_minutes") - 1) // 60).clip(0) + 1)
     assert (
         found.group_by("stay_id")
@@ -540,6 +679,6 @@ def test_eicu_demo() -> None:
     )
     assert found.filter(pl.col("end_minute") < 1440)["cns"].max() == 0
     assert found.filter(pl.col("end_minute") == 1440)["cns"].max() == 4
-    told = eicu_sofa.hospitals(root, stays)
-    assert [(~told[name]).sum() for name in ("infusion", "medication")] == [63, 42]  # cohorts.md 6
-    assert [told.filter(~pl.col(name))["stays"].sum() for name in ("infusion", "medication")] == [828, 521]
+    told = cohort.store.hospitals()
+    assert [(~told[name]).sum() for name in ("infusionDrug", "medication")] == [63, 42]  # cohorts.md 6
+    assert [told.filter(~pl.col(name))["stays"].sum() for name in ("infusionDrug", "medication")] == [828, 521]
