@@ -534,6 +534,8 @@ def test_eicu_when_a_suspicion_is_known(tmp_path: Path) -> None:
     ]
     found = known(eicu_suspicion(tmp_path, "eicu", **tables, admissionDx=entered))
     assert found == [(1, "apache", 0, 45), *whole[1:]]
+    before = eicu_suspicion(tmp_path, "apache", admissionDx=['1,-30,"Sepsis, pulmonary"'])
+    assert known(before) == [(1, "apache", 0, 0)]  # it counts at admission, so it is not known before
     both = known(eicu_suspicion(tmp_path, "any_antibiotic_and_diagnosis", **tables))
     assert both == [(1, "antibiotic", 100, 1440), (1, "antibiotic", 900, 1440), (2, "antibiotic", 100, 700)]
     culture = known(eicu_suspicion(tmp_path, "literal", **tables | {"microLab": ["1,1000,Blood,no growth"]}))
@@ -621,3 +623,4 @@ def test_who_is_known_to_be_septic_is_septic_on_the_demos(name: str, folder: str
     whole = pl.read_parquet(Cohort(kind(root)).sepsis_tables()["suspicion"])
     told = whole.filter(pl.col("suspected_minute").is_not_null(), pl.col("stay_id").is_not_null())
     assert told["known_minute"].null_count() == 0
+    assert (told["known_minute"] >= told["suspected_minute"]).all()
