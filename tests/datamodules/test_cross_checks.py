@@ -1,0 +1,194 @@
+"""What is told twice agrees: infusions and rates, SOFA and measurements, outcomes and targets; and the sizes of the demos.
+
+Each table is compared with another one that is made from the same records by other code, on the simulated hospitals and on the
+demos where they lie beside the project. ``golden_*.csv`` hold events, stays and median of each concept of the demos; after a change
+that is meant, write them again with ``summary(store).write_csv(...)`` and read the difference.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from datamodules import dictionary
+from datamodules.cohort import Cohort
+from datamodules.dictionary import CONCEPTS, RATES
+from datamodules.hospitals import EICU, MIMICIV
+from datamodules.store import Store
+
+HOSPITALS = {"MIMICIV": MIMICIV, "EICU": EICU}
+DEMOS = {"MIMICIV": "mimic-iv-demo", "EICU": "eicu-demo"}
+PLACES = ("simulated-MIMICIV", "simulated-EICU", "demo-MIMICIV", "demo-EICU")
+DAY = 24 * 60
+SLACK = 2e-6  # rates are rounded to six digits
+
+
+@pytest.fixture(params=PLACES)
+def place(
+    request: pytest.FixtureRequest, mimic: Path, eicu: Path, real: Callable[[str], Path]
+) -> Callable[..., Cohort]:
+    """Gives the cohort of one hospital under options."""
+    kind, name = request.param.split("-")
+    simulated = {"MIMICIV": mimic, "EICU": eicu}
+    root = simulated[name] if kind == "simulated" else real(DEMOS[name])
+    return lambda **options: Cohort(HOSPITALS[name](str(root), **options))
+
+
+def events(store: Store, *concepts: str) -> pl.DataFrame:
+    frame = store.frame(0, len(store.stays)).with_columns(pl.col("concept").cast(pl.String))
+    return frame.filter(pl.col("concept").is_in(concepts)) if concepts else frame
+
+
+def test_every_event_is_in_range_in_order_and_not_known_before_it_was(place: Callable[..., Cohort]) -> None:
+    store = place().store
+    assert (store.known >= store.minute).all()
+    assert dictionary.plausible(store.concept.astype(np.int64), store.value).all()
+    stay = np.repeat(np.arange(len(store.stays)), np.diff(store.offsets))
+    assert (np.diff((stay << 32) + store.minute.astype(np.int64) + 2**24) >= 0).all()
+    coverage = store.coverage()
+    reasons = ("duplicate", "unmapped_unit", "not_a_number", "out_of_range", "withdrawn")
+    assert coverage.filter(pl.col("rows") != pl.col("events") + pl.sum_horizontal(reasons)).is_empty()
+    assert coverage["events"].sum() == len(store.minute)
+
+
+def test_rates_and_infusions_agree(place: Callable[..., Cohort]) -> None:
+    """Where an interval starts the rate is at least its own; at every step it is the sum of the intervals that run, clipped."""
+    cohort = place()
+    intervals = pl.read_parquet(cohort.sepsis_tables()["vasopressors"])
+    assert len(intervals) and (intervals["rate"] > 0).all()
+    assert (intervals["end_minute"] > intervals["start_minute"]).all()
+    drugs = intervals["drug"].unique().to_list()
+    assert set(drugs) <= set(RATES)
+    high = pl.DataFrame([(c.name, c.high) for c in CONCEPTS], ["drug", "high"], orient="row")
+    steps = events(cohort.store, *drugs).rename({"concept": "drug"})
+    started = intervals.join(high, on="drug").join(
+        steps, left_on=["stay_id", "drug", "start_minute"], right_on=["stay_id", "drug", "minute"], how="left"
+    )
+    assert started["value"].null_count() == 0
+    least = pl.min_horizontal("rate", "high")
+    assert started.filter(pl.col("value") < least * (1 - 1e-6) - SLACK).is_empty()
+    running = steps.join(intervals, on=["stay_id", "drug"], how="left").with_columns(
+        runs=pl.col("minute").is_between("start_minute", "end_minute", closed="left").fill_null(False)
+    )
+    total = running.group_by("stay_id", "drug", "minute").agg(
+        pl.col("value").first(), total=pl.col("rate").filter("runs").sum()
+    )
+    total = total.join(high, on="drug").with_columns(total=pl.min_horizontal("total", "high"))
+    assert total.height == steps.height
+    assert total.filter((pl.col("value") - pl.col("total")).abs() > 1e-6 * pl.col("total") + SLACK).is_empty()
+
+
+def worst_of_day(records: pl.DataFrame, hours: pl.DataFrame, worst: pl.Expr) -> pl.DataFrame:
+    """``hours`` with the ``worst`` value of the minutes (end - 24 h, end]; a record is in the 24 windows that begin with its own hour."""
+    stroke = hours.group_by("stay_id").agg(stroke=pl.col("end_minute").first() % 60)
+    first = pl.col("stroke") - (pl.col("stroke") - pl.col("minute")) // 60 * 60
+    spread = records.join(stroke, on="stay_id").with_columns(
+        end_minute=pl.int_ranges(first, first + DAY, 60).cast(pl.List(pl.Int32))
+    )
+    seen = spread.explode("end_minute").group_by("stay_id", "end_minute").agg(worst=worst)
+    return hours.join(seen, on=["stay_id", "end_minute"], how="left", maintain_order="left")
+
+
+def laboratory(cohort: Cohort) -> dict[str, pl.DataFrame]:
+    """Records of creatinine, platelets and bilirubin that SOFA reads: of the store on eICU; on MIMIC-IV those of mimic-code's items
+    and of the stay's admission, from the raw table."""
+    names = {"creatinine": 50912, "platelets": 51265, "bilirubin_total": 50885}
+    if cohort.hospital.name == "EICU":
+        return {name: events(cohort.store, name).select("stay_id", "minute", "value") for name in names}
+    tables = cohort.hospital.tables(cohort.store.stays)
+    stays = tables["icu/icustays"].select("hadm_id", "stay_id", "intime")
+    minute = ((pl.col("charttime") - pl.col("intime")).dt.total_seconds() / 60).floor().cast(pl.Int32)
+    rows = tables["hosp/labevents"].filter(pl.col("valuenum") > 0).join(stays, on="hadm_id")
+    rows = rows.select("stay_id", "itemid", minute=minute, value="valuenum").collect()
+    rows = rows.filter((pl.col("itemid") != names["creatinine"]) | (pl.col("value") <= 150))
+    return {name: rows.filter(pl.col("itemid") == item).drop("itemid") for name, item in names.items()}
+
+
+def test_sofa_and_measurements_agree(place: Callable[..., Cohort]) -> None:
+    """Coagulation and liver are those of the worst value of the day; renal is no less than its creatinine says."""
+    cohort = place()
+    hours = pl.read_parquet(cohort.sepsis_tables()["sofa"])
+    records = laboratory(cohort)
+
+    def points(name: str, worst: pl.Expr, *reached: pl.Expr) -> pl.DataFrame:
+        table = worst_of_day(records[name], hours, worst)
+        return table.with_columns(points=pl.sum_horizontal(limit.fill_null(False) for limit in reached))
+
+    worst = pl.col("worst")
+    platelets = points("platelets", pl.col("value").min(), *(worst < limit for limit in (150, 100, 50, 20)))
+    assert platelets.filter(pl.col("coagulation") != pl.col("points")).is_empty()
+    bilirubin = points("bilirubin_total", pl.col("value").max(), *(worst >= limit for limit in (1.2, 2, 6, 12)))
+    assert bilirubin.filter(pl.col("liver") != pl.col("points")).is_empty()
+    creatinine = points("creatinine", pl.col("value").max(), *(worst >= limit for limit in (1.2, 2, 3.5, 5)))
+    assert creatinine.filter(pl.col("renal") < pl.col("points")).is_empty()
+    # what the urine adds is 3 or 4 points
+    assert set(creatinine.filter(pl.col("renal") > pl.col("points"))["renal"]) <= {3, 4}
+    assert (creatinine["points"] == 4).any() and (platelets["points"] > 0).any() and (bilirubin["points"] > 0).any()
+
+
+def test_sofa_and_infusions_agree(place: Callable[..., Cohort]) -> None:
+    """Norepinephrine or epinephrine that runs at the end of an hour: 3 points, 4 above 0.1 mcg/kg/min."""
+    tables = {name: pl.read_parquet(path) for name, path in place().sepsis_tables().items()}
+    drugs = tables["vasopressors"].filter(pl.col("drug").is_in(["norepinephrine", "epinephrine"]))
+    ends = tables["sofa"].select("stay_id", "end_minute", "cardiovascular").join(
+        drugs.rename({"end_minute": "stop_minute"}), on="stay_id"
+    )  # fmt: skip
+    runs = (pl.col("start_minute") < pl.col("end_minute")) & (pl.col("end_minute") <= pl.col("stop_minute"))
+    running = ends.filter(runs)
+    assert len(running)
+    assert running.filter(pl.col("cardiovascular") < 3).is_empty()
+    assert running.filter(pl.col("rate") > 0.1 + SLACK, pl.col("cardiovascular") < 4).is_empty()
+
+
+def test_outcomes_agree(place: Callable[..., Cohort]) -> None:
+    """A death in the unit is one in hospital, has a minute, and nobody who left alive has one."""
+    stays = place().store.stays
+    assert stays.filter("icu_death", ~pl.col("hospital_death")).is_empty()
+    assert stays.filter(pl.col("hospital_death").fill_null(False) != pl.col("death_minute").is_not_null()).is_empty()
+    in_unit = stays.filter("icu_death")
+    assert len(in_unit) and (in_unit["death_minute"] <= in_unit["icu_minutes"]).all()
+    # 4 stays of the eICU demo left the hospital before the unit, by the publisher's own times
+    later = stays.filter("hospital_death", ~pl.col("icu_death"))
+    assert len(later) and len(later.filter(pl.col("death_minute") < pl.col("icu_minutes"))) <= 4
+
+
+def test_targets_agree_with_the_outcomes(place: Callable[..., Cohort]) -> None:
+    """Mortality in hospital is the outcome of the stay; mortality within 24 hours is 1 at the hours of the last day and no others."""
+    cohort = place(hours=12)
+    outcome = cohort.store.stays.select("stay_id", "hospital_death", "death_minute", "icu_minutes")
+    hospital = cohort.samples()[0].join(outcome, on="stay_id", how="left")
+    assert hospital["stay_id"].is_unique().all() and (hospital["minute"] == 720).all()
+    assert (hospital["target"] == hospital["hospital_death"].cast(pl.Float32)).all()
+    day = place(hours=12, task="mortality_24h", rolling=True).samples()[0].join(outcome, on="stay_id", how="left")
+    left = pl.col("death_minute") - pl.col("minute")
+    assert day.filter((left <= 0).fill_null(False)).is_empty()  # nobody is predicted after death
+    assert day.filter((pl.col("target") == 1) != (left <= DAY).fill_null(False)).is_empty()
+    assert set(day["stay_id"]) == set(hospital["stay_id"])
+    died = hospital.filter(pl.col("target") == 1)
+    soon = died.filter(pl.col("death_minute") <= pl.col("icu_minutes"))  # in the unit: the last day is seen
+    assert len(soon) and set(soon["stay_id"]) <= set(day.filter(pl.col("target") == 1)["stay_id"]) <= set(
+        died["stay_id"]
+    )
+
+
+def summary(store: Store) -> pl.DataFrame:
+    """``concept, events, stays, median`` of every concept that has an event, in the order of concepts.csv."""
+    frame = store.frame(0, len(store.stays))
+    table = frame.group_by("concept").agg(
+        events=pl.len().cast(pl.Int64),
+        stays=pl.col("stay_id").n_unique().cast(pl.Int64),
+        median=pl.col("value").cast(pl.Float64).median().round(6),
+    )
+    return table.sort("concept").with_columns(pl.col("concept").cast(pl.String))
+
+
+@pytest.mark.parametrize("name", ["MIMICIV", "EICU"])
+def test_the_demos_are_read_as_before(name: str, real: Callable[[str], Path]) -> None:
+    """Counts exactly, medians to 1e-4."""
+    golden = pl.read_csv(Path(__file__).with_name(f"golden_{name.lower()}.csv"))
+    found = summary(Cohort(HOSPITALS[name](str(real(DEMOS[name])))).store)
+    counts = ("concept", "events", "stays")
+    assert found.select(counts).rows() == golden.select(counts).rows()
+    assert found["median"].to_list() == pytest.approx(golden["median"].to_list(), rel=1e-4, abs=1e-4)
