@@ -253,7 +253,7 @@ MIMIC = {
     "icu/outputevents": "stay_id,itemid,charttime,value",
     "icu/icustays": "subject_id,hadm_id,stay_id,intime,outtime",
     "icu/d_items": "itemid,label,category,linksto",
-    "icu/inputevents": "subject_id,hadm_id,stay_id,itemid,starttime,endtime,rate",
+    "icu/inputevents": "subject_id,hadm_id,stay_id,itemid,starttime,endtime,rate,statusdescription",
     "hosp/prescriptions": "subject_id,hadm_id,starttime,stoptime,drug_type,drug,route",
     "hosp/microbiologyevents": "subject_id,micro_specimen_id,chartdate,charttime,spec_type_desc,org_itemid,org_name",
 }
@@ -346,7 +346,8 @@ def test_mimic_other_definitions(tmp_path: Path) -> None:
         "prescriptions": [order("01 10:00:00")],
         "d_items": ["225798,Vancomycin,Antibiotics,inputevents", "225158,NaCl 0.9%,Fluids/Intake,inputevents"],
         "inputevents": [f"10,100,2,225798,2150-01-0{day} 10:00:00,2150-01-0{day} 11:00:00" for day in (5, 6, 7)]
-        + ["10,100,1,225158,2150-01-03 10:00:00,2150-01-03 11:00:00"],
+        + ["10,100,1,225158,2150-01-03 10:00:00,2150-01-03 11:00:00"]
+        + ["10,100,1,225798,2150-01-03 10:00:00,2150-01-03 11:00:00,,Rewritten"],  # never given
         "microbiologyevents": ["10,1,2150-01-05 00:00:00,2150-01-05 08:00:00,BLOOD,,"],
     }
     ricu = mimic(tmp_path, "ricu", **tables)

@@ -13,6 +13,7 @@ from datamodules.derive import sepsis
 from datamodules.derive.sepsis import Definition, Evidence
 from datamodules.dictionary import words
 from datamodules.hospitals.base import Tables
+from datamodules.hospitals.mimiciv.records import WITHDRAWN
 
 # Sources of antibiotics: "ordered" (hosp/prescriptions) and "given" (icu/inputevents).
 DEFINITIONS = {
@@ -62,7 +63,8 @@ def suspicion(tables: Tables, stays: pl.DataFrame, definition: Definition) -> pl
         .sort("patient_id", "starttime", "stoptime", "drug", "hadm_id")
         .select("patient_id", "hadm_id", antibiotic="drug", time="starttime", stop="stoptime", source=pl.lit("ordered"))
     )
-    given = tables["icu/inputevents"].filter(pl.col("antibiotic").is_not_null()).select(
+    administered = (pl.col("statusdescription") != WITHDRAWN).fill_null(True)
+    given = tables["icu/inputevents"].filter(pl.col("antibiotic").is_not_null(), administered).select(
         "patient_id", "hadm_id", "antibiotic", time="starttime", stop="endtime", source=pl.lit("given")
     )  # fmt: skip
     antibiotics = pl.concat([ordered, given]).with_columns(known="time")
