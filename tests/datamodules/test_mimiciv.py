@@ -345,7 +345,8 @@ def test_when_a_record_was_known(tmp_path: Path) -> None:
     assert found == [
         (60, 90, "heart_rate", 88.0),
         (60, 60, "creatinine", 1.5),
-        (60, 360, "urine", 150.0),  # the sum of a minute is known with its last part
+        (60, 360, "urine", 50.0),
+        (60, 300, "urine", 100.0),  # known without the other
         (70, 70, "norepinephrine", 0.1),
         (120, 120, "heart_rate", 89.0),
         (120, 120, "creatinine", 1.6),

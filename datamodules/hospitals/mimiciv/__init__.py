@@ -291,8 +291,13 @@ def _measured(tables: Tables, labs: str) -> pl.LazyFrame:
 
 
 def _urine(tables: Tables) -> pl.LazyFrame:
-    """Urine by the minute, net of the irrigant that was put in before and has not come out yet."""
-    rows = urine_rows(tables)
+    """Urine by the minute, net of the irrigant that was put in before and has not come out yet.
+
+    What was charted for one minute and stored at several times stays apart; from the first irrigant on it is one
+    balance, known when all of it is.
+    """
+    netted = pl.col("minute") >= pl.col("minute").filter(pl.col("put_in")).min().over("stay_id")
+    rows = urine_rows(tables).with_columns(stored=pl.when(netted.fill_null(False)).then(None).otherwise("known_minute"))
     volume = BY_NAME["urine"]
     entry = pl.col("put_in") | pl.col("value").is_between(volume.low, volume.high)
     usable = (
@@ -301,7 +306,7 @@ def _urine(tables: Tables) -> pl.LazyFrame:
         & (pl.col("unit").fill_null("mL").str.to_lowercase() == "ml")
     )
     put_in_known = pl.col("known_minute").filter(pl.col("put_in")).max()
-    summed = rows.filter(usable).group_by("stay_id", "minute").agg(
+    summed = rows.filter(usable).group_by("stay_id", "minute", "stored").agg(
         pl.col("value").sum(), pl.col("known_minute").max(), put_in_known=put_in_known, only_in=pl.col("put_in").all()
     )  # fmt: skip
     # what came out so far, less what was put in, is urine once it passes what was counted before
