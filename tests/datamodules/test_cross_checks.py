@@ -1,4 +1,5 @@
-"""What is told twice agrees: infusions and rates, SOFA and measurements, outcomes and targets; and the sizes of the demos.
+"""What is told twice agrees: infusions and rates, SOFA and measurements, outcomes and targets, records whole and cut off; and the
+sizes of the demos.
 
 Each table is compared with another one that is made from the same records by other code, on the simulated hospitals and on the
 demos where they lie beside the project. ``golden_*.csv`` hold events, stays and median of each concept of the demos; after a change
@@ -13,9 +14,12 @@ import polars as pl
 import pytest
 
 from datamodules import dictionary
+from datamodules.build import build
 from datamodules.cohort import Cohort
+from datamodules.derive.sofa import sofa
 from datamodules.dictionary import CONCEPTS, RATES
 from datamodules.hospitals import EICU, MIMICIV
+from datamodules.hospitals.base import Hospital, Tables
 from datamodules.store import Store
 
 HOSPITALS = {"MIMICIV": MIMICIV, "EICU": EICU}
@@ -171,6 +175,98 @@ def test_targets_agree_with_the_outcomes(place: Callable[..., Cohort]) -> None:
     assert len(soon) and set(soon["stay_id"]) <= set(day.filter(pl.col("target") == 1)["stay_id"]) <= set(
         died["stay_id"]
     )
+
+
+CUT = 1440
+IRRIGANT_IN = 227488
+READ = {  # by SOFA
+    *("icu/icustays", "icu/chartevents", "icu/inputevents", "icu/outputevents", "hosp/labevents"),
+    *("treatment", "apacheApsVar"),
+}
+ENTERED = {
+    "lab": "labresultrevisedoffset",
+    "nurseCharting": "nursingchartentryoffset",
+    "respiratoryCharting": "respchartentryoffset",
+    "intakeOutput": "intakeoutputentryoffset",
+}
+
+
+class CutMIMICIV(MIMICIV):
+    """MIMIC-IV as it stood at minute ``CUT`` of each stay; infusions that run go on to then."""
+
+    def tables(self, stays: pl.DataFrame) -> Tables:
+        tables = super().tables(stays)
+        start, now = pl.col("intime"), pl.col("intime") + pl.duration(minutes=CUT)
+        icu = tables["icu/icustays"]
+        of_stay, of_patient = icu.select("stay_id", "intime"), icu.select("patient_id", "intime")
+        for name in ("icu/chartevents", "icu/outputevents"):
+            known = pl.max_horizontal("charttime", "storetime") < now
+            tables[name] = tables[name].join(of_stay, on="stay_id").filter(known).drop("intime")
+        labs = tables["hosp/labevents"].join(of_patient, on="patient_id").filter(pl.col("charttime") < now)
+        tables["hosp/labevents"] = labs.drop("intime")
+        begins, ends = ((pl.col(c) - start).dt.total_seconds() // 60 for c in ("starttime", "endtime"))
+        share = (CUT - begins) / (ends - begins)
+        infused = tables["icu/inputevents"].join(of_stay, on="stay_id").filter(pl.col("starttime") < now)
+        infused = infused.with_columns(amount=pl.col("amount") * pl.when(ends > CUT).then(share).otherwise(1.0))
+        tables["icu/inputevents"] = infused.with_columns(endtime=pl.min_horizontal("endtime", now)).drop("intime")
+        return tables
+
+
+class CutEICU(EICU):
+    """eICU as it stood at minute ``CUT`` of each stay, when APACHE's first day is not yet over."""
+
+    def tables(self, stays: pl.DataFrame) -> Tables:
+        tables = super().tables(stays)
+        for name, rows in tables.items():
+            if "minute" in rows.collect_schema():
+                known = pl.max_horizontal("minute", ENTERED[name]) if name in ENTERED else pl.col("minute")
+                tables[name] = rows.filter(known < CUT)
+        return tables | {"apacheApsVar": tables["apacheApsVar"].filter(pl.lit(False))}
+
+
+def test_nothing_that_was_known_hangs_on_what_came_later(place: Callable[..., Cohort], tmp_path: Path) -> None:
+    """A record that is cut off at hour 24 holds the very events that the whole record says were known by then.
+
+    Only urine beside an irrigant is left out: a minute's balance is known when all of it is stored, so the whole record holds less.
+    """
+    cohort = place()
+    cut = build(
+        {"MIMICIV": CutMIMICIV, "EICU": CutEICU}[cohort.hospital.name](str(cohort.hospital.root)), tmp_path / "cut"
+    )
+    alone = pl.len().over("patient_id") == 1  # a laboratory value may belong to several stays of a patient
+    stays = cohort.store.stays.filter(alone if cohort.hospital.name == "MIMICIV" else True).select("stay_id")
+    output = cohort.hospital.tables(cohort.store.stays).get("icu/outputevents")
+    netted = [] if output is None else output.filter(pl.col("itemid") == IRRIGANT_IN).collect()["stay_id"].to_list()
+    urine = pl.col("concept").is_in(["urine", "urine_rate"]) & pl.col("stay_id").is_in(netted)
+
+    def known(store: Store) -> pl.DataFrame:
+        table = events(store).filter(pl.col("minute") < CUT, pl.col("known_minute") < CUT, ~urine)
+        return table.join(stays, on="stay_id", how="semi").sort("stay_id", "minute", "concept", "known_minute", "value")
+
+    whole, early = known(cohort.store), known(cut)
+    assert whole.height > 10_000
+    assert whole.drop("value").equals(early.drop("value"))
+    # a volume's share is computed anew
+    assert np.allclose(whole["value"], early["value"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_score_before_a_minute_hangs_on_nothing_that_came_later(place: Callable[..., Cohort]) -> None:
+    """SOFA of what was known before hour 24 is the same from the whole record and from one that is cut off there."""
+    cohort = place()
+    stays, store = cohort.store.stays, cohort.store
+    if cohort.hospital.name == "MIMICIV":
+        stays = stays.filter(pl.len().over("patient_id") == 1)
+    recorded = store.frame(0, len(store.stays)).join(stays, on="stay_id", how="semi").lazy()
+    cut = {"MIMICIV": CutMIMICIV, "EICU": CutEICU}[cohort.hospital.name](str(cohort.hospital.root))
+
+    def scores(hospital: Hospital) -> pl.DataFrame:
+        tables = {name: rows.collect().lazy() for name, rows in hospital.tables(stays).items() if name in READ}
+        found = sofa(hospital.sofa_inputs(tables, recorded, stays, CUT), hospital.sofa)
+        return found.filter(pl.col("end_minute") < CUT, pl.col("stay_id").is_in(stays["stay_id"].implode()))
+
+    whole = scores(cohort.hospital)
+    assert whole["sofa_24h"].max() > 5  # type: ignore[operator]
+    assert whole.equals(scores(cut))
 
 
 def summary(store: Store) -> pl.DataFrame:
