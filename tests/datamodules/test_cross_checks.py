@@ -19,7 +19,7 @@ from datamodules.cohort import Cohort
 from datamodules.derive.sofa import sofa
 from datamodules.dictionary import CONCEPTS, RATES
 from datamodules.hospitals import EICU, MIMICIV
-from datamodules.hospitals.base import Hospital, Tables
+from datamodules.hospitals.base import Tables
 from datamodules.store import Store
 
 HOSPITALS = {"MIMICIV": MIMICIV, "EICU": EICU}
@@ -179,15 +179,17 @@ def test_targets_agree_with_the_outcomes(place: Callable[..., Cohort]) -> None:
 
 CUT = 1440
 IRRIGANT_IN = 227488
-READ = {  # by SOFA
+READ = {  # by SOFA and by the definitions of sepsis
     *("icu/icustays", "icu/chartevents", "icu/inputevents", "icu/outputevents", "hosp/labevents"),
-    *("treatment", "apacheApsVar"),
+    *("hosp/prescriptions", "hosp/microbiologyevents"),
+    *("treatment", "apacheApsVar", "patient", "admissionDx", "medication", "infusionDrug", "diagnosis", "microLab"),
 }
 ENTERED = {
     "lab": "labresultrevisedoffset",
     "nurseCharting": "nursingchartentryoffset",
     "respiratoryCharting": "respchartentryoffset",
     "intakeOutput": "intakeoutputentryoffset",
+    "medication": "drugorderoffset",
 }
 
 
@@ -209,6 +211,9 @@ class CutMIMICIV(MIMICIV):
         infused = tables["icu/inputevents"].join(of_stay, on="stay_id").filter(pl.col("starttime") < now)
         infused = infused.with_columns(amount=pl.col("amount") * pl.when(ends > CUT).then(share).otherwise(1.0))
         tables["icu/inputevents"] = infused.with_columns(endtime=pl.min_horizontal("endtime", now)).drop("intime")
+        taken = pl.coalesce("charttime", pl.col("chartdate") + pl.duration(days=1)) < now  # a date is over at its end
+        for name, known in (("hosp/prescriptions", pl.col("starttime") < now), ("hosp/microbiologyevents", taken)):
+            tables[name] = tables[name].join(of_patient, on="patient_id").filter(known).drop("intime")
         return tables
 
 
@@ -218,7 +223,7 @@ class CutEICU(EICU):
     def tables(self, stays: pl.DataFrame) -> Tables:
         tables = super().tables(stays)
         for name, rows in tables.items():
-            if "minute" in rows.collect_schema():
+            if "minute" in rows.collect_schema() and name != "microLab":  # taken then, but grown later
                 known = pl.max_horizontal("minute", ENTERED[name]) if name in ENTERED else pl.col("minute")
                 tables[name] = rows.filter(known < CUT)
         return tables | {"apacheApsVar": tables["apacheApsVar"].filter(pl.lit(False))}
@@ -250,23 +255,41 @@ def test_nothing_that_was_known_hangs_on_what_came_later(place: Callable[..., Co
     assert np.allclose(whole["value"], early["value"], rtol=1e-5, atol=1e-6)
 
 
-def test_a_score_before_a_minute_hangs_on_nothing_that_came_later(place: Callable[..., Cohort]) -> None:
-    """SOFA of what was known before hour 24 is the same from the whole record and from one that is cut off there."""
+def test_scores_and_suspicions_hang_on_nothing_that_came_later(place: Callable[..., Cohort]) -> None:
+    """SOFA of what was known before hour 24, and the suspicions that were known by then under every definition, are the same from
+    the whole record and from one that is cut off there."""
     cohort = place()
     stays, store = cohort.store.stays, cohort.store
     if cohort.hospital.name == "MIMICIV":
         stays = stays.filter(pl.len().over("patient_id") == 1)
     recorded = store.frame(0, len(store.stays)).join(stays, on="stay_id", how="semi").lazy()
     cut = {"MIMICIV": CutMIMICIV, "EICU": CutEICU}[cohort.hospital.name](str(cohort.hospital.root))
+    held = [
+        {name: rows.collect().lazy() for name, rows in hospital.tables(stays).items() if name in READ}
+        for hospital in (cohort.hospital, cut)
+    ]
 
-    def scores(hospital: Hospital) -> pl.DataFrame:
-        tables = {name: rows.collect().lazy() for name, rows in hospital.tables(stays).items() if name in READ}
-        found = sofa(hospital.sofa_inputs(tables, recorded, stays, CUT), hospital.sofa)
+    def scores(tables: Tables) -> pl.DataFrame:
+        found = sofa(cohort.hospital.sofa_inputs(tables, recorded, stays, CUT), cohort.hospital.sofa)
         return found.filter(pl.col("end_minute") < CUT, pl.col("stay_id").is_in(stays["stay_id"].implode()))
 
-    whole = scores(cohort.hospital)
+    whole, early = (scores(tables) for tables in held)
     assert whole["sofa_24h"].max() > 5  # type: ignore[operator]
-    assert whole.equals(scores(cut))
+    assert whole.equals(early)
+    columns = ("stay_id", "evidence", "antibiotic", "suspected_minute", "known_minute")
+    compared = 0
+    for definition in cohort.hospital.definitions.values():
+        found, earlier = (
+            cohort.hospital.suspicion(tables, stays, definition)
+            .filter(pl.col("suspected_minute").is_not_null(), pl.col("known_minute") < CUT)
+            .join(stays, on="stay_id", how="semi")
+            .select(columns)
+            .sort(columns)
+            for tables in held
+        )
+        assert found.equals(earlier), definition
+        compared += len(found)
+    assert compared > 100
 
 
 def summary(store: Store) -> pl.DataFrame:
