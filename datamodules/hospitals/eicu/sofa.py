@@ -42,7 +42,8 @@ def sofa_inputs(tables: Tables, events: pl.LazyFrame, stays: pl.DataFrame, befor
         return recorded.filter(pl.col("concept") == concept).select("stay_id", "minute", "value")
 
     last = recorded.group_by("stay_id").agg(last=pl.col("minute").max())
-    end = pl.coalesce("icu_minutes", pl.col("last") + 1)
+    end = pl.coalesce("icu_minutes", pl.col("last") + 1 if before is None else before)
+    end = end if before is None else pl.min_horizontal(end, before)
     spans = stays.lazy().join(last, on="stay_id", how="left").with_columns(end=end).filter(pl.col("end").is_not_null())
     hour = (-(-pl.col("minute") // 60) * 60).cast(pl.Int32)
     fio2 = records("fio2").group_by("stay_id", "minute").agg(fio2=pl.col("value").max())

@@ -300,20 +300,20 @@ def _urine(tables: Tables) -> pl.LazyFrame:
         & entry.fill_null(False)
         & (pl.col("unit").fill_null("mL").str.to_lowercase() == "ml")
     )
-    put_in_known = pl.col("known_minute").filter(pl.col("put_in")).max()
-    summed = rows.filter(usable).group_by("stay_id", "minute").agg(
-        pl.col("value").sum(), pl.col("known_minute").max(), put_in_known=put_in_known, only_in=pl.col("put_in").all()
+    at = ["stay_id", "known_minute", "minute"]
+    summed = rows.filter(usable).group_by(at).agg(
+        pl.col("value").sum(), only_in=pl.col("put_in").all(), put_in=pl.col("put_in").any()
     )  # fmt: skip
+
+    def so_far(expression: pl.Expr) -> pl.Expr:  # in the order in which it was known
+        return expression.over("stay_id", order_by=["known_minute", "minute"])
+
     # what came out so far, less what was put in, is urine once it passes what was counted before
     balance = summed.with_columns(
-        total=pl.max_horizontal(pl.col("value").cum_sum().over("stay_id", order_by="minute"), 0.0),
-        put_in_known=pl.col("put_in_known").cum_max().forward_fill().over("stay_id", order_by="minute"),
-    ).with_columns(pl.col("total").cum_max().over("stay_id", order_by="minute"))
-    passed = (pl.col("total") - pl.col("total").shift(fill_value=0).over("stay_id", order_by="minute")).round(6)
-    net = balance.with_columns(
-        value=pl.when(pl.col("put_in_known").is_not_null()).then(passed).otherwise("value"),
-        known_minute=pl.max_horizontal("known_minute", "put_in_known"),
-    )
+        total=pl.max_horizontal(so_far(pl.col("value").cum_sum()), 0.0), irrigated=so_far(pl.col("put_in").cum_max())
+    ).with_columns(so_far(pl.col("total").cum_max()))
+    passed = (pl.col("total") - so_far(pl.col("total").shift(fill_value=0))).round(6)
+    net = balance.with_columns(value=pl.when("irrigated").then(passed).otherwise("value"))
     urine = as_events(net.filter(~pl.col("only_in")).with_columns(concept=pl.lit("urine"), unit=pl.lit("mL")))
     return pl.concat([urine, as_events(rows.filter(~usable).with_columns(concept=pl.lit("urine")))])
 
