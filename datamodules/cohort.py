@@ -14,14 +14,15 @@ import polars as pl
 from filelock import FileLock
 
 from datamodules.build import bucket_tables, build, fingerprint, writing
-from datamodules.derive.sepsis import SEPSIS3, SUSPICION, check_definition, known_septic, sepsis3, summarise
-from datamodules.derive.sofa import SOFA, sofa
-from datamodules.hospitals.base import Hospital, Split
+from datamodules.derive.sepsis import check_definition, known_septic, sepsis3, summarise
+from datamodules.derive.sofa import sofa
+from datamodules.dictionary import RATES, limits
+from datamodules.hospitals.base import Hospital, Split, Tables
 from datamodules.schema import INFUSIONS
 from datamodules.store import Store
 
 Step = Callable[[str, int, int], None]
-SCHEMAS = {"sofa": SOFA, "suspicion": SUSPICION, "sepsis3": SEPSIS3, "vasopressors": INFUSIONS}
+Bucket = Callable[[Tables, pl.DataFrame, pl.LazyFrame], dict[str, pl.DataFrame]]  # kept rows, stays, events -> tables
 FEWEST_HOSPITALS = 10  # fewest hospitals that can be divided in three
 
 
@@ -49,42 +50,50 @@ class Cohort:
 
     # ---- tables derived from the store ----------------------------------------------------------------------------------
 
+    def infusions(self) -> Path:
+        """Vasoactive infusions of the whole record, schema ``INFUSIONS``, rates clipped to their range as in the events."""
+
+        def bucket(tables: Tables, stays: pl.DataFrame, events: pl.LazyFrame) -> dict[str, pl.DataFrame]:
+            return {"vasopressors": _within_range(self.hospital.infusions(tables, stays)).collect()}
+
+        return self._derived("infusions", {}, bucket, "infusions") / "vasopressors.parquet"
+
     def sepsis_tables(self) -> dict[str, Path]:
-        """ "sofa", "suspicion", "sepsis3" and "vasopressors" of the whole record: retrospective tables, for labels and for people.
+        """ "sofa", "suspicion" and "sepsis3" of the whole record: retrospective tables, for labels and for people.
 
         They may look ahead, as mimic-code's SQL does; nothing that a model sees or a cohort is chosen by reads them.
 
         Raises:
             ValueError: the hospital carries no antibiotics and cultures, or has no such definition.
+            FileNotFoundError: a table that they are made of is not there.
         """
-        hospital = self.hospital
-        definition = self._definition()
+        hospital, definition = self.hospital, self._definition()
 
-        def bucket(number: int, stays: pl.DataFrame, events: pl.LazyFrame) -> dict[str, pl.DataFrame]:
-            tables = bucket_tables(self.store.folder, number)
-            scores = sofa(hospital.sofa_inputs(tables, events, stays), hospital.sofa)
+        def bucket(tables: Tables, stays: pl.DataFrame, events: pl.LazyFrame) -> dict[str, pl.DataFrame]:
             suspected = hospital.suspicion(tables, stays, definition)
-            infusions = hospital.infusions(tables, stays).collect()
-            septic = sepsis3(suspected, scores, definition)
-            return {"sofa": scores, "suspicion": suspected, "sepsis3": septic, "vasopressors": infusions}
+            scores = sofa(hospital.sofa_inputs(tables, events, stays), hospital.sofa)
+            return {"sofa": scores, "suspicion": suspected, "sepsis3": sepsis3(suspected, scores, definition)}
 
-        folder = self._derived("sepsis", {}, bucket, "scoring SOFA and sepsis")
-        return {path.stem: path for path in sorted(folder.glob("*.parquet"))}
+        options = {"definition": hospital.definition, **asdict(hospital.sofa), **hospital.sepsis_options()}
+        folder = self._derived(f"sepsis-{hospital.definition}", options, bucket, "scoring SOFA and sepsis")
+        return {name: folder / f"{name}.parquet" for name in ("sofa", "suspicion", "sepsis3")}
 
     def known_septic(self) -> pl.DataFrame:
         """Stays that were known to be septic strictly before the (first) prediction, schema ``SEPSIS3``."""
-        hospital, before = self.hospital, self.hospital.task.hours * 60
-        definition = self._definition()
+        hospital, definition, before = self.hospital, self._definition(), self.hospital.task.hours * 60
 
-        def bucket(number: int, stays: pl.DataFrame, events: pl.LazyFrame) -> dict[str, pl.DataFrame]:
-            tables = bucket_tables(self.store.folder, number)
-            scores = sofa(hospital.sofa_inputs(tables, events, stays, before), hospital.sofa)
+        def bucket(tables: Tables, stays: pl.DataFrame, events: pl.LazyFrame) -> dict[str, pl.DataFrame]:
             suspected = hospital.suspicion(tables, stays, definition)
+            scores = sofa(hospital.sofa_inputs(tables, events, stays, before), hospital.sofa)
             return {"sepsis3": known_septic(suspected, scores, definition, before)}
 
-        folder = self._derived(
-            "known", {"before": before, "labs": hospital.labs}, bucket, "finding who is known to be septic"
-        )
+        options = {
+            "definition": hospital.definition,
+            **asdict(hospital.sofa),
+            **hospital.sepsis_options(),
+            "before": before,
+        }
+        folder = self._derived(f"known-{hospital.definition}", options, bucket, "finding who is known to be septic")
         return pl.read_parquet(folder / "sepsis3.parquet")
 
     def onset(self) -> pl.DataFrame:
@@ -112,14 +121,11 @@ class Cohort:
             self.hospital.suspicion({}, self.store.stays, None)  # type: ignore[arg-type]  # says that it carries none
         return check_definition(self.hospital.definition, self.hospital.definitions, self.hospital.name)
 
-    def _derived(
-        self, kind: str, options: dict[str, Any], bucket: Callable[..., dict[str, pl.DataFrame]], text: str
-    ) -> Path:
-        """Tables made bucket by bucket and kept beside the store: computed once per definition and options."""
+    def _derived(self, kind: str, options: dict[str, Any], bucket: Bucket, text: str) -> Path:
+        """Tables made bucket by bucket and kept beside the store: computed once for each set of options."""
         hospital, store = self.hospital, self.store
-        named = {"definition": hospital.definition, **asdict(hospital.sofa), **hospital.sepsis_options(), **options}
-        key = hashlib.blake2b(json.dumps(named, sort_keys=True).encode(), digest_size=8).hexdigest()
-        folder = store.folder / "derived" / f"{kind}-{hospital.definition}-{key}"
+        key = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=8).hexdigest()
+        folder = store.folder / "derived" / f"{kind}-{key}"
         if folder.exists():
             return folder
         with writing(folder):
@@ -130,22 +136,29 @@ class Cohort:
                 partial = folder.with_name(f"{folder.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-                buckets, septic = store.buckets(), []
-                for number, (start, stop) in enumerate(buckets):
-                    self.step(text, number, len(buckets))
-                    events = store.frame(start, stop).lazy()
-                    tables = bucket(number, store.stays[start:stop], events)
-                    septic.append(tables.pop("sepsis3"))
-                    for name, table in tables.items():
-                        table.write_parquet(partial / f"{name}-{number:05d}.part")
-                for name in tables:
-                    parts = sorted(partial.glob(f"{name}-*.part"))
-                    pl.scan_parquet(parts).sink_parquet(partial / f"{name}.parquet")
-                    for part in parts:
-                        part.unlink()
-                chosen = hospital.septic_stays(pl.concat(septic), store.stays)
-                chosen.write_parquet(partial / "sepsis3.parquet")
-                self.step(text, len(buckets), len(buckets))
+                try:
+                    buckets = store.buckets()
+                    for number, (start, stop) in enumerate(buckets):
+                        self.step(text, number, len(buckets))
+                        tables, events = bucket_tables(store.folder, number), store.frame(start, stop).lazy()
+                        made = bucket(tables, store.stays[start:stop], events)
+                        for name, table in made.items():
+                            table.write_parquet(partial / f"{name}-{number:05d}.part")
+                    for name in made:
+                        parts = sorted(partial.glob(f"{name}-*.part"))
+                        rows = pl.scan_parquet(parts)
+                        if name == "sepsis3":
+                            rows = hospital.septic_stays(rows.collect(), store.stays).lazy()
+                        rows.sink_parquet(partial / f"{name}.parquet")
+                        for part in parts:
+                            part.unlink()
+                    self.step(text, len(buckets), len(buckets))
+                except (
+                    ValueError,
+                    FileNotFoundError,
+                ):  # the raw files must change, and with them the name of the store
+                    shutil.rmtree(partial)
+                    raise
                 partial.replace(folder)
         return folder
 
@@ -233,6 +246,13 @@ class Cohort:
         ids = stays[group].unique()
         split = [_split_of(f"{hospital.seed}:{i}") for i in ids]
         return stays.select(pl.col(group).replace_strict(ids, pl.Series(split, dtype=pl.String)))[group]
+
+
+def _within_range(infusions: pl.LazyFrame) -> pl.LazyFrame:
+    """Rates clipped to the range of their concept, as in the events."""
+    ranges = limits(*RATES).with_columns(drug=pl.col("concept").cast(pl.String)).drop("concept")
+    joined = infusions.join(ranges, on="drug", how="left", maintain_order="left")
+    return joined.with_columns(rate=pl.col("rate").clip(pl.col("low"), pl.col("high"))).select(*INFUSIONS)
 
 
 def rows_of(samples: pl.DataFrame, split: Split, hospital: Hospital) -> np.ndarray:

@@ -22,18 +22,12 @@ from datamodules import raw
 from datamodules.derive.sepsis import Definition
 from datamodules.derive.sofa import Inputs
 from datamodules.derive.treatment import estimated_events, rate_events, ventilation_events
-from datamodules.dictionary import BY_NAME, CONCEPT, care_unit, concept_of, words
+from datamodules.dictionary import BY_NAME, care_unit, concept_of, words
 from datamodules.hospitals.base import Hospital, Tables
-from datamodules.hospitals.eicu import infection, infusions, sofa
+from datamodules.hospitals.eicu import flowsheet, infection, infusions, sofa
+from datamodules.hospitals.eicu.flowsheet import entered
 from datamodules.schema import STAYS, as_events, conform
 
-OUTPUT_CELLS = "flowsheet|flowsheet cell labels|i&o|output (ml)|"
-INTAKE_CELLS = "flowsheet|flowsheet cell labels|i&o|intake (ml)|"
-# cells below INTAKE_CELLS that are no volume into a vein: by mouth or tube, sums of other cells, doses [P]
-NOT_INTRAVENOUS = r"total|p\.o|\bpo\b|oral|enteral|tube|gastric|jejun|meal|feed|formula|irrigant|\(mcg\)|^intake$|^misc|^#|^insulin$|^fentanyl$"
-PARENTERAL_NUTRITION = r"tpn|ppn|lipid|fat emulsion"
-WEIGHT_CELLS = {"|bodyweight (kg)": "kg", "|bodyweight (lb)": "lb"}  # [E: pivoted-weight.sql]
-ENTRY_MAX = 2000  # mL in one entry [P]: the demo goes up to 7,746, a shift's total or a typing error
 DAY = 1440  # minutes
 LAB_COLUMNS = {"labname": "str", "labresult": "float", "labmeasurenamesystem": "str", "labmeasurenameinterface": "str"}
 RESULT = ["stay_id", "labname", "minute"]  # revisions of one result share these
@@ -159,7 +153,7 @@ class EICU(Hospital):
             mapped = pl.col(label).is_in({c[0] for c in cells}) & pl.col(name).is_in({c[1] for c in cells})
             named["nurseCharting"] = nurse.filter(mapped)
         for table, (offset, columns, optional) in infection.TABLES.items():
-            if raw.find(self.root, table):
+            if set(columns) <= set(raw.columns(self.root, table)):  # ``suspicion`` asks for it where it is needed
                 named[table] = self._scan(table, offset, columns, optional)
         return named
 
@@ -173,7 +167,7 @@ class EICU(Hospital):
             _apache(tables["apacheApsVar"]),
             _respiratory(tables["respiratoryCharting"]),
             _ventilation(tables),
-            _volumes(tables["intakeOutput"]),
+            flowsheet.volumes(tables["intakeOutput"]),
             rate_events(running),
             estimated_events(running),
             infusions.refused(tables, stays),
@@ -192,11 +186,9 @@ class EICU(Hospital):
 
     def suspicion(self, tables: Tables, stays: pl.DataFrame, definition: Definition) -> pl.DataFrame:
         """See ``infection.py``."""
-        missing = [table for table in infection.TABLES if table not in tables and table != "admissionDx"]
-        if missing:
-            raise FileNotFoundError(
-                f"no table {missing[0]} in {self.root}: Sepsis needs it; expected {missing[0]}.csv.gz (or .csv, .parquet)"
-            )
+        for table, (offset, columns, optional) in infection.TABLES.items():
+            if table not in tables and table != "admissionDx":
+                self._scan(table, offset, columns, optional)  # says what is missing
         return infection.suspicion(tables, stays, definition)
 
     def septic_stays(self, septic: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
@@ -266,11 +258,6 @@ def _mapped(rows: pl.LazyFrame, table: str, column: str) -> pl.LazyFrame:
     return rows.join(concept_of("eicu", "label", table=table).lazy(), left_on=column, right_on="label")
 
 
-def _entered(rows: pl.LazyFrame, entry: str) -> pl.LazyFrame:
-    """Add ``known_minute``: when a record was entered, if that came after the minute that it is charted for."""
-    return rows.with_columns(known_minute=pl.max_horizontal("minute", pl.col(entry).cast(pl.Int32)))
-
-
 def _fraction(value: str) -> pl.Expr:
     """The unit of an oxygen share written without one: up to 1 it is a fraction [E: pivoted-bg.sql takes 0.2-1 and 20-100]."""
     return pl.when(pl.col(value) <= 1).then(pl.lit("fraction"))
@@ -324,7 +311,7 @@ def _nurse(rows: pl.LazyFrame) -> pl.LazyFrame:
         cell=pl.concat_str(label, name, separator="|"), value=raw.number(pl.col("nursingchartvalue"))
     )
     written = pl.col("nursingchartvalue").is_not_null()
-    return as_events(_mapped(_entered(rows.filter(written), "nursingchartentryoffset"), "nurseCharting", "cell"))
+    return as_events(_mapped(entered(rows.filter(written), "nursingchartentryoffset"), "nurseCharting", "cell"))
 
 
 def _apache(rows: pl.LazyFrame) -> pl.LazyFrame:
@@ -339,7 +326,7 @@ def _apache(rows: pl.LazyFrame) -> pl.LazyFrame:
 def _respiratory(rows: pl.LazyFrame) -> pl.LazyFrame:
     """FiO2 (text may end in "%") and PEEP (cmH2O)."""
     rows = _mapped(rows, "respiratoryCharting", "respchartvaluelabel").filter(pl.col("respchartvalue").is_not_null())
-    rows = _entered(rows.with_columns(value=raw.number(pl.col("respchartvalue"))), "respchartentryoffset")
+    rows = entered(rows.with_columns(value=raw.number(pl.col("respchartvalue"))), "respchartentryoffset")
     return as_events(rows.with_columns(unit=pl.when(pl.col("concept") == "fio2").then(_fraction("value"))))
 
 
@@ -370,7 +357,7 @@ def _ventilation(tables: Tables) -> pl.LazyFrame:
         for c, to in (("ventstartoffset", 2), ("ventendoffset", 0))
     ]
     signs = words("eicu_breathing").with_columns(pl.col("level").cast(pl.Int32)).lazy()
-    rows = _entered(
+    rows = entered(
         tables["respiratoryCharting"].rename({"respcharttypecat": "category", "respchartvaluelabel": "label"}),
         "respchartentryoffset",
     ).with_columns(value=pl.col("respchartvalue").str.to_lowercase().str.strip_chars())
@@ -390,47 +377,3 @@ def _ventilation(tables: Tables) -> pl.LazyFrame:
     charted = rows.select("stay_id", minute="known_minute", level=of_row)
     parts = [part.cast({"level": pl.Int32, "minute": pl.Int32}) for part in (written, *ahead, charted)]
     return ventilation_events(pl.concat(parts).drop_nulls())
-
-
-def _volumes(rows: pl.LazyFrame) -> pl.LazyFrame:
-    """Urine (mL, clipped at 2,000 an entry), volumes given into a vein (mL, likewise clipped) and charted body weight.
-
-    The urine cells are those of [E: pivoted-uo.sql] and a few further names (in the demo 1,330 rows of "Indwelling Catheter
-    Output"), without the cells that hold a count of voids or of incontinence: a "1" there is an occasion, not a millilitre.
-    """
-    rows = rows.with_columns(
-        dropped=pl.when(~pl.struct(rows.collect_schema().names()).is_first_distinct()).then(pl.lit("duplicate"))
-    )
-    cells = rows.select("cellpath").unique().with_columns(concept_of_cell(pl.col("cellpath")))
-    rows = rows.join(cells, on="cellpath").drop_nulls("concept")
-    in_kg = rows.filter(pl.col("unit") == "kg").select("stay_id", "minute", charted=pl.lit(True)).unique()
-    rows = rows.join(in_kg, on=["stay_id", "minute"], how="left")
-    rows = rows.filter(pl.col("unit").ne_missing("lb") | pl.col("charted").is_null())  # the same weight in both
-    rows = _entered(rows, "intakeoutputentryoffset").with_columns(value="cellvaluenumeric")
-    volume = pl.col("concept").is_in(["urine", "fluids"])
-    clipped = rows.with_columns(
-        value=pl.when(volume).then(pl.col("value").clip(upper_bound=ENTRY_MAX)).otherwise("value")
-    )
-    added = volume & pl.col("dropped").is_null() & (pl.col("value") >= 0).fill_null(False)
-    at = ["stay_id", "minute", "known_minute", "concept"]
-    summed = clipped.filter(added).group_by(at).agg(pl.col("value").sum())  # two catheters, two bags
-    return pl.concat([as_events(summed), as_events(clipped.filter(~added))])
-
-
-def concept_of_cell(cellpath: pl.Expr) -> tuple[pl.Expr, pl.Expr]:
-    """``concept`` (urine, fluids, weight or null) and ``unit`` of a flowsheet cell."""
-    listed = {kind: cells["cell"].to_list() for (kind,), cells in words("eicu_urine_cells").group_by("match")}
-    path = cellpath.str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
-    cell = path.str.strip_prefix(OUTPUT_CELLS)
-    named = cell.is_in(listed["exact"]) | cell.str.contains("|".join(listed["regex"]))
-    urine = path.str.starts_with(OUTPUT_CELLS) & named & ~cell.str.contains("|".join(listed["not"]))
-    intake = path.str.strip_prefix(INTAKE_CELLS)
-    parenteral = ~intake.str.starts_with("nutrition") | intake.str.contains(PARENTERAL_NUTRITION)
-    vein = path.str.starts_with(INTAKE_CELLS) & parenteral & ~intake.str.contains(NOT_INTRAVENOUS)
-    unit = pl.lit(None, pl.String)
-    for ending, name in WEIGHT_CELLS.items():
-        unit = pl.when(path.str.ends_with(ending)).then(pl.lit(name)).otherwise(unit)
-    concept = (
-        pl.when(urine).then(pl.lit("urine")).when(vein).then(pl.lit("fluids")).when(unit.is_not_null()).then(pl.lit("weight"))
-    )  # fmt: skip
-    return concept.cast(CONCEPT).alias("concept"), unit.alias("unit")

@@ -12,6 +12,7 @@ import polars as pl
 from datamodules import raw
 from datamodules.dictionary import BY_NAME, words
 from datamodules.hospitals.base import Tables
+from datamodules.hospitals.eicu import flowsheet
 from datamodules.schema import INFUSIONS, as_events
 
 # charted unit, lower case without spaces -> (mcg per minute in one unit of it, whether it is already per kg)
@@ -62,7 +63,7 @@ INFUSION_ROWS: dict[str, pl.DataType] = {
     "source_unit": pl.String(),  # last parenthesis of the name in lower case without spaces, "" where there is none
     "kind": pl.String(),  # native, zero, scaled, weight, concentration, unresolved
     "weight": pl.Float64(),  # kg, null unknown
-    "weight_source": pl.String(),  # infusion, admission, null unknown
+    "weight_source": pl.String(),  # infusion, admission, flowsheet (the last one charted), null unknown
     "rate": pl.Float64(),  # mcg/kg/min (vasopressin: units/h), null where it cannot be told or is outside the accepted range
 }
 
@@ -134,7 +135,7 @@ def infusion_rows(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
 
     ``kind`` says how the rate was found: "native" (already in the target unit), "zero" (a rate of 0 or "OFF" is 0 in every
     unit, also where the unit is empty), "scaled" (another unit of mass or time), "weight" (divided by the weight charted with
-    the infusion, else by the admission weight), "concentration" (mL/h times a typical concentration, then by the weight) or
+    the infusion, else that of admission, else the last one charted), "concentration" (mL/h times a typical concentration, then by the weight) or
     "unresolved". A rate outside the concept's accepted range is null; ``kind`` keeps how it was computed.
     """
     names = words("eicu_infusion_names").lazy()
@@ -147,6 +148,8 @@ def infusion_rows(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
     table = table.join(
         stays.lazy().select("stay_id", admission=pl.col("weight").cast(pl.Float64)), on="stay_id", how="inner"
     )
+    last = flowsheet.weights(tables["intakeOutput"]).sort("known_minute").rename({"known_minute": "minute"})
+    table = table.sort("minute").join_asof(last, on="minute", by="stay_id", check_sortedness=False)
 
     own = raw.number(pl.col("patientweight"))
     own = pl.when(own.is_between(BY_NAME["weight"].low, BY_NAME["weight"].high)).then(own)
@@ -155,6 +158,8 @@ def infusion_rows(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
         .then(pl.lit("infusion"))
         .when(pl.col("admission").is_not_null())
         .then(pl.lit("admission"))
+        .when(pl.col("kg").is_not_null())
+        .then(pl.lit("flowsheet"))
     )
     charted = pl.col("drugrate").str.strip_chars()
     number = (
@@ -162,7 +167,7 @@ def infusion_rows(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
         .then(0.0)
         .otherwise(raw.number(pl.when(~charted.str.contains("%")).then(charted)))
     )
-    table = table.with_columns(weight=pl.coalesce(own, "admission"), weight_source=source, number=number)
+    table = table.with_columns(weight=pl.coalesce(own, "admission", "kg"), weight_source=source, number=number)
 
     rate, kind = _rate()
     low, high = (

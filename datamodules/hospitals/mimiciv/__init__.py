@@ -135,9 +135,9 @@ class MIMICIV(Hospital):
             "icu/outputevents": output.join(icu.lazy().select("stay_id", "patient_id"), on="stay_id"),
             "icu/inputevents": _inputevents(self),
         }
-        if raw.find(self.root, "hosp/prescriptions"):
+        if set(infection.ORDER) <= set(raw.columns(self.root, "hosp/prescriptions")):
             named["hosp/prescriptions"] = self._orders.lazy()
-        if raw.find(self.root, "hosp/microbiologyevents"):
+        if set(infection.SPECIMEN) <= set(raw.columns(self.root, "hosp/microbiologyevents")):
             named["hosp/microbiologyevents"] = infection.specimens(self.root)
         return named
 
@@ -176,11 +176,10 @@ class MIMICIV(Hospital):
 
     def suspicion(self, tables: Tables, stays: pl.DataFrame, definition: Definition) -> pl.DataFrame:
         """See ``infection.py``."""
-        for table in ("hosp/prescriptions", "hosp/microbiologyevents"):
-            if table not in tables:
-                raise FileNotFoundError(
-                    f"no table {table} in {self.root}: Sepsis-3 needs it; expected {table}.csv.gz (or .csv, .parquet)"
-                )
+        if "hosp/prescriptions" not in tables:
+            infection.antibiotic_orders(self.root)  # says what is missing
+        if "hosp/microbiologyevents" not in tables:
+            infection.specimens(self.root)
         return infection.suspicion(tables, stays, definition)
 
     @cached_property

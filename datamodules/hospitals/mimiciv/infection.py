@@ -41,6 +41,10 @@ DEFINITIONS = {
     ),
 }
 
+ORDER = {"subject_id": "int", "hadm_id": "int", "starttime": "time", "stoptime": "time"}
+ORDER |= {"drug_type": "str", "drug": "str", "route": "str"}
+SPECIMEN = {"subject_id": "int", "micro_specimen_id": "int", "chartdate": "time", "charttime": "time"}
+SPECIMEN |= {"spec_type_desc": "str", "org_itemid": "int", "org_name": "str"}
 NO_CULTURE = (90856, 90760)  # organism items that say "negative" and "cancelled"
 NOT_SYSTEMIC_ROUTES = ("OU", "OS", "OD", "AU", "AS", "AD", "TP")
 NOT_SYSTEMIC_DRUGS = ["cream", "desensitization", "ophth oint", "gel"]
@@ -77,13 +81,11 @@ def antibiotic_orders(root: Path) -> pl.DataFrame:
 
     A drug and route that were ordered once, for any patient, as other than a base solution count in every order, as in the SQL.
     """
-    columns = {"subject_id": "int", "hadm_id": "int", "starttime": "time", "stoptime": "time"}
-    columns |= {"drug_type": "str", "drug": "str", "route": "str"}
     fragments = words("antibiotics")["fragment"].to_list()
     drug, route = pl.col("drug").str.to_lowercase(), pl.col("route").str.to_lowercase()
 
     def named() -> pl.DataFrame:
-        table = raw.scan(root, "hosp/prescriptions", columns)
+        table = raw.scan(root, "hosp/prescriptions", ORDER)
         return table.filter(drug.str.contains_any(fragments)).collect(engine="streaming")
 
     orders = raw.attempt(root, "hosp/prescriptions", named)
@@ -99,14 +101,7 @@ def antibiotic_orders(root: Path) -> pl.DataFrame:
 
 def specimens(root: Path) -> pl.LazyFrame:
     """Rows of ``hosp/microbiologyevents`` with the columns that are read."""
-    columns = {
-        "subject_id": "int",
-        "micro_specimen_id": "int",
-        "chartdate": "time",
-        "charttime": "time",
-        "spec_type_desc": "str",
-    }
-    table = raw.scan(root, "hosp/microbiologyevents", {**columns, "org_itemid": "int", "org_name": "str"})
+    table = raw.scan(root, "hosp/microbiologyevents", SPECIMEN)
     return table.rename({"subject_id": "patient_id"})
 
 
