@@ -50,7 +50,9 @@ class Hospital(ABC):
     name = ""
     raw_tables: tuple[str, ...] = ()  # without the first there are no data
     partition = "stay_id"  # the column by which ``tables`` belong together: stay_id or patient_id
-    definitions: ClassVar[dict[str, Definition]] = {}  # of Sepsis-3, the default first; empty where the data cannot tell
+    definitions: ClassVar[
+        dict[str, Definition]
+    ] = {}  # of Sepsis-3, the default first; empty where the data cannot tell
 
     def __init__(
         self,
