@@ -6,11 +6,10 @@ static features known at admission; nothing else reaches a batch, and ``check_st
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import polars as pl
 
-TaskName = Literal["mortality_hospital", "mortality_24h", "sepsis_onset"]
 OUTCOMES = ("icu_minutes", "discharge_minute", "death_minute", "hospital_death", "icu_death", "sepsis_minute")
 STATICS = ("age", "sex", "unit", "admit_minute")
 DAY = 24 * 60
@@ -61,6 +60,11 @@ TASKS: dict[str, Label] = {
         at_risk=lambda task: pl.lit(True) if task.after_onset else (_MINUTE < _ONSET).fill_null(True),
     ),
 }
+
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASKS)]  # what ``--data.task`` may be
 
 
 @dataclass(frozen=True)
