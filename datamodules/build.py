@@ -367,6 +367,7 @@ class _Counts:
                 "not_a_number": reasons["not_a_number"],
                 "out_of_range": reasons["out_of_range"],
                 "withdrawn": reasons["withdrawn"],
+                "contradictory": reasons["contradictory"],
                 "clipped": self.states[:, CLIPPED],
             }
         )

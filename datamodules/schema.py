@@ -31,7 +31,7 @@ STAYS: dict[str, pl.DataType] = {
 }
 
 # Why a row that was read is not kept as it stands; null = it is.
-DROPPED = pl.Enum(["duplicate", "withdrawn", "not_a_number", "unmapped_unit", "out_of_range"])
+DROPPED = pl.Enum(["duplicate", "withdrawn", "contradictory", "not_a_number", "unmapped_unit", "out_of_range"])
 
 # What a hospital makes of its raw tables. A row that it rejects itself is given with the reason, so that it is counted.
 EVENTS: dict[str, pl.DataType] = {

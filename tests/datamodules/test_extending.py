@@ -63,6 +63,10 @@ def test_a_variable(package: Path, mimic: Path, eicu: Path) -> None:
         value = "valuenum" if folder == mimic else "labresult"
         first = labs.head(3).with_columns(pl.lit(row).alias(label), pl.Series(value, ["6.5", "70", "99"]))
         first = first.with_columns(pl.Series(unit, ["g/dL", "g/L", "g/dL"]))
+        if folder == eicu:
+            first = first.with_columns(
+                pl.Series(c, ["10", "20", "30"]) for c in ("labresultoffset", "labresultrevisedoffset")
+            )
         (root / f"{table}.csv.gz").unlink()
         pl.concat([labs, first]).write_csv(root / f"{table}.csv")
         code = (

@@ -282,15 +282,15 @@ def _labs(rows: pl.LazyFrame) -> pl.LazyFrame:
     unit = pl.coalesce("labmeasurenameinterface", "labmeasurenamesystem")
     value = pl.coalesce("labresult", raw.censored(pl.col("labresulttext")))
     revised = pl.max_horizontal(pl.col("minute"), pl.col("labresultrevisedoffset").cast(pl.Int32))
-    rows = rows.select(*RESULT, revised=revised, value=value, unit=unit, text="labresulttext")
-    unreadable = rows.filter(pl.col("value").is_null()).with_columns(value=pl.lit(None, pl.Float64))
-    by_revision = rows.drop_nulls("value").group_by(*RESULT, "revised")
-    revisions = by_revision.agg(
-        pl.col("value").min(), high=pl.col("value").max(), unit=pl.col("unit").drop_nulls().sort().first()
-    )
-    settled = revisions.filter(pl.col("value") == pl.col("high"))
-    changed = pl.col("value").ne_missing(pl.col("value").shift().over(RESULT, order_by="revised"))
-    long = pl.concat([settled.filter(changed), unreadable], how="diagonal").with_columns(minute="revised")
+    rows = rows.select(*RESULT, revised=revised, value=value, unit=unit)
+    unreadable = rows.filter(pl.col("value").is_null())
+    revision = [*RESULT, "revised"]
+    several = pl.col("value").min().over(revision) != pl.col("value").max().over(revision)
+    rows = rows.drop_nulls("value").sort(*revision, "unit").with_columns(several=several)
+    repeated = pl.col("value").eq_missing(pl.col("value").shift().over(RESULT))
+    settled = rows.filter(~pl.col("several")).with_columns(dropped=pl.when(repeated).then(pl.lit("duplicate")))
+    refused = rows.filter("several").with_columns(dropped=pl.lit("contradictory"))
+    long = pl.concat([settled, refused, unreadable], how="diagonal").with_columns(minute="revised")
     name = pl.col("labname")
     unit = (
         pl.when(
