@@ -76,7 +76,7 @@ def _concepts() -> tuple[Concept, ...]:
             ) from error
         if interval[0] not in "[(" or interval[-1] not in ")]" or not low < high:
             raise ValueError(f"concepts.csv: {name} has the range {interval!r}; expected low < high in brackets")
-        if row["hourly"] not in HOURLY or row["treatment"] not in ("", "yes") or row["source"] not in "VERP":
+        if row["hourly"] not in HOURLY or row["treatment"] not in ("", "yes") or row["source"] not in tuple("VERP"):
             raise ValueError(f"concepts.csv: {name} has hourly, treatment, source {row['hourly']!r}, {row['treatment']!r}, "
                              f"{row['source']!r}; expected one of {', '.join(HOURLY)}, yes or nothing, V, E, R or P")  # fmt: skip
         opened = interval[0] == "(", interval[-1] == ")"
