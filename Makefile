@@ -8,7 +8,7 @@ export EHR_CACHE ?= $(CURDIR)/.cache
 	.venv/bin/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo test lint format bench check-ranks check-sweep gpu-check clean help
+.PHONY: install demo test lint format bench check-data check-ranks check-sweep gpu-check clean help
 
 install: .venv/.installed ## set up .venv with pinned packages (the other targets do it themselves)
 
@@ -38,6 +38,10 @@ bench: .venv/.installed .venv-bench/.installed ## time and memory of `ehr prepar
 	.venv/bin/python -m experiments.bench
 	.venv-bench/bin/python -m experiments.bench_scan
 	.venv/bin/python -m experiments.bench_models $(if $(ROOT),--root $(ROOT))
+
+check-data: .venv/.installed ## definitions of sepsis and infusion rates on the open demos (ROOT=folder with mimic-iv-demo and eicu-demo)
+	.venv/bin/python -m experiments.check_data $(ROOT)
+	.venv/bin/python -m experiments.results.tables
 
 check-ranks: .venv/.installed ## several processes beside one, and training killed 20 times beside training that was not (5 minutes)
 	.venv/bin/python -m experiments.check_ranks

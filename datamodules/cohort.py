@@ -111,9 +111,9 @@ class Cohort:
                 self.step(f"definition {name}", number, len(store.buckets()))
                 tables = bucket_tables(store.folder, number)
                 parts.append(self.hospital.suspicion(tables, store.stays[start:stop], definition))
+            self.step(f"definition {name}", 1, 1)
             suspected = pl.concat(parts)
             rows.append(summarise(name, suspected, sepsis3(suspected, scores, definition), store.stays))
-        self.step("definition", 1, 1)
         return pl.concat(rows)
 
     def _definition(self) -> Any:

@@ -159,6 +159,6 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         def step(text: str, done: int, total: int) -> None:
             if text not in lines:
                 lines[text] = bar.add_task(text, total=total)
-            bar.update(lines[text], completed=done)  # type: ignore[arg-type]
+            bar.update(lines[text], completed=done, total=total)  # type: ignore[arg-type]
 
         yield step
