@@ -1,9 +1,9 @@
 """Raw tables of a hospital -> the store that every batch is cut from, in one pass over each table.
 
-Each raw table is streamed once, its kept rows divided into buckets of some thousand stays as they come, whatever order they stand
-in. Then bucket after bucket is sorted into the store, so that memory does not grow with the number of stays. Parts are written to a
-temporary name and renamed, and so is the store: a run that is killed leaves finished parts that the next run takes up, and never a
-store that is incomplete. A lock lets one process build while others wait.
+Each raw table is streamed once, its kept rows divided into buckets of some thousand stays as they come, whatever order
+they stand in. Then bucket after bucket is sorted into the store, so that memory does not grow with the number of stays.
+Parts are written to a temporary name and renamed, and so is the store: a run that is killed leaves finished parts that
+the next run takes up, and never a store that is incomplete. A lock lets one process build while others wait.
 """
 
 import hashlib
@@ -107,7 +107,8 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _bucketed(stays: pl.DataFrame, partition: str) -> pl.DataFrame:
-    """The stays with their row number ``stay`` and their ``bucket``; a patient's stays share one where rows belong to patients."""
+    """The stays with their row number ``stay`` and their ``bucket``; a patient's stays share one where rows belong to
+    patients."""
     stays = stays.with_row_index("stay").cast({"stay": pl.Int32})
     bucket = pl.col("stay") // BUCKET
     stays = stays.with_columns(bucket=bucket.first().over(partition) if partition == "patient_id" else bucket)
@@ -272,7 +273,8 @@ def _sorted(hospital: Hospital, folder: Path, members: pl.DataFrame) -> _Bucket:
 def _conversions(
     concept: np.ndarray, unit: pl.Series
 ) -> tuple[np.ndarray, np.ndarray, dict[tuple[str, str | None], int]]:
-    """Factor and offset of each row (NaN: the unit is not known), and how many rows each pair of concept and unit has."""
+    """Factor and offset of each row (NaN: the unit is not known), and how many rows each pair of concept and unit
+    has."""
     codes = unit.to_physical().cast(pl.Int64).fill_null(-1).to_numpy() + 1
     width = int(codes.max(initial=0)) + 1
     pair = concept * width + codes
@@ -291,7 +293,8 @@ def _conversions(
 
 
 def _once(stay: np.ndarray, minute: np.ndarray, known: np.ndarray, concept: np.ndarray, value: np.ndarray) -> Columns:
-    """Rows sorted by stay, minute, concept and value, each once, known as early as it was; volumes known at several times stay apart."""
+    """Rows sorted by stay, minute, concept and value, each once, known as early as it was; volumes known at several
+    times stay apart."""
     key = (stay << 40) + ((minute + 2**31) << 8) + concept
     order = np.argsort(key, kind="stable")
     key, known, value = key[order], known[order], value[order].astype(np.float32) + 0  # -0.0 becomes 0.0
@@ -351,7 +354,8 @@ class _Counts:
             self.stays += seen.sum(0)
 
     def table(self) -> pl.DataFrame:
-        """Rows read, events kept (of these clipped to the range), stays with an event, rows dropped by reason; charted concepts only."""
+        """Rows read, events kept (of these clipped to the range), stays with an event, rows dropped by reason; charted
+        concepts only."""
         reasons = {reason: self.states[:, i + 1] for i, reason in enumerate(DROPPED.categories)}
         stored = self.states[:, KEPT] + self.states[:, CLIPPED]
         table = pl.DataFrame(

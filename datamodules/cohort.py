@@ -1,4 +1,5 @@
-"""Who is in a cohort, when predictions are made, with which label, and in which split: everything between a store and batches."""
+"""Who is in a cohort, when predictions are made, with which label, and in which split: everything between a store and
+batches."""
 
 import hashlib
 import json
@@ -48,10 +49,11 @@ class Cohort:
             self._store = build(self.hospital, cache / key, self.step)
         return self._store
 
-    # ---- tables derived from the store ----------------------------------------------------------------------------------
+    # ---- tables derived from the store -----------------------------------------------------------------------------
 
     def infusions(self) -> Path:
-        """Vasoactive infusions of the whole record, schema ``INFUSIONS``, rates clipped to their range as in the events."""
+        """Vasoactive infusions of the whole record, schema ``INFUSIONS``, rates clipped to their range as in the
+        events."""
 
         def bucket(tables: Tables, stays: pl.DataFrame, events: pl.LazyFrame) -> dict[str, pl.DataFrame]:
             return {"vasopressors": _within_range(self.hospital.infusions(tables, stays)).collect()}
@@ -97,11 +99,13 @@ class Cohort:
         return pl.read_parquet(folder / "sepsis3.parquet")
 
     def onset(self) -> pl.DataFrame:
-        """``stay_id, sepsis_minute`` of septic stays under the definition, over the whole record: a label, never a feature."""
+        """``stay_id, sepsis_minute`` of septic stays under the definition, over the whole record: a label, never a
+        feature."""
         return pl.read_parquet(self.sepsis_tables()["sepsis3"]).select("stay_id", sepsis_minute="onset_minute")
 
     def compare_definitions(self) -> pl.DataFrame:
-        """Stays, hospitals, prevalence and mortality under every definition of Sepsis-3, over the whole record: one row each."""
+        """Stays, hospitals, prevalence and mortality under every definition of Sepsis-3, over the whole record: one row
+        each."""
         self._definition()
         scores = pl.read_parquet(self.sepsis_tables()["sofa"])
         store, rows = self.store, []
@@ -162,11 +166,11 @@ class Cohort:
                 partial.replace(folder)
         return folder
 
-    # ---- who, when, what ------------------------------------------------------------------------------------------------
+    # ---- who, when, what -------------------------------------------------------------------------------------------
 
     def stays(self) -> pl.DataFrame:
-        """The stays with ``stay`` (row in the store) and ``last_minute`` (of their events); ``sepsis_minute`` is that of the definition
-        where the publisher has no label and the task needs one."""
+        """The stays with ``stay`` (row in the store) and ``last_minute`` (of their events); ``sepsis_minute`` is that
+        of the definition where the publisher has no label and the task needs one."""
         stays = self.store.stays.with_row_index("stay").cast({"stay": pl.Int64})
         stays = stays.with_columns(last_minute=pl.Series(self.store.last_minutes()))
         if self.hospital.task.name == "sepsis_onset" and self.labelled and self.hospital.definitions:
@@ -232,7 +236,8 @@ class Cohort:
         return (samples.filter(pl.col("target").is_not_null()) if self.labelled else samples), attrition
 
     def splits(self, stays: pl.DataFrame) -> pl.Series:
-        """ "train", "val" or "test" per row of ``stays``: 70, 15 and 15 of 100, by a hash of seed and patient (or hospital)."""
+        """ "train", "val" or "test" per row of ``stays``: 70, 15 and 15 of 100, by a hash of seed and patient (or
+        hospital)."""
         hospital = self.hospital
         published = hospital.published_split(stays, self.store.stays)
         if published is not None:
@@ -240,7 +245,8 @@ class Cohort:
         group = "patient_id" if hospital.split_by == "patient" else "hospital_id"
         if hospital.split_by == "hospital" and stays["hospital_id"].n_unique() < FEWEST_HOSPITALS:
             raise ValueError(
-                f"--data.split_by hospital needs at least {FEWEST_HOSPITALS} hospitals, found {stays['hospital_id'].n_unique()} "
+                f"--data.split_by hospital needs at least {FEWEST_HOSPITALS} hospitals, found "
+                f"{stays['hospital_id'].n_unique()} "
                 f"in {hospital.root}; use patient"
             )
         ids = stays[group].unique()

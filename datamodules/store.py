@@ -87,7 +87,8 @@ class Store:
             low = low + 1
 
     def running(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
-        """(S, R) The rates that are in force just before a minute, in the order of ``dictionary.RATES``; 0 where none was set."""
+        """(S, R) The rates that are in force just before a minute, in the order of ``dictionary.RATES``; 0 where none
+        was set."""
         if self._steps is None:  # rates are few: their keys fit in memory
             row = self._rates
             of_stay = np.searchsorted(self.offsets, row, side="right") - 1

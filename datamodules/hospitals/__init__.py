@@ -1,4 +1,5 @@
-"""The hospital systems by the names that ``--data`` takes: one import each; ``docs/extending.md`` shows how to add one."""
+"""The hospital systems by the names that ``--data`` takes: one import each; ``docs/extending.md`` shows how to add
+one."""
 
 from datamodules.hospitals import base
 from datamodules.hospitals.eicu import EICU  # noqa: F401

@@ -1,11 +1,11 @@
 """eICU Collaborative Research Database 2.0 (and its demo): raw tables -> stays, events.
 
-Columns and labels are in ``dictionary/eicu.csv`` and the word lists beside it. All offsets of eICU count minutes from admission to
-the unit, which is what every table here wants. Infusions are in ``infusions.py``, SOFA in ``sofa.py``, suspicion of infection in
-``infection.py``.
+Columns and labels are in ``dictionary/eicu.csv`` and the word lists beside it. All offsets of eICU count minutes from
+admission to the unit, which is what every table here wants. Infusions are in ``infusions.py``, SOFA in ``sofa.py``,
+suspicion of infection in ``infection.py``.
 
-When a record was known: charting when it was entered (``...entryoffset``), a laboratory value when it was entered or revised,
-ventilation when it was written down, APACHE's scores of the first day when that day is over.
+When a record was known: charting when it was entered (``...entryoffset``), a laboratory value when it was entered or
+revised, ventilation when it was written down, APACHE's scores of the first day when that day is over.
 
 Sources of the rules:
   [E] eicu-code ``concepts/pivoted/*.sql`` (MIT)                       https://github.com/MIT-LCP/eicu-code
@@ -38,8 +38,8 @@ class EICU(Hospital):
 
     Args:
         root: Folder with the publisher's files.
-        min_hospital_percent: With --data.sepsis, septic stays count only in hospitals where they are at least this share of
-            the stays, in percent (Moor 2023 asks for 15).
+        min_hospital_percent: With --data.sepsis, septic stays count only in hospitals where they are at least this
+            share of the stays, in percent (Moor 2023 asks for 15).
     """
 
     name = "EICU"
@@ -66,17 +66,20 @@ class EICU(Hospital):
         """All unit stays, schema ``schema.STAYS``.
 
         - ``age``: "> 89" is 90 (years). ``height`` (cm) and ``weight`` (kg) as ``body`` repairs them.
-        - ``stay_number`` counts a patient's unit stays, step-down stays included. eICU dates nothing: within one hospital stay
-          ``unitvisitnumber`` orders the units; hospital stays are ordered by year of discharge and age where those differ, else by
-          ``patienthealthsystemstayid``, which is arbitrary.
-        - One outcome: a death in the unit is a death in hospital, whatever ``hospitaldischargestatus`` says (5 of 126 unit deaths
-          of the demo are "Alive" there). ``death_minute`` is the discharge from the unit for a death there, else from hospital.
+        - ``stay_number`` counts a patient's unit stays, step-down stays included. eICU dates nothing: within one
+        hospital stay
+          ``unitvisitnumber`` orders the units; hospital stays are ordered by year of discharge and age where those
+          differ, else by ``patienthealthsystemstayid``, which is arbitrary.
+        - One outcome: a death in the unit is a death in hospital, whatever ``hospitaldischargestatus`` says (5 of 126
+        unit deaths
+          of the demo are "Alive" there). ``death_minute`` is the discharge from the unit for a death there, else from
+          hospital.
         - A folder without outcome columns (for prediction) gives null outcomes.
         """
         needed = {
-            "patientunitstayid": "int", "patienthealthsystemstayid": "int", "uniquepid": "str", "hospitalid": "str", "gender": "str",
-            "age": "str", "admissionheight": "float", "admissionweight": "float", "unittype": "str", "unitvisitnumber": "int",
-            "hospitaladmitoffset": "int",
+            "patientunitstayid": "int", "patienthealthsystemstayid": "int", "uniquepid": "str", "hospitalid": "str",
+            "gender": "str", "age": "str", "admissionheight": "float", "admissionweight": "float", "unittype": "str",
+            "unitvisitnumber": "int", "hospitaladmitoffset": "int",
         }  # fmt: skip
         outcome = {
             "hospitaldischargeyear": "int", "hospitaldischargeoffset": "int", "hospitaldischargestatus": "str",
@@ -111,8 +114,8 @@ class EICU(Hospital):
     def tables(self, stays: pl.DataFrame) -> Tables:
         """The tables with the columns that are read; only labels of ``dictionary/eicu.csv`` where a table has others.
 
-        ``nurseCharting`` is read where it is there and skipped where not, since its vital signs repeat ``vitalPeriodic`` by
-        hand; without it the Glasgow coma scale comes from ``apacheApsVar`` alone.
+        ``nurseCharting`` is read where it is there and skipped where not, since its vital signs repeat
+        ``vitalPeriodic`` by hand; without it the Glasgow coma scale comes from ``apacheApsVar`` alone.
         """
         periodic, aperiodic = (_labels(table) for table in ("vitalPeriodic", "vitalAperiodic"))
         named = {
@@ -208,7 +211,8 @@ class EICU(Hospital):
     def _scan(
         self, table: str, offset: str | None, columns: dict[str, str], optional: dict[str, str] | None = None
     ) -> pl.LazyFrame:
-        """A table with ``stay_id`` and, from ``offset``, ``minute`` in front of ``columns``; rows without an offset are left out."""
+        """A table with ``stay_id`` and, from ``offset``, ``minute`` in front of ``columns``; rows without an offset are
+        left out."""
         ids = {"patientunitstayid": "int"} | ({offset: "int"} if offset else {})
         rows = raw.scan(self.root, table, ids | columns, optional).rename({"patientunitstayid": "stay_id"})
         if offset is None:
@@ -219,10 +223,11 @@ class EICU(Hospital):
 def body() -> dict[str, pl.Expr]:
     """``height`` (cm) and ``weight`` (kg) of ``patient``, null outside the ranges of ``concepts.csv``.
 
-    A height of 48 to 84 with a weight of 35 to 250 is in inches [P: all three such pairs of the demo, as 71 with 100, which
-    [E: pivoted-weight.sql] takes for swapped]; then that SQL's rules: swapped where the weight is at least 100 and the height 25
-    to 100 and they differ by 20 or more; a height of up to 100 that is within 20 of the weight is none; metres and decimetres
-    are rescaled.
+    A height of 48 to 84 with a weight of 35 to 250 is in inches [P: all three such pairs of the demo, as 71 with 100,
+    which
+    [E: pivoted-weight.sql] takes for swapped]; then that SQL's rules: swapped where the weight is at least 100 and the
+    height 25 to 100 and they differ by 20 or more; a height of up to 100 that is within 20 of the weight is none;
+    metres and decimetres are rescaled.
     """
     height, weight = pl.col("admissionheight"), pl.col("admissionweight")
     inches = height.is_between(48, 84) & weight.is_between(35, 250)
@@ -259,7 +264,8 @@ def _mapped(rows: pl.LazyFrame, table: str, column: str) -> pl.LazyFrame:
 
 
 def _fraction(value: str) -> pl.Expr:
-    """The unit of an oxygen share written without one: up to 1 it is a fraction [E: pivoted-bg.sql takes 0.2-1 and 20-100]."""
+    """The unit of an oxygen share written without one: up to 1 it is a fraction [E: pivoted-bg.sql takes 0.2-1 and
+    20-100]."""
     return pl.when(pl.col(value) <= 1).then(pl.lit("fraction"))
 
 
@@ -273,12 +279,15 @@ def _wide(rows: pl.LazyFrame, table: str) -> pl.LazyFrame:
 
 
 def _labs(rows: pl.LazyFrame) -> pl.LazyFrame:
-    """Results, each from when it was entered or revised (``labresultrevisedoffset``, at the draw for 84 % of the demo's rows).
+    """Results, each from when it was entered or revised (``labresultrevisedoffset``, at the draw for 84 % of the demo's
+    rows).
 
-    The table tells no other time at which a result was there, so the option ``labs`` makes no difference. A revision with several
-    different results is no result [E: pivoted-lab.sql]. What stands in the text only, such as ">16.00", counts as its limit.
+    The table tells no other time at which a result was there, so the option ``labs`` makes no difference. A revision
+    with several different results is no result [E: pivoted-lab.sql]. What stands in the text only, such as ">16.00",
+    counts as its limit.
     """
-    # the hospital's own unit first: the system's is the same for a whole labname and contradicts the value in places (CRP)
+    # the hospital's own unit first: the system's is the same for a whole labname and contradicts the value in places
+    # (CRP)
     unit = pl.coalesce("labmeasurenameinterface", "labmeasurenamesystem")
     value = pl.coalesce("labresult", raw.censored(pl.col("labresulttext")))
     revised = pl.max_horizontal(pl.col("minute"), pl.col("labresultrevisedoffset").cast(pl.Int32))
@@ -315,7 +324,8 @@ def _nurse(rows: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def _apache(rows: pl.LazyFrame) -> pl.LazyFrame:
-    """The worst Glasgow coma scale of the first day (points), known when that day is over: minute 1440, never earlier; -1 is missing."""
+    """The worst Glasgow coma scale of the first day (points), known when that day is over: minute 1440, never earlier;
+    -1 is missing."""
     parts = ("eyes", "verbal", "motor")
     rows = rows.select("stay_id", *(pl.when(pl.col(c) > 0).then(c).alias(f"gcs_{c}") for c in parts))
     total = pl.sum_horizontal((f"gcs_{c}" for c in parts), ignore_nulls=False)
@@ -331,14 +341,16 @@ def _respiratory(rows: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def _ventilation(tables: Tables) -> pl.LazyFrame:
-    """Ventilation from respiratoryCare (start and end of the present and the prior episode, 0 = none) and respiratoryCharting.
+    """Ventilation from respiratoryCare (start and end of the present and the prior episode, 0 = none) and
+    respiratoryCharting.
 
-    A row of respiratoryCare is written after the fact (in the demo by a median of 420 minutes): what it says counts from then on.
-    With a start and no end it says that the patient is ventilated now. An episode of that table is taken for invasive: it records
-    the airway and the ventilator's alarms [D]. The signs in respiratoryCharting are in ``eicu_breathing.csv``. ricu [B] takes every
-    row of the category respFlowPtVentData for one; "RR (patient)", "SaO2" and "ETCO2" in it are charted for patients on room air,
-    so they are left out, and two settings that only a ventilator has are taken in: against the ventilation flag of APACHE's first day
-    in the demo, 37 % of the stays found by the whole category are ventilated, 64 % of those found here.
+    A row of respiratoryCare is written after the fact (in the demo by a median of 420 minutes): what it says counts
+    from then on. With a start and no end it says that the patient is ventilated now. An episode of that table is taken
+    for invasive: it records the airway and the ventilator's alarms [D]. The signs in respiratoryCharting are in
+    ``eicu_breathing.csv``. ricu [B] takes every row of the category respFlowPtVentData for one; "RR (patient)", "SaO2"
+    and "ETCO2" in it are charted for patients on room air, so they are left out, and two settings that only a
+    ventilator has are taken in: against the ventilation flag of APACHE's first day in the demo, 37 % of the stays found
+    by the whole category are ventilated, 64 % of those found here.
     """
     care = tables["respiratoryCare"].with_columns(
         pl.when(pl.col(c) != 0).then(c).alias(c) for c in ("ventstartoffset", "ventendoffset")

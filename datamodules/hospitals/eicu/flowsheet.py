@@ -1,7 +1,8 @@
 """eICU: ``intakeOutput``, a flowsheet whose cells are named by a path: urine, volumes into a vein, body weight.
 
 Sources of the rules:
-  [E] eicu-code ``concepts/pivoted/pivoted-uo.sql``, ``pivoted-weight.sql`` (MIT)     https://github.com/MIT-LCP/eicu-code
+  [E] eicu-code ``concepts/pivoted/pivoted-uo.sql``, ``pivoted-weight.sql`` (MIT)
+      https://github.com/MIT-LCP/eicu-code
   [P] choices of this project
 """
 
@@ -13,7 +14,10 @@ from datamodules.schema import as_events
 OUTPUT_CELLS = "flowsheet|flowsheet cell labels|i&o|output (ml)|"
 INTAKE_CELLS = "flowsheet|flowsheet cell labels|i&o|intake (ml)|"
 # cells below INTAKE_CELLS that are no volume into a vein: by mouth or tube, sums of other cells, doses [P]
-NOT_INTRAVENOUS = r"total|p\.o|\bpo\b|oral|enteral|tube|gastric|jejun|meal|feed|formula|irrigant|\(mcg\)|^intake$|^misc|^#|^insulin$|^fentanyl$"
+NOT_INTRAVENOUS = (
+    r"total|p\.o|\bpo\b|oral|enteral|tube|gastric|jejun|meal|feed|formula|irrigant|\(mcg\)"
+    r"|^intake$|^misc|^#|^insulin$|^fentanyl$"
+)
 PARENTERAL_NUTRITION = r"tpn|ppn|lipid|fat emulsion"
 WEIGHT_CELLS = {"|bodyweight (kg)": "kg", "|bodyweight (lb)": "lb"}  # [E: pivoted-weight.sql]
 ENTRY_MAX = 2000  # mL in one entry [P]: the demo goes up to 7,746, a shift's total or a typing error
@@ -36,8 +40,9 @@ def weights(rows: pl.LazyFrame) -> pl.LazyFrame:
 def volumes(rows: pl.LazyFrame) -> pl.LazyFrame:
     """Urine (mL, clipped at 2,000 an entry), volumes given into a vein (mL, likewise clipped) and charted body weight.
 
-    The urine cells are those of [E: pivoted-uo.sql] and a few further names (in the demo 1,330 rows of "Indwelling Catheter
-    Output"), without the cells that hold a count of voids or of incontinence: a "1" there is an occasion, not a millilitre.
+    The urine cells are those of [E: pivoted-uo.sql] and a few further names (in the demo 1,330 rows of "Indwelling
+    Catheter Output"), without the cells that hold a count of voids or of incontinence: a "1" there is an occasion, not
+    a millilitre.
     """
     rows = rows.with_columns(
         dropped=pl.when(~pl.struct(rows.collect_schema().names()).is_first_distinct()).then(pl.lit("duplicate"))

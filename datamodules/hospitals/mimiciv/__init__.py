@@ -1,11 +1,11 @@
 """MIMIC-IV (2.2, 3.1 and the demo): raw tables -> stays and events.
 
-Items are in ``dictionary/mimiciv.csv``; they follow mimic-code's ``concepts/measurement`` and ``concepts/medication`` (MIT,
-https://github.com/MIT-LCP/mimic-code). The files are those of https://physionet.org/content/mimiciv/. SOFA is in ``sofa.py``,
-suspicion of infection in ``infection.py``.
+Items are in ``dictionary/mimiciv.csv``; they follow mimic-code's ``concepts/measurement`` and ``concepts/medication``
+(MIT, https://github.com/MIT-LCP/mimic-code). The files are those of https://physionet.org/content/mimiciv/. SOFA is in
+``sofa.py``, suspicion of infection in ``infection.py``.
 
-When a record was known: bedside charting when it was stored (``storetime``), laboratory values when drawn (or stored, ``labs``),
-infusions when they start or end, since the pump acts whether it is written down or not.
+When a record was known: bedside charting when it was stored (``storetime``), laboratory values when drawn (or stored,
+``labs``), infusions when they start or end, since the pump acts whether it is written down or not.
 """
 
 from functools import cached_property
@@ -54,9 +54,9 @@ class MIMICIV(Hospital):
     def stays(self) -> pl.DataFrame:
         """Every ICU stay of ``icu/icustays``, schema ``STAYS``, in the order of the patients (as the event files are).
 
-        Age is ``anchor_age + year(intime) - anchor_year`` (mimic-code ``demographics/age.sql``; above 89 the publisher writes
-        91). Height and weight are charted, so they come as events. Without the outcome columns of ``hosp/admissions``
-        (prediction on new patients) the outcomes are null.
+        Age is ``anchor_age + year(intime) - anchor_year`` (mimic-code ``demographics/age.sql``; above 89 the publisher
+        writes 91). Height and weight are charted, so they come as events. Without the outcome columns of
+        ``hosp/admissions`` (prediction on new patients) the outcomes are null.
         """
         icu = _icustays(self)
         patients = raw.read(
@@ -165,7 +165,8 @@ class MIMICIV(Hospital):
         ]
 
     def infusions(self, tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
-        """Infusion intervals of ``icu/inputevents``; a rate in a unit without a rule is left out and counted in the coverage table."""
+        """Infusion intervals of ``icu/inputevents``; a rate in a unit without a rule is left out and counted in the
+        coverage table."""
         return _usable(infusion_rows(tables))
 
     def sofa_inputs(
@@ -199,10 +200,11 @@ def _inputevents(hospital: Hospital) -> pl.LazyFrame:
     table = raw.scan(
         hospital.root,
         "icu/inputevents",
-        {"subject_id": "int", "stay_id": "int", "itemid": "int", "starttime": "time", "endtime": "time", "rate": "float"},
+        {"subject_id": "int", "stay_id": "int", "itemid": "int", "starttime": "time", "endtime": "time"}
+        | {"rate": "float"},
         {
-            "hadm_id": "int", "storetime": "time", "rateuom": "str", "amount": "float", "amountuom": "str", "orderid": "int",
-            "ordercategoryname": "str", "patientweight": "float", "statusdescription": "str",
+            "hadm_id": "int", "storetime": "time", "rateuom": "str", "amount": "float", "amountuom": "str",
+            "orderid": "int", "ordercategoryname": "str", "patientweight": "float", "statusdescription": "str",
         },
     )  # fmt: skip
     drugs = (
@@ -260,8 +262,8 @@ def _charted(tables: Tables) -> pl.LazyFrame:
 def _measured(tables: Tables, labs: str) -> pl.LazyFrame:
     """Laboratory values by patient and time: they carry no stay, and those of the day before admission are kept.
 
-    Venous and mixed gases are left out where the specimen is named (mimic-code ``bg.sql`` scores arterial ones only). A result
-    that stands in the text only, such as ">16.00", counts as its limit.
+    Venous and mixed gases are left out where the specimen is named (mimic-code ``bg.sql`` scores arterial ones only). A
+    result that stands in the text only, such as ">16.00", counts as its limit.
     """
     items = mapping("mimiciv").filter(pl.col("table") == "labevents")
     arterial = items.filter(pl.col("role") == "arterial")["itemid"].to_list()
