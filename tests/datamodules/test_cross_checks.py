@@ -20,6 +20,7 @@ from datamodules.derive.sofa import sofa
 from datamodules.dictionary import CONCEPTS, RATES
 from datamodules.hospitals import EICU, MIMICIV
 from datamodules.hospitals.base import Tables
+from datamodules.schema import DROPPED
 from datamodules.store import Store
 
 HOSPITALS = {"MIMICIV": MIMICIV, "EICU": EICU}
@@ -52,7 +53,7 @@ def test_every_event_is_in_range_in_order_and_not_known_before_it_was(place: Cal
     stay = np.repeat(np.arange(len(store.stays)), np.diff(store.offsets))
     assert (np.diff((stay << 32) + store.minute.astype(np.int64) + 2**24) >= 0).all()
     coverage = store.coverage()
-    reasons = ("duplicate", "unmapped_unit", "not_a_number", "out_of_range", "withdrawn")
+    reasons = DROPPED.categories.to_list()
     assert coverage.filter(pl.col("rows") != pl.col("events") + pl.sum_horizontal(reasons)).is_empty()
     assert coverage["events"].sum() == len(store.minute)
 
@@ -60,7 +61,7 @@ def test_every_event_is_in_range_in_order_and_not_known_before_it_was(place: Cal
 def test_rates_and_infusions_agree(place: Callable[..., Cohort]) -> None:
     """Where an interval starts the rate is at least its own; at every step it is the sum of the intervals that run, clipped."""
     cohort = place()
-    intervals = pl.read_parquet(cohort.sepsis_tables()["vasopressors"])
+    intervals = pl.read_parquet(cohort.infusions())
     assert len(intervals) and (intervals["rate"] > 0).all()
     assert (intervals["end_minute"] > intervals["start_minute"]).all()
     drugs = intervals["drug"].unique().to_list()
@@ -134,9 +135,9 @@ def test_sofa_and_measurements_agree(place: Callable[..., Cohort]) -> None:
 
 def test_sofa_and_infusions_agree(place: Callable[..., Cohort]) -> None:
     """Norepinephrine or epinephrine that runs at the end of an hour: 3 points, 4 above 0.1 mcg/kg/min."""
-    tables = {name: pl.read_parquet(path) for name, path in place().sepsis_tables().items()}
-    drugs = tables["vasopressors"].filter(pl.col("drug").is_in(["norepinephrine", "epinephrine"]))
-    ends = tables["sofa"].select("stay_id", "end_minute", "cardiovascular").join(
+    cohort = place()
+    drugs = pl.read_parquet(cohort.infusions()).filter(pl.col("drug").is_in(["norepinephrine", "epinephrine"]))
+    ends = pl.read_parquet(cohort.sepsis_tables()["sofa"]).select("stay_id", "end_minute", "cardiovascular").join(
         drugs.rename({"end_minute": "stop_minute"}), on="stay_id"
     )  # fmt: skip
     runs = (pl.col("start_minute") < pl.col("end_minute")) & (pl.col("end_minute") <= pl.col("stop_minute"))
@@ -178,7 +179,6 @@ def test_targets_agree_with_the_outcomes(place: Callable[..., Cohort]) -> None:
 
 
 CUT = 1440
-IRRIGANT_IN = 227488
 READ = {  # by SOFA and by the definitions of sepsis
     *("icu/icustays", "icu/chartevents", "icu/inputevents", "icu/outputevents", "hosp/labevents"),
     *("hosp/prescriptions", "hosp/microbiologyevents"),
@@ -230,22 +230,16 @@ class CutEICU(EICU):
 
 
 def test_nothing_that_was_known_hangs_on_what_came_later(place: Callable[..., Cohort], tmp_path: Path) -> None:
-    """A record that is cut off at hour 24 holds the very events that the whole record says were known by then.
-
-    Only urine beside an irrigant is left out: a minute's balance is known when all of it is stored, so the whole record holds less.
-    """
+    """A record that is cut off at hour 24 holds the very events that the whole record says were known by then."""
     cohort = place()
     cut = build(
         {"MIMICIV": CutMIMICIV, "EICU": CutEICU}[cohort.hospital.name](str(cohort.hospital.root)), tmp_path / "cut"
     )
     alone = pl.len().over("patient_id") == 1  # a laboratory value may belong to several stays of a patient
     stays = cohort.store.stays.filter(alone if cohort.hospital.name == "MIMICIV" else True).select("stay_id")
-    output = cohort.hospital.tables(cohort.store.stays).get("icu/outputevents")
-    netted = [] if output is None else output.filter(pl.col("itemid") == IRRIGANT_IN).collect()["stay_id"].to_list()
-    urine = pl.col("concept").is_in(["urine", "urine_rate"]) & pl.col("stay_id").is_in(netted)
 
     def known(store: Store) -> pl.DataFrame:
-        table = events(store).filter(pl.col("minute") < CUT, pl.col("known_minute") < CUT, ~urine)
+        table = events(store).filter(pl.col("minute") < CUT, pl.col("known_minute") < CUT)
         return table.join(stays, on="stay_id", how="semi").sort("stay_id", "minute", "concept", "known_minute", "value")
 
     whole, early = known(cohort.store), known(cut)

@@ -83,7 +83,13 @@ def counted(root: Path, concept: str, *columns: str) -> list[int]:
 
 
 def infusion_rows(folder: Path, stays: pl.DataFrame) -> pl.DataFrame:
-    return infusions.infusion_rows({"infusionDrug": infusions.kept(folder)}, stays).collect()
+    flowsheet = {"cellpath": pl.String, "cellvaluenumeric": pl.Float64, "intakeoutputentryoffset": pl.Int64}
+    tables = {"infusionDrug": infusions.kept(folder)}
+    if (folder / "infusionDrug.csv").exists() and not (folder / "intakeOutput.csv").exists():
+        tables["intakeOutput"] = pl.LazyFrame(schema={"stay_id": pl.Int64, "minute": pl.Int32, **flowsheet})
+    else:
+        tables = EICU(str(folder)).tables(stays)
+    return infusions.infusion_rows(tables, stays).collect()
 
 
 def some_stays(**weight: float | None) -> pl.DataFrame:
@@ -267,6 +273,20 @@ def test_infusion_rate(tmp_path, name, charted, own, weight, kind, rate):
     assert after["rate"] == (rate if rate is None else pytest.approx(rate))
 
 
+def test_a_rate_goes_by_the_last_charted_weight_where_admission_has_none(folder):
+    """60 kg were charted at 20 and entered at 50; 110 lb at 100: a rate goes by what was known at its minute."""
+    kg, lb = (f"flowsheet|Flowsheet Cell Labels|I&O|Weight|Bodyweight ({unit})" for unit in ("kg", "lb"))
+    write(folder, "intakeOutput", FLUIDS, f"1,1,20,{kg},60,50", f"2,1,100,{lb},110,100")
+    write(folder, "infusionDrug", INFUSION, *(f"1,1,{m},Norepinephrine (mcg/min),6" for m in (30, 60, 120)))
+    rates = infusion_rows(folder, some_stays(a=None)).sort("minute").select("rate", "weight_source").rows()
+    assert rates == [
+        (None, None),
+        (pytest.approx(0.1), "flowsheet"),
+        (pytest.approx(6 / 49.895, abs=1e-4), "flowsheet"),
+    ]
+    assert infusion_rows(folder, some_stays(a=80.0))["weight_source"].to_list() == ["admission"] * 3
+
+
 def test_names_that_only_look_like_a_pressor(tmp_path):
     """[eicu-code pivoted-infusion.sql] levothyroxine and an epidural are not; a mixed bag has no rate of its own."""
     names = [
@@ -397,6 +417,19 @@ def test_lab_revisions(folder):
         (70, "chloride", 102, "mmol/L"),
     ]
     assert all(minute == known for minute, known in read(folder, "minute", "known_minute"))
+
+
+def test_a_contradictory_revision_is_counted(folder):
+    write(folder, "patient", PATIENT, patient(1))
+    write(
+        folder,
+        "lab",
+        LAB,
+        "1,1,20,sodium,130,mmol/L,,21",
+        "2,1,20,sodium,140,mmol/L,,21",
+        "3,1,30,sodium,131,mmol/L,,31",
+    )
+    assert counted(folder, "sodium", "events", "contradictory") == [1, 2]
 
 
 def test_a_revision_that_repeats_the_result_is_no_second_one(folder):

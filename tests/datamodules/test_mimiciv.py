@@ -374,9 +374,10 @@ def test_irrigant_is_netted_over_time(tmp_path: Path) -> None:
     assert [(minute, value) for _, minute, _, value in after(write(tmp_path / "a", outputevents=output))] == [
         (30, 100), (120, 0), (180, 150), (240, 0), (300, 150)
     ]  # fmt: skip
-    late = output.replace("300,ml", "300,ml@2121-01-01 20:00:00")  # until then nobody knows what is urine
+    late = output.replace("300,ml", "300,ml@2121-01-01 20:00:00")  # what was known before is not netted
     found = after(write(tmp_path / "b", outputevents=late), "known_minute")
-    assert [row[1:3] for row in found] == [(30, 30), (120, 720), (180, 720), (240, 720), (300, 720)]
+    told = [(minute, known, value) for _, minute, known, _, value in found]
+    assert told == [(30, 30, 100), (120, 120, 200), (180, 180, 250), (240, 240, 0), (300, 300, 150)]
 
 
 def test_equal_rows_count_once_and_rewritten_ones_never(tmp_path: Path) -> None:

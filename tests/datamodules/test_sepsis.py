@@ -384,14 +384,14 @@ def test_mimic_demo(real: Callable[[str], Path]) -> None:
     cohort = Cohort(MIMICIV(str(real("mimic-iv-demo"))))
     hospital, stays = cohort.hospital, cohort.store.stays
     found = {name: pl.read_parquet(path) for name, path in cohort.sepsis_tables().items()}
-    assert set(found) == {"sofa", "suspicion", "sepsis3", "vasopressors"}
+    assert set(found) == {"sofa", "suspicion", "sepsis3"}
     rows = found["suspicion"]
     assert rows.schema == pl.Schema(sepsis.SUSPICION)
     assert (rows.height, rows["stay_id"].drop_nulls().n_unique()) == (903, 89)
     assert rows.filter(pl.col("suspected_infection"), pl.col("stay_id").is_not_null())["stay_id"].n_unique() == 82
     septic = found["sepsis3"]
     assert (septic.height, stays.join(septic, on="stay_id")["hospital_death"].sum()) == (62, 14)
-    assert found["vasopressors"].height == 1750
+    assert pl.read_parquet(cohort.infusions()).height == 1750
     half = stays.filter(pl.col("patient_id").is_in(stays["patient_id"].unique(maintain_order=True)[:50].implode()))
     patients = half.select(pl.col("patient_id").cast(pl.Int64)).unique().lazy()
     tables = {name: rows.join(patients, on="patient_id", how="semi") for name, rows in hospital.tables(half).items()}
