@@ -177,8 +177,8 @@ def _diagnoses(tables: Tables) -> pl.LazyFrame:
         admission = admission.join(entered, on=["stay_id", "apacheadmissiondx"], how="left")
     else:
         admission = admission.with_columns(entered=pl.lit(None, pl.Int32))
-    entered = pl.col("entered").fill_null(DAY).clip(lower_bound=0)  # some are entered before admission to the unit
-    admission = admission.with_columns(minute=pl.lit(0), known_minute=entered)
+    known = pl.col("entered").fill_null(DAY).clip(lower_bound=0)  # some are entered before admission to the unit
+    admission = admission.with_columns(minute=pl.lit(0), known_minute=known)
     written = tables["diagnosis"].filter(pl.col("diagnosisstring").str.to_lowercase().str.contains(SEPSIS_TEXT))
     written = written.select("stay_id", "minute", known_minute="minute", source=pl.lit("diagnosis"))
     columns = ["stay_id", "source", "minute", "known_minute"]

@@ -86,7 +86,7 @@ class MIMICIV(Hospital):
                 death_minute=minutes(died),
                 hospital_death=death,
                 icu_death=pl.when(pl.col("hospital_expire_flag").is_not_null()).then(
-                    (death & (died <= pl.col("outtime"))).fill_null(False)
+                    (death & (pl.col("outtime").is_null() | (died <= pl.col("outtime")))).fill_null(False)
                 ),
             )
         )
@@ -145,8 +145,7 @@ class MIMICIV(Hospital):
         """What was charted, measured, put out and infused, schema ``schema.EVENTS``."""
         infused = infusion_rows(tables)
         usable = _usable(infused)
-        unmapped = infused.filter(pl.col("rate").is_null(), pl.col("dropped").is_null())
-        refused = pl.concat([unmapped, infused.filter(pl.col("dropped").is_not_null())]).select(
+        refused = infused.filter(pl.col("rate").is_null() | pl.col("dropped").is_not_null()).select(
             "stay_id",
             "dropped",
             minute="start_minute",
@@ -167,7 +166,7 @@ class MIMICIV(Hospital):
     def infusions(self, tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
         """Infusion intervals of ``icu/inputevents``; a rate in a unit without a rule is left out and counted in the
         coverage table."""
-        return _usable(infusion_rows(tables))
+        return _usable(infusion_rows(tables)).filter(pl.col("rate") > 0)
 
     def sofa_inputs(
         self, tables: Tables, events: pl.LazyFrame, stays: pl.DataFrame, before: int | None = None
@@ -223,9 +222,7 @@ def _inputevents(hospital: Hospital) -> pl.LazyFrame:
 
 
 def _usable(infused: pl.LazyFrame) -> pl.LazyFrame:
-    running = infused.filter(
-        pl.col("dropped").is_null(), pl.col("rate") > 0, pl.col("end_minute") > pl.col("start_minute")
-    )
+    running = infused.filter(pl.col("dropped").is_null(), pl.col("rate").is_not_null())
     return running.sort("stay_id", "drug", "start_minute").select(pl.col(c).cast(kind) for c, kind in INFUSIONS.items())
 
 

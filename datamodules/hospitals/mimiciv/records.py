@@ -19,7 +19,8 @@ def infusion_rows(tables: Tables) -> pl.LazyFrame:
 
     Unit rules of mimic-code ``concepts/medication``: norepinephrine in mg/kg/min counts x 1000 unless the weight is
     charted as 1 kg; phenylephrine in mcg/min is divided by the weight; vasopressin in units/min counts x 60. ``rate``
-    is null where the unit is not one of these. A row that stands twice or was withdrawn has the reason in ``dropped``.
+    is null where the unit is not one of these. A row that stands twice, was withdrawn, ends before it starts or has a
+    negative rate has the reason in ``dropped``.
     """
     unit = pl.col("rateuom").str.to_lowercase().str.replace_all(" ", "")
     unit = unit.str.replace("minute", "min").str.replace("hour", "h").str.replace("hr", "h")
@@ -36,6 +37,8 @@ def infusion_rows(tables: Tables) -> pl.LazyFrame:
     per_hour = pl.when(unit == "units/h").then(rate).when(unit == "units/min").then(rate * 60)
     vasopressin = pl.col("drug") == "vasopressin"
     charted = tables["icu/inputevents"].filter(pl.col("drug").is_not_null(), pl.col("rate").is_not_null())
+    backwards = pl.when(pl.col("endtime") <= pl.col("starttime")).then(pl.lit("contradictory"))
+    negative = pl.when(pl.col("rate") < 0).then(pl.lit("out_of_range"))
     return once(charted).join(tables["icu/icustays"].select("stay_id", "intime"), on="stay_id").select(
         stay_id="stay_id",
         start_minute=minutes("starttime"),
@@ -47,7 +50,7 @@ def infusion_rows(tables: Tables) -> pl.LazyFrame:
         estimated=pl.lit(False),
         charted="rate",
         rateuom=pl.col("rateuom").fill_null("no unit"),
-        dropped="dropped",
+        dropped=pl.coalesce("dropped", backwards, negative),
     )  # fmt: skip
 
 
