@@ -270,7 +270,7 @@ def one_class(split: str, died: int, trained: Path) -> Callable[[Path], None]:
     """Gives every stay of a split the same outcome."""
 
     def edit(root: Path) -> None:
-        from experiments.verbs import MIMICIV
+        from datamodules import MIMICIV
 
         data = MIMICIV(str(root))
         data.setup()
