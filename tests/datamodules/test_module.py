@@ -562,6 +562,8 @@ def test_impossible_options_are_refused(tmp_path: Path) -> None:
 
 
 def test_of_joins_a_hospital_with_the_loaders(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        ICUDataModule()  # type: ignore[abstract]
     made = of(Toy)
     assert made.__name__ == "Toy" and issubclass(made, Toy) and issubclass(made, ICUDataModule)
     assert made.__doc__ == Toy.__doc__
