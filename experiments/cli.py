@@ -162,7 +162,7 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
             classes = {name: kinds for name, kinds in _classes(trained).items() if f"--{name}" in options}
             _stop(f"{_explain(message, arguments, options, classes)}\nsee: ehr {verb} --help")
 
-        def parse_args(self, args: Sequence[str] | None = None, *more: Any, **others: Any) -> Any:
+        def parse_args(self, args: Any = None, *more: Any, **others: Any) -> Any:  # type: ignore[override]
             named = _hospitals(sys.argv[1:] if args is None else args) if verb in WITHOUT_TORCH else args
             return super().parse_args(named, *more, **others)
 
