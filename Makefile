@@ -8,7 +8,7 @@ export EHR_CACHE ?= $(CURDIR)/.cache
 	.venv/bin/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: install demo test lint format bench check-ranks check-sweep gpu-check clean help
+.PHONY: install demo test lint format bench bench-full check-data check-mutants check-ranks check-sweep gpu-check clean help
 
 install: .venv/.installed ## set up .venv with pinned packages (the other targets do it themselves)
 
@@ -38,6 +38,16 @@ bench: .venv/.installed .venv-bench/.installed ## time and memory of `ehr prepar
 	.venv/bin/python -m experiments.bench
 	.venv-bench/bin/python -m experiments.bench_scan
 	.venv/bin/python -m experiments.bench_models $(if $(ROOT),--root $(ROOT))
+
+bench-full: .venv/.installed ## time and memory of `ehr prepare` on simulated files of the real databases' size (hours, 40 GB)
+	.venv/bin/python -m experiments.bench_full
+
+check-data: .venv/.installed ## definitions of sepsis and infusion rates on the open demos (ROOT=folder with mimic-iv-demo and eicu-demo)
+	.venv/bin/python -m experiments.check_data $(ROOT)
+	.venv/bin/python -m experiments.results.tables
+
+check-mutants: .venv/.installed ## do the tests of the data layer notice a wrong line? (10 minutes)
+	.venv/bin/python tests/mutants.py
 
 check-ranks: .venv/.installed ## several processes beside one, and training killed 20 times beside training that was not (5 minutes)
 	.venv/bin/python -m experiments.check_ranks

@@ -5,21 +5,10 @@ Importing this package imports neither torch nor lightning; the data modules do,
 
 from typing import Any
 
-DATA_MODULES = (
-    "EICU",
-    "MIMICIV",
-    "PhysioNet2012",
-    "PhysioNet2019",
-    "SyntheticEICU",
-    "SyntheticMIMICIV",
-    "Tables",
-    "ICUDataModule",
-)
-
 
 def __getattr__(name: str) -> Any:
-    if name not in DATA_MODULES:
-        raise AttributeError(f"module 'datamodules' has no attribute {name!r}")
+    if not name[0].isupper():  # a module of this package, which Python looks for next
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from datamodules import module
 
     return getattr(module, name)

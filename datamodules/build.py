@@ -1,18 +1,21 @@
 """Raw tables of a hospital -> the store that every batch is cut from, in one pass over each table.
 
-Each raw table is streamed once, its kept rows divided into buckets of some thousand stays as they come, whatever order they stand
-in. Then bucket after bucket is sorted into the store, so that memory does not grow with the number of stays. Parts are written to a
-temporary name and renamed, and so is the store: a run that is killed leaves finished parts that the next run takes up, and never a
-store that is incomplete. A lock lets one process build while others wait.
+Each raw table is streamed once, its kept rows divided into buckets of some thousand stays as they come, whatever order
+they stand in. Then bucket after bucket is sorted into the store, so that memory does not grow with the number of stays.
+Parts are written to a temporary name and renamed, and so is the store: a run that is killed leaves finished parts that
+the next run takes up, and never a store that is incomplete. A lock lets one process build while others wait.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial as partial_of
 from pathlib import Path
-from typing import IO
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -25,7 +28,7 @@ from datamodules.hospitals.base import Hospital, Tables
 from datamodules.schema import DROPPED, STAYS, as_events, check_stays
 from datamodules.store import Store
 
-BUCKET = 1000  # stays whose rows are sorted together
+BUCKET = 500  # stays whose rows are sorted together
 ROW_GROUP = 50_000  # rows that each open file of a bucket may hold in memory
 SOURCES = ("schema.py", "dictionary.py", "raw.py", "build.py", "store.py", "hospitals/**/*.py", "derive/*.py")
 DERIVED_FROM = [
@@ -104,7 +107,8 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _bucketed(stays: pl.DataFrame, partition: str) -> pl.DataFrame:
-    """The stays with their row number ``stay`` and their ``bucket``; a patient's stays share one where rows belong to patients."""
+    """The stays with their row number ``stay`` and their ``bucket``; a patient's stays share one where rows belong to
+    patients."""
     stays = stays.with_row_index("stay").cast({"stay": pl.Int32})
     bucket = pl.col("stay") // BUCKET
     stays = stays.with_columns(bucket=bucket.first().over(partition) if partition == "patient_id" else bucket)
@@ -158,24 +162,20 @@ def bucket_tables(folder: Path, bucket: int) -> Tables:
 def _assemble(hospital: Hospital, stays: pl.DataFrame, partial: Path, step: Step) -> None:
     """Sort each bucket into the store: converted, within range, each row once, with what is derived from them."""
     counts = _Counts(len(stays))
-    hospitals = []
     buckets = stays.partition_by("bucket", maintain_order=True)
-    names = ("minute.i4", "known.i4", "concept.u1", "value.f4", "rates.i8")
+    hospitals = []
     with ExitStack() as stack:
-        out = {name: stack.enter_context((partial / name).open("wb")) for name in names}
-        for number, members in enumerate(buckets):
+        out = {name: stack.enter_context((partial / name).open("wb")) for name in (*COLUMNS, "rates.i8")}
+        pool = stack.enter_context(ThreadPoolExecutor(2))  # one sorts in numpy while the other reads in polars
+        sort = partial_of(_sorted, hospital, partial)
+        for number, bucket in enumerate(_ahead(pool, sort, buckets)):
             step("sorting events by stay", number, len(buckets))
-            tables = bucket_tables(partial, number)
-            frames = hospital.events(tables, members.select(*STAYS))
-            charted = pl.concat([*frames, _admission(members)]).join(
-                members.lazy().select("stay_id", "stay"), on="stay_id"
-            )
-            charted = charted.select(
-                "stay", "minute", pl.coalesce("known_minute", "minute").alias("known_minute"), "concept",
-                pl.col("value").cast(pl.Float32), pl.col("unit").cast(pl.Categorical), "dropped",
-            )  # fmt: skip
-            _write(charted.collect(), counts, out)
-            hospitals.append(_filled(tables, members, hospital.partition))
+            rates = np.flatnonzero(RATE[bucket.columns["concept.u1"]]) + counts.per_stay.sum()
+            rates.astype(np.int64).tofile(out["rates.i8"])
+            counts.add(bucket)
+            for name, kind in COLUMNS.items():
+                bucket.columns[name].astype(kind).tofile(out[name])
+            hospitals.append(bucket.filled)
         step("sorting events by stay", len(buckets), len(buckets))
     if not counts.events.sum():
         raise ValueError("no event found in any stay: expected rows of known items with a time inside a stay")
@@ -190,6 +190,19 @@ def _assemble(hospital: Hospital, stays: pl.DataFrame, partial: Path, step: Step
     filled.sort("hospital_id").write_parquet(partial / "hospitals.parquet")
     stays.select("bucket").write_parquet(partial / "buckets.parquet")
     stays.select(*STAYS).write_parquet(partial / "stays.parquet")
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, run: Callable[[pl.DataFrame], "_Bucket"], buckets: list[pl.DataFrame]
+) -> Iterator["_Bucket"]:
+    """The results in order, two in work at a time, so that memory holds no more."""
+    waiting: deque[Future[_Bucket]] = deque()
+    for bucket in buckets:
+        waiting.append(pool.submit(run, bucket))
+        if len(waiting) == 2:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _admission(stays: pl.DataFrame) -> pl.LazyFrame:
@@ -208,14 +221,32 @@ def _filled(tables: Tables, members: pl.DataFrame, key: str) -> pl.DataFrame:
 
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # stay, minute, known, concept, value
+COLUMNS = {"minute.i4": np.int32, "known.i4": np.int32, "concept.u1": np.uint8, "value.f4": np.float32}
 
 
-def _write(charted: pl.DataFrame, counts: "_Counts", out: Mapping[str, IO[bytes]]) -> None:
-    """Append the events of a bucket of stays to the columns of the store."""
+class _Bucket(NamedTuple):
+    """The events of a bucket of stays and what was counted of them."""
+
+    columns: dict[str, np.ndarray]  # of the store, by file
+    stay: np.ndarray  # (N,) of each event
+    states: np.ndarray  # (concepts, states) rows read
+    pairs: dict[tuple[str, str | None], int]  # (concept, charted unit) -> rows
+    filled: pl.DataFrame  # which raw tables the hospitals fill
+
+
+def _sorted(hospital: Hospital, folder: Path, members: pl.DataFrame) -> _Bucket:
+    """Read, convert and sort the events of a bucket of stays."""
+    tables = bucket_tables(folder, members["bucket"][0])
+    frames = hospital.events(tables, members.select(*STAYS))
+    lazy = pl.concat([*frames, _admission(members)]).join(members.lazy().select("stay_id", "stay"), on="stay_id")
+    charted = lazy.select(
+        "stay", "minute", pl.coalesce("known_minute", "minute").alias("known_minute"), "concept",
+        pl.col("value").cast(pl.Float32), pl.col("unit").cast(pl.Categorical), "dropped",
+    ).collect()  # fmt: skip
     stay, minute, known = (charted[c].to_numpy().astype(np.int64) for c in ("stay", "minute", "known_minute"))
     concept = charted["concept"].to_physical().to_numpy().astype(np.int64)
     state = (charted["dropped"].to_physical().cast(pl.Int64) + 1).fill_null(KEPT).to_numpy().copy()
-    factor, offset = counts.convert(concept, charted["unit"])
+    factor, offset, pairs = _conversions(concept, charted["unit"])
     value = charted["value"].fill_null(np.nan).to_numpy() * factor + offset
     fio2 = concept == NAMES.index("fio2")  # a percentage or a fraction, often without a unit (mimic-code bg.sql)
     value = np.where(fio2 & (value >= 0.2) & (value <= 1), value * 100, value).astype(np.float32)
@@ -227,32 +258,51 @@ def _write(charted: pl.DataFrame, counts: "_Counts", out: Mapping[str, IO[bytes]
     clip = (state == OUTSIDE) & rate & fresh  # dropping a step would leave the one before it in force
     value[clip] = dictionary.clipped(concept[clip], value[clip])
     state[clip] = CLIPPED
-    counts.read(concept, state)
+    states = np.bincount(concept * (CLIPPED + 1) + state, minlength=len(NAMES) * (CLIPPED + 1))
     good = (state == KEPT) | (state == CLIPPED)
     minute = np.where(rate, np.maximum(minute, known), minute)  # a step counts from when it is known
     known = np.maximum(minute, known)
     events = _once(*(c[good] for c in (stay, minute, known, concept, value)))  # nothing is derived from a duplicate
     extra = _derived(*events)
-    counts.read(extra[3], np.zeros(len(extra[3]), np.int64))
+    states += np.bincount(extra[3] * (CLIPPED + 1), minlength=len(states))
     stay, minute, known, concept, value = _once(*(np.concatenate(both) for both in zip(events, extra, strict=True)))
-    before = int(counts.per_stay.sum())
-    counts.kept(stay, concept)
-    minute.astype(np.int32).tofile(out["minute.i4"])
-    known.astype(np.int32).tofile(out["known.i4"])
-    concept.astype(np.uint8).tofile(out["concept.u1"])
-    value.astype(np.float32).tofile(out["value.f4"])
-    row = np.flatnonzero(RATE[concept])
-    row = row[np.lexsort((minute[row], concept[row], stay[row]))]  # stable: of several at one minute the last holds
-    (row + before).astype(np.int64).tofile(out["rates.i8"])
+    columns = dict(zip(COLUMNS, (minute, known, concept, value), strict=True))
+    return _Bucket(columns, stay, states.reshape(len(NAMES), -1), pairs, _filled(tables, members, hospital.partition))
+
+
+def _conversions(
+    concept: np.ndarray, unit: pl.Series
+) -> tuple[np.ndarray, np.ndarray, dict[tuple[str, str | None], int]]:
+    """Factor and offset of each row (NaN: the unit is not known), and how many rows each pair of concept and unit
+    has."""
+    codes = unit.to_physical().cast(pl.Int64).fill_null(-1).to_numpy() + 1
+    width = int(codes.max(initial=0)) + 1
+    pair = concept * width + codes
+    rows = np.bincount(pair, minlength=len(NAMES) * width)
+    units = unit.drop_nulls().unique()
+    text = dict(zip((units.to_physical().cast(pl.Int64) + 1).to_list(), units.cast(pl.String).to_list(), strict=True))
+    factors = np.full((len(NAMES) * width, 2), np.nan, np.float32)
+    pairs: dict[tuple[str, str | None], int] = {}
+    for number in np.flatnonzero(rows).tolist():
+        name, charted = NAMES[number // width], text.get(number % width)
+        factor, offset = conversion(name, charted)
+        if factor is not None and offset is not None:
+            factors[number] = factor, offset
+        pairs[name, charted] = int(rows[number])
+    return factors[pair, 0], factors[pair, 1], pairs
 
 
 def _once(stay: np.ndarray, minute: np.ndarray, known: np.ndarray, concept: np.ndarray, value: np.ndarray) -> Columns:
-    """Rows sorted by stay, minute, concept and value, each once, known as early as it was; volumes known at several times stay apart."""
+    """Rows sorted by stay, minute, concept and value, each once, known as early as it was; volumes known at several
+    times stay apart."""
     key = (stay << 40) + ((minute + 2**31) << 8) + concept
     order = np.argsort(key, kind="stable")
     key, known, value = key[order], known[order], value[order].astype(np.float32) + 0  # -0.0 becomes 0.0
-    tie = np.flatnonzero(np.diff(key, prepend=key[:1] - 1) == 0)
-    tie = np.union1d(tie, tie - 1)  # rows that share stay, minute and concept: few, so only these are sorted further
+    same = key[1:] == key[:-1]
+    shared = np.zeros(len(key), bool)
+    shared[1:] = same
+    shared[:-1] |= same
+    tie = np.flatnonzero(shared)  # rows that share stay, minute and concept: few, so only these are sorted further
     inner = np.lexsort((known[tie], value[tie], key[tie]))
     known[tie], value[tie] = known[tie][inner], value[tie][inner]
     concept = key & 0xFF
@@ -289,30 +339,12 @@ class _Counts:
         self.per_stay = np.zeros(stays, np.int64)
         self.pairs: dict[tuple[str, str | None], int] = {}  # (concept, charted unit) -> rows
 
-    def convert(self, concept: np.ndarray, unit: pl.Series) -> tuple[np.ndarray, np.ndarray]:
-        """Factor and offset of each row (NaN: the unit is not known), and count its pair of concept and unit."""
-        codes = unit.to_physical().cast(pl.Int64).fill_null(-1).to_numpy() + 1
-        width = int(codes.max(initial=0)) + 1
-        pair, rows = np.unique(concept * width + codes, return_counts=True)
-        units = unit.drop_nulls().unique()
-        text = dict(
-            zip((units.to_physical().cast(pl.Int64) + 1).to_list(), units.cast(pl.String).to_list(), strict=True)
-        )
-        factors = np.full((len(NAMES) * width, 2), np.nan, np.float32)
-        for number, count in zip(pair.tolist(), rows.tolist(), strict=True):
-            name, code = NAMES[number // width], number % width
-            charted = text.get(code)
-            factor, offset = conversion(name, charted)
-            factors[number] = np.nan if factor is None else factor, np.nan if offset is None else offset
-            self.pairs[name, charted] = self.pairs.get((name, charted), 0) + count
-        chosen = factors[concept * width + codes]
-        return chosen[:, 0], chosen[:, 1]
-
-    def read(self, concept: np.ndarray, state: np.ndarray) -> None:
-        width = self.states.shape[1]
-        self.states += np.bincount(concept * width + state, minlength=self.states.size).reshape(self.states.shape)
-
-    def kept(self, stay: np.ndarray, concept: np.ndarray) -> None:
+    def add(self, bucket: _Bucket) -> None:
+        """Count a bucket."""
+        self.states += bucket.states
+        for pair, rows in bucket.pairs.items():
+            self.pairs[pair] = self.pairs.get(pair, 0) + rows
+        stay, concept = bucket.stay, bucket.columns["concept.u1"]
         self.events += np.bincount(concept, minlength=len(NAMES))
         self.per_stay += np.bincount(stay, minlength=len(self.per_stay))
         if len(stay):
@@ -322,7 +354,8 @@ class _Counts:
             self.stays += seen.sum(0)
 
     def table(self) -> pl.DataFrame:
-        """Rows read, events kept (of these clipped to the range), stays with an event, rows dropped by reason; charted concepts only."""
+        """Rows read, events kept (of these clipped to the range), stays with an event, rows dropped by reason; charted
+        concepts only."""
         reasons = {reason: self.states[:, i + 1] for i, reason in enumerate(DROPPED.categories)}
         stored = self.states[:, KEPT] + self.states[:, CLIPPED]
         table = pl.DataFrame(
@@ -338,6 +371,7 @@ class _Counts:
                 "not_a_number": reasons["not_a_number"],
                 "out_of_range": reasons["out_of_range"],
                 "withdrawn": reasons["withdrawn"],
+                "contradictory": reasons["contradictory"],
                 "clipped": self.states[:, CLIPPED],
             }
         )

@@ -1,4 +1,5 @@
-"""Who is in a cohort, when predictions are made, with which label, and in which split: everything between a store and batches."""
+"""Who is in a cohort, when predictions are made, with which label, and in which split: everything between a store and
+batches."""
 
 import hashlib
 import json
@@ -14,14 +15,15 @@ import polars as pl
 from filelock import FileLock
 
 from datamodules.build import bucket_tables, build, fingerprint, writing
-from datamodules.derive.sepsis import SEPSIS3, SUSPICION, check_definition, known_septic, sepsis3, summarise
-from datamodules.derive.sofa import SOFA, sofa
-from datamodules.hospitals.base import Hospital, Split
+from datamodules.derive.sepsis import check_definition, known_septic, sepsis3, summarise
+from datamodules.derive.sofa import sofa
+from datamodules.dictionary import RATES, limits
+from datamodules.hospitals.base import Hospital, Split, Tables
 from datamodules.schema import INFUSIONS
 from datamodules.store import Store
 
 Step = Callable[[str, int, int], None]
-SCHEMAS = {"sofa": SOFA, "suspicion": SUSPICION, "sepsis3": SEPSIS3, "vasopressors": INFUSIONS}
+Bucket = Callable[[Tables, pl.DataFrame, pl.LazyFrame], dict[str, pl.DataFrame]]  # kept rows, stays, events -> tables
 FEWEST_HOSPITALS = 10  # fewest hospitals that can be divided in three
 
 
@@ -47,52 +49,63 @@ class Cohort:
             self._store = build(self.hospital, cache / key, self.step)
         return self._store
 
-    # ---- tables derived from the store ----------------------------------------------------------------------------------
+    # ---- tables derived from the store -----------------------------------------------------------------------------
+
+    def infusions(self) -> Path:
+        """Vasoactive infusions of the whole record, schema ``INFUSIONS``, rates clipped to their range as in the
+        events."""
+
+        def bucket(tables: Tables, stays: pl.DataFrame, events: pl.LazyFrame) -> dict[str, pl.DataFrame]:
+            return {"vasopressors": _within_range(self.hospital.infusions(tables, stays)).collect()}
+
+        return self._derived("infusions", {}, bucket, "infusions") / "vasopressors.parquet"
 
     def sepsis_tables(self) -> dict[str, Path]:
-        """ "sofa", "suspicion", "sepsis3" and "vasopressors" of the whole record: retrospective tables, for labels and for people.
+        """ "sofa", "suspicion" and "sepsis3" of the whole record: retrospective tables, for labels and for people.
 
         They may look ahead, as mimic-code's SQL does; nothing that a model sees or a cohort is chosen by reads them.
 
         Raises:
             ValueError: the hospital carries no antibiotics and cultures, or has no such definition.
+            FileNotFoundError: a table that they are made of is not there.
         """
-        hospital = self.hospital
-        definition = self._definition()
+        hospital, definition = self.hospital, self._definition()
 
-        def bucket(number: int, stays: pl.DataFrame, events: pl.LazyFrame) -> dict[str, pl.DataFrame]:
-            tables = bucket_tables(self.store.folder, number)
-            scores = sofa(hospital.sofa_inputs(tables, events, stays), hospital.sofa)
+        def bucket(tables: Tables, stays: pl.DataFrame, events: pl.LazyFrame) -> dict[str, pl.DataFrame]:
             suspected = hospital.suspicion(tables, stays, definition)
-            infusions = hospital.infusions(tables, stays).collect()
-            septic = sepsis3(suspected, scores, definition)
-            return {"sofa": scores, "suspicion": suspected, "sepsis3": septic, "vasopressors": infusions}
+            scores = sofa(hospital.sofa_inputs(tables, events, stays), hospital.sofa)
+            return {"sofa": scores, "suspicion": suspected, "sepsis3": sepsis3(suspected, scores, definition)}
 
-        folder = self._derived("sepsis", {}, bucket, "scoring SOFA and sepsis")
-        return {path.stem: path for path in sorted(folder.glob("*.parquet"))}
+        options = {"definition": hospital.definition, **asdict(hospital.sofa), **hospital.sepsis_options()}
+        folder = self._derived(f"sepsis-{hospital.definition}", options, bucket, "scoring SOFA and sepsis")
+        return {name: folder / f"{name}.parquet" for name in ("sofa", "suspicion", "sepsis3")}
 
     def known_septic(self) -> pl.DataFrame:
         """Stays that were known to be septic strictly before the (first) prediction, schema ``SEPSIS3``."""
-        hospital, before = self.hospital, self.hospital.task.hours * 60
-        definition = self._definition()
+        hospital, definition, before = self.hospital, self._definition(), self.hospital.task.hours * 60
 
-        def bucket(number: int, stays: pl.DataFrame, events: pl.LazyFrame) -> dict[str, pl.DataFrame]:
-            tables = bucket_tables(self.store.folder, number)
-            scores = sofa(hospital.sofa_inputs(tables, events, stays, before), hospital.sofa)
+        def bucket(tables: Tables, stays: pl.DataFrame, events: pl.LazyFrame) -> dict[str, pl.DataFrame]:
             suspected = hospital.suspicion(tables, stays, definition)
+            scores = sofa(hospital.sofa_inputs(tables, events, stays, before), hospital.sofa)
             return {"sepsis3": known_septic(suspected, scores, definition, before)}
 
-        folder = self._derived(
-            "known", {"before": before, "labs": hospital.labs}, bucket, "finding who is known to be septic"
-        )
+        options = {
+            "definition": hospital.definition,
+            **asdict(hospital.sofa),
+            **hospital.sepsis_options(),
+            "before": before,
+        }
+        folder = self._derived(f"known-{hospital.definition}", options, bucket, "finding who is known to be septic")
         return pl.read_parquet(folder / "sepsis3.parquet")
 
     def onset(self) -> pl.DataFrame:
-        """``stay_id, sepsis_minute`` of septic stays under the definition, over the whole record: a label, never a feature."""
+        """``stay_id, sepsis_minute`` of septic stays under the definition, over the whole record: a label, never a
+        feature."""
         return pl.read_parquet(self.sepsis_tables()["sepsis3"]).select("stay_id", sepsis_minute="onset_minute")
 
     def compare_definitions(self) -> pl.DataFrame:
-        """Stays, hospitals, prevalence and mortality under every definition of Sepsis-3, over the whole record: one row each."""
+        """Stays, hospitals, prevalence and mortality under every definition of Sepsis-3, over the whole record: one row
+        each."""
         self._definition()
         scores = pl.read_parquet(self.sepsis_tables()["sofa"])
         store, rows = self.store, []
@@ -102,9 +115,9 @@ class Cohort:
                 self.step(f"definition {name}", number, len(store.buckets()))
                 tables = bucket_tables(store.folder, number)
                 parts.append(self.hospital.suspicion(tables, store.stays[start:stop], definition))
+            self.step(f"definition {name}", 1, 1)
             suspected = pl.concat(parts)
             rows.append(summarise(name, suspected, sepsis3(suspected, scores, definition), store.stays))
-        self.step("definition", 1, 1)
         return pl.concat(rows)
 
     def _definition(self) -> Any:
@@ -112,14 +125,11 @@ class Cohort:
             self.hospital.suspicion({}, self.store.stays, None)  # type: ignore[arg-type]  # says that it carries none
         return check_definition(self.hospital.definition, self.hospital.definitions, self.hospital.name)
 
-    def _derived(
-        self, kind: str, options: dict[str, Any], bucket: Callable[..., dict[str, pl.DataFrame]], text: str
-    ) -> Path:
-        """Tables made bucket by bucket and kept beside the store: computed once per definition and options."""
+    def _derived(self, kind: str, options: dict[str, Any], bucket: Bucket, text: str) -> Path:
+        """Tables made bucket by bucket and kept beside the store: computed once for each set of options."""
         hospital, store = self.hospital, self.store
-        named = {"definition": hospital.definition, **asdict(hospital.sofa), **hospital.sepsis_options(), **options}
-        key = hashlib.blake2b(json.dumps(named, sort_keys=True).encode(), digest_size=8).hexdigest()
-        folder = store.folder / "derived" / f"{kind}-{hospital.definition}-{key}"
+        key = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=8).hexdigest()
+        folder = store.folder / "derived" / f"{kind}-{key}"
         if folder.exists():
             return folder
         with writing(folder):
@@ -130,30 +140,37 @@ class Cohort:
                 partial = folder.with_name(f"{folder.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-                buckets, septic = store.buckets(), []
-                for number, (start, stop) in enumerate(buckets):
-                    self.step(text, number, len(buckets))
-                    events = store.frame(start, stop).lazy()
-                    tables = bucket(number, store.stays[start:stop], events)
-                    septic.append(tables.pop("sepsis3"))
-                    for name, table in tables.items():
-                        table.write_parquet(partial / f"{name}-{number:05d}.part")
-                for name in tables:
-                    parts = sorted(partial.glob(f"{name}-*.part"))
-                    pl.scan_parquet(parts).sink_parquet(partial / f"{name}.parquet")
-                    for part in parts:
-                        part.unlink()
-                chosen = hospital.septic_stays(pl.concat(septic), store.stays)
-                chosen.write_parquet(partial / "sepsis3.parquet")
-                self.step(text, len(buckets), len(buckets))
+                try:
+                    buckets = store.buckets()
+                    for number, (start, stop) in enumerate(buckets):
+                        self.step(text, number, len(buckets))
+                        tables, events = bucket_tables(store.folder, number), store.frame(start, stop).lazy()
+                        made = bucket(tables, store.stays[start:stop], events)
+                        for name, table in made.items():
+                            table.write_parquet(partial / f"{name}-{number:05d}.part")
+                    for name in made:
+                        parts = sorted(partial.glob(f"{name}-*.part"))
+                        rows = pl.scan_parquet(parts)
+                        if name == "sepsis3":
+                            rows = hospital.septic_stays(rows.collect(), store.stays).lazy()
+                        rows.sink_parquet(partial / f"{name}.parquet")
+                        for part in parts:
+                            part.unlink()
+                    self.step(text, len(buckets), len(buckets))
+                except (
+                    ValueError,
+                    FileNotFoundError,
+                ):  # the raw files must change, and with them the name of the store
+                    shutil.rmtree(partial)
+                    raise
                 partial.replace(folder)
         return folder
 
-    # ---- who, when, what ------------------------------------------------------------------------------------------------
+    # ---- who, when, what -------------------------------------------------------------------------------------------
 
     def stays(self) -> pl.DataFrame:
-        """The stays with ``stay`` (row in the store) and ``last_minute`` (of their events); ``sepsis_minute`` is that of the definition
-        where the publisher has no label and the task needs one."""
+        """The stays with ``stay`` (row in the store) and ``last_minute`` (of their events); ``sepsis_minute`` is that
+        of the definition where the publisher has no label and the task needs one."""
         stays = self.store.stays.with_row_index("stay").cast({"stay": pl.Int64})
         stays = stays.with_columns(last_minute=pl.Series(self.store.last_minutes()))
         if self.hospital.task.name == "sepsis_onset" and self.labelled and self.hospital.definitions:
@@ -219,7 +236,8 @@ class Cohort:
         return (samples.filter(pl.col("target").is_not_null()) if self.labelled else samples), attrition
 
     def splits(self, stays: pl.DataFrame) -> pl.Series:
-        """ "train", "val" or "test" per row of ``stays``: 70, 15 and 15 of 100, by a hash of seed and patient (or hospital)."""
+        """ "train", "val" or "test" per row of ``stays``: 70, 15 and 15 of 100, by a hash of seed and patient (or
+        hospital)."""
         hospital = self.hospital
         published = hospital.published_split(stays, self.store.stays)
         if published is not None:
@@ -227,12 +245,20 @@ class Cohort:
         group = "patient_id" if hospital.split_by == "patient" else "hospital_id"
         if hospital.split_by == "hospital" and stays["hospital_id"].n_unique() < FEWEST_HOSPITALS:
             raise ValueError(
-                f"--data.split_by hospital needs at least {FEWEST_HOSPITALS} hospitals, found {stays['hospital_id'].n_unique()} "
+                f"--data.split_by hospital needs at least {FEWEST_HOSPITALS} hospitals, found "
+                f"{stays['hospital_id'].n_unique()} "
                 f"in {hospital.root}; use patient"
             )
         ids = stays[group].unique()
         split = [_split_of(f"{hospital.seed}:{i}") for i in ids]
         return stays.select(pl.col(group).replace_strict(ids, pl.Series(split, dtype=pl.String)))[group]
+
+
+def _within_range(infusions: pl.LazyFrame) -> pl.LazyFrame:
+    """Rates clipped to the range of their concept, as in the events."""
+    ranges = limits(*RATES).with_columns(drug=pl.col("concept").cast(pl.String)).drop("concept")
+    joined = infusions.join(ranges, on="drug", how="left", maintain_order="left")
+    return joined.with_columns(rate=pl.col("rate").clip(pl.col("low"), pl.col("high"))).select(*INFUSIONS)
 
 
 def rows_of(samples: pl.DataFrame, split: Split, hospital: Hospital) -> np.ndarray:

@@ -12,8 +12,8 @@ from torch import Tensor
 class Grid(NamedTuple):
     """Samples as an hourly grid; the last hour ends at the prediction time.
 
-    ``value`` is carried forward from the last hour in which the variable was seen and is 0 (the mean) before that; a rate is the
-    mean over the hour, one that was set before the window included.
+    ``value`` is carried forward from the last hour in which the variable was seen and is 0 (the mean) before that; a
+    rate is the mean over the hour, one that was set before the window included.
     """
 
     static: Tensor  # (B, S) standardised; units of care one-hot

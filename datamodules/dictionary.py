@@ -79,9 +79,12 @@ def _concepts() -> tuple[Concept, ...]:
             ) from error
         if interval[0] not in "[(" or interval[-1] not in ")]" or not low < high:
             raise ValueError(f"concepts.csv: {name} has the range {interval!r}; expected low < high in brackets")
-        if row["hourly"] not in HOURLY or row["treatment"] not in ("", "yes") or row["source"] not in "VERP":
-            raise ValueError(f"concepts.csv: {name} has hourly, treatment, source {row['hourly']!r}, {row['treatment']!r}, "
-                             f"{row['source']!r}; expected one of {', '.join(HOURLY)}, yes or nothing, V, E, R or P")  # fmt: skip
+        if row["hourly"] not in HOURLY or row["treatment"] not in ("", "yes") or row["source"] not in tuple("VERP"):
+            entries = row["hourly"], row["treatment"], row["source"]
+            raise ValueError(
+                f"concepts.csv: {name} has hourly, treatment, source {entries}; "
+                f"expected one of {', '.join(HOURLY)}, yes or nothing, V, E, R or P"
+            )
         opened = interval[0] == "(", interval[-1] == ")"
         rows.append(
             Concept(name, row["unit"], low, high, *opened, row["hourly"], row["treatment"] == "yes", row["source"])
@@ -132,7 +135,7 @@ def _factors() -> dict[tuple[str, str], tuple[float, float]]:
         of_unit = [c.name for c in CONCEPTS if c.unit == (row["unit"] or "")]
         if not of_unit or (row["concept"] is not None and row["concept"] not in of_unit):
             raise ValueError(
-                f"units.csv: {row}: expected a concept of concepts.csv with its own unit, or none and a unit of some concept"
+                f"units.csv: {row}: expected a concept with its own unit, or none and a unit of some concept"
             )
         for name in [row["concept"]] if row["concept"] else of_unit:
             key = (name, row["charted"])
@@ -143,7 +146,8 @@ def _factors() -> dict[tuple[str, str], tuple[float, float]]:
 
 
 def conversion(concept: str, charted: str | None) -> tuple[float | None, float | None]:
-    """Factor and offset that turn a value in ``charted`` into the concept's own unit; (None, None) where units.csv has no rule.
+    """Factor and offset that turn a value in ``charted`` into the concept's own unit; (None, None) where units.csv has
+    no rule.
 
     >>> conversion("fio2", "fraction")
     (100.0, 0.0)
@@ -157,7 +161,8 @@ def conversion(concept: str, charted: str | None) -> tuple[float | None, float |
 
 
 def concept_of(name: str, *columns: str, **chosen: str) -> pl.DataFrame:
-    """Rows of a mapping table ("mimiciv", "eicu", "physionet") with these columns and the type ``CONCEPT`` for concepts.
+    """Rows of a mapping table ("mimiciv", "eicu", "physionet") with these columns and the type ``CONCEPT`` for
+    concepts.
 
     Args:
         name: the table.
@@ -184,7 +189,8 @@ def mapping(name: str) -> pl.DataFrame:
 
 
 def care_unit(hospital: str, charted: pl.Expr, whole: bool = True) -> pl.Expr:
-    """The kind of an intensive care unit ("other" where it is not listed) from its name, or from the first part of it that is listed."""
+    """The kind of an intensive care unit ("other" where it is not listed) from its name, or from the first part of it
+    that is listed."""
     kind = pl.lit("other")
     for row in reversed(words("care_units").filter(pl.col("hospital") == hospital).rows(named=True)):
         named = charted == row["charted"] if whole else charted.str.contains(row["charted"], literal=True)

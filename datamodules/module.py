@@ -92,7 +92,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         for name, unit in zip(spec.variables, spec.units, strict=True):
             if name not in BY_NAME or BY_NAME[name].unit != unit:
                 raise ValueError(
-                    f"the model reads {name} in {unit!r} and these data do not have it so; use the version that it was trained with"
+                    f"the model reads {name} in {unit!r} and these data do not have it so; "
+                    f"use the version that it was trained with"
                 )
         self.task, self.spec, self.samples = Task(**spec.task), spec, None
 

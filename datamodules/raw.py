@@ -1,19 +1,21 @@
 """Opens a publisher's raw tables: the one place that knows how files write null, time, whole number and text.
 
-Read as the same table, whatever program exported it: ``.csv.gz``, ``.csv`` or ``.parquet`` (a file or a folder of parts), names of
-files and columns in any case, any order and number of columns, a byte order mark, Windows line ends, every field in quotes.
+Read as the same table, whatever program exported it: ``.csv.gz``, ``.csv`` or ``.parquet`` (a file or a folder of
+parts), names of files and columns in any case, any order and number of columns, a byte order mark, Windows line ends,
+every field in quotes.
 
 ========  ============================================================================================================
 null      nothing, ``""``, NA, N/A, NULL, null, \\N, NaN, nan, NaT; in columns of numbers and times also None and "."
-time      ``2121-01-01 10:00:00``; with T or /, without seconds, with fractions of a second (dropped) or without a time of
+time      ``2121-01-01 10:00:00``; with T or /, without seconds, with fractions of a second (dropped) or without a time
+of
           day (midnight); a zone (Z, UTC, -05:00) or an aware type is dropped: times are read as the clock on the wall
 whole     80023, also 80023.0, 8.0023e4 and in quotes; a fraction is refused
 number    1.5, 1e1, " 1.5 ", 1,000.5 (commas only between thousands)
 text      UTF-8; bytes that are not UTF-8 become one unreadable character each, which units.csv knows in "°F"
 ========  ============================================================================================================
 
-Refused, with file, column, what was expected and what was found: anything else in such a column, a missing column, a file that
-is empty, cut off or in UTF-16.
+Refused, with file, column, what was expected and what was found: anything else in such a column, a missing column, a
+file that is empty, cut off or in UTF-16.
 """
 
 import csv
@@ -140,7 +142,8 @@ def attempt(root: Path, table: str, run: Callable[[], T]) -> T:
     Args:
         root: folder with the publisher's files.
         table: the table that is read.
-        run: opens the table with ``scan`` and reads it; called once more where the file is not written in the plain way.
+        run: opens the table with ``scan`` and reads it; called once more where the file is not written in the plain
+            way.
     """
     path = find(root, table) or root / table
     try:
@@ -190,7 +193,8 @@ def _check_type(path: Path, name: str, stored: pl.DataType, kind: str) -> None:
 def _parsed(actual: str, name: str, stored: pl.DataType, kind: str, careful: bool) -> pl.Expr:
     """Column ``actual`` of type ``stored`` as ``kind``, under its lower-case name.
 
-    The plain way runs inside polars and fails at the first text in another spelling; ``attempt`` then comes back for the careful way.
+    The plain way runs inside polars and fails at the first text in another spelling; ``attempt`` then comes back for
+    the careful way.
     """
     column = pl.col(actual)
     if isinstance(stored, pl.Categorical | pl.Enum):
@@ -222,7 +226,8 @@ def _parsed(actual: str, name: str, stored: pl.DataType, kind: str, careful: boo
 def _repaired(
     text: pl.Series, fast: pl.Series, repair: Callable[[pl.Expr], pl.Expr], name: str, expected: str
 ) -> pl.Series:
-    """``fast`` with the rows that it could not read in another spelling; what is neither null nor readable is an error."""
+    """``fast`` with the rows that it could not read in another spelling; what is neither null nor readable is an
+    error."""
     unread = text.is_not_null() & fast.is_null()
     if not unread.any():
         return fast

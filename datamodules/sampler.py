@@ -12,24 +12,26 @@ JITTER = 0.08  # by which the logarithm of a length is shuffled
 class Batches(Sampler):
     """Rows in batches: in order, or shuffled by (seed, epoch) so that an epoch can be repeated after a restart.
 
-    With lengths, samples of like length share a batch, so that little of it is padding, and a batch of long ones holds fewer. Training
-    shuffles lengths by a few percent first, so that batches are composed anew in every epoch, and then the order of the batches; how
-    many there are is the same in every epoch.
+    With lengths, samples of like length share a batch, so that little of it is padding, and a batch of long ones holds
+    fewer. Training shuffles lengths by a few percent first, so that batches are composed anew in every epoch, and then
+    the order of the batches; how many there are is the same in every epoch.
 
-    Several processes share a batch of ``size`` samples each: process r takes every ``world``-th of its rows from the r-th on, so all have
-    as many batches, of like size and length, and one process with ``world`` times the size has the same ones.
+    Several processes share a batch of ``size`` samples each: process r takes every ``world``-th of its rows from the
+    r-th on, so all have as many batches, of like size and length, and one process with ``world`` times the size has the
+    same ones.
 
     Args:
         rows: (N,) row numbers of samples, at least one for each process.
-        size: most samples of a process in a batch; one more where a last batch of fewer samples than processes joins the one before it.
+        size: most samples of a process in a batch; one more where a last batch of fewer samples than processes joins
+            the one before it.
         seed: of the shuffling; None: no shuffling.
         epoch: the epoch.
         start: the batch at which it begins, to go on within an epoch; the next epoch begins at its first.
         lengths: (N,) events of each row.
         rank: this process.
         world: the number of processes.
-        whole: processes take the batches of one process in turns instead of a part of each, so that what is said of a sample does not
-            depend on their number, to the last bit; they may have one batch more or less.
+        whole: processes take the batches of one process in turns instead of a part of each, so that what is said of a
+            sample does not depend on their number, to the last bit; they may have one batch more or less.
     """
 
     def __init__(
@@ -80,7 +82,8 @@ class Batches(Sampler):
 
 
 def _cuts(longest_first: np.ndarray, size: int, parts: int) -> list[int]:
-    """Where batches start so that a process's part of each holds at most ``size`` samples and ``BATCH_EVENTS`` events with their padding."""
+    """Where batches start so that a process's part of each holds at most ``size`` samples and ``BATCH_EVENTS`` events
+    with their padding."""
     cuts, start = [], 0
     while start < len(longest_first):
         cuts.append(start)

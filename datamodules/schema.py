@@ -1,8 +1,8 @@
 """The canonical tables that every hospital becomes: one checked schema each.
 
-All minutes count from ICU admission, rounded down; negative ones lie before it. ``known_minute`` is the minute in which a record
-became known: that of the record itself unless its source says that it was entered, revised or completed later, and never earlier.
-Features, cohorts and risk sets use what was known strictly before the prediction.
+All minutes count from ICU admission, rounded down; negative ones lie before it. ``known_minute`` is the minute in which
+a record became known: that of the record itself unless its source says that it was entered, revised or completed later,
+and never earlier. Features, cohorts and risk sets use what was known strictly before the prediction.
 """
 
 import polars as pl
@@ -27,11 +27,11 @@ STAYS: dict[str, pl.DataType] = {
     "death_minute": pl.Int32(),  # death in hospital, null if the patient left alive
     "hospital_death": pl.Boolean(),  # null = unknown
     "icu_death": pl.Boolean(),  # null = unknown
-    "sepsis_minute": pl.Int32(),  # onset of sepsis: the publisher's label, else that of the chosen definition; null = none
+    "sepsis_minute": pl.Int32(),  # onset of sepsis: the publisher's label, else by definition; null = none
 }
 
 # Why a row that was read is not kept as it stands; null = it is.
-DROPPED = pl.Enum(["duplicate", "withdrawn", "not_a_number", "unmapped_unit", "out_of_range"])
+DROPPED = pl.Enum(["duplicate", "withdrawn", "contradictory", "not_a_number", "unmapped_unit", "out_of_range"])
 
 # What a hospital makes of its raw tables. A row that it rejects itself is given with the reason, so that it is counted.
 EVENTS: dict[str, pl.DataType] = {
@@ -58,7 +58,8 @@ INFUSIONS: dict[str, pl.DataType] = {
 
 
 def conform(frame: pl.DataFrame, schema: dict[str, pl.DataType], what: str) -> pl.DataFrame:
-    """``frame`` with exactly the columns of ``schema``; a column that is absent becomes null, an unknown one is refused."""
+    """``frame`` with exactly the columns of ``schema``; a column that is absent becomes null, an unknown one is
+    refused."""
     extra = set(frame.columns) - set(schema)
     if extra:
         raise ValueError(f"{what}: unexpected column {', '.join(sorted(extra))}; expected {', '.join(schema)}")

@@ -8,7 +8,7 @@
     known.i4        when the event was known; for steps of a rate, which count from then on, the same as ``minute``
     concept.u1      index into ``dictionary.NAMES``
     value.f4        in the concept's unit
-    rates.i8        rows of the events that are steps of a rate, by stay, concept and minute
+    rates.i8        rows of the events that are steps of a rate
     coverage.csv    what was read, kept and dropped, per concept
     units.csv       every (concept, charted unit) pair and how it was converted
     hospitals.parquet  which raw tables each hospital fills
@@ -87,11 +87,14 @@ class Store:
             low = low + 1
 
     def running(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
-        """(S, R) The rates that are in force just before a minute, in the order of ``dictionary.RATES``; 0 where none was set."""
+        """(S, R) The rates that are in force just before a minute, in the order of ``dictionary.RATES``; 0 where none
+        was set."""
         if self._steps is None:  # rates are few: their keys fit in memory
-            row = np.asarray(self._rates)
+            row = self._rates
             of_stay = np.searchsorted(self.offsets, row, side="right") - 1
-            self._steps = _key(of_stay, _RATE_OF[self.concept[row]], self.minute[row]), self.value[row]
+            key = _key(of_stay, _RATE_OF[self.concept[row]], self.minute[row])
+            order = np.argsort(key, kind="stable")  # of several at one minute the last holds
+            self._steps = key[order], self.value[row][order]
         key, value = self._steps
         rate = np.arange(len(RATES))
         position = np.searchsorted(key, _key(stay[:, None], rate, minute[:, None])) - 1

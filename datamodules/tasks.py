@@ -1,16 +1,16 @@
 """Prediction tasks: when a prediction is made and what it is scored against, one entry of ``TASKS`` each.
 
-Every task is a set of samples (stay, prediction time, target). A model sees what was known strictly before the prediction time and
-static features known at admission; nothing else reaches a batch, and ``check_statics`` refuses what would look ahead.
+Every task is a set of samples (stay, prediction time, target). A model sees what was known strictly before the
+prediction time and static features known at admission; nothing else reaches a batch, and ``check_statics`` refuses what
+would look ahead.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import polars as pl
 
-TaskName = Literal["mortality_hospital", "mortality_24h", "sepsis_onset"]
 OUTCOMES = ("icu_minutes", "discharge_minute", "death_minute", "hospital_death", "icu_death", "sepsis_minute")
 STATICS = ("age", "sex", "unit", "admit_minute")
 DAY = 24 * 60
@@ -62,15 +62,22 @@ TASKS: dict[str, Label] = {
     ),
 }
 
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASKS)]  # what ``--data.task`` may be
+
 
 @dataclass(frozen=True)
 class Task:
     """What is predicted, and when.
 
     - ``mortality_hospital``: after the first ``hours`` of the ICU stay, death before hospital discharge.
-    - ``mortality_24h``: at hour t of the stay, death within (t, t + 24 h]; t = ``hours``, or with ``rolling`` every hour
+    - ``mortality_24h``: at hour t of the stay, death within (t, t + 24 h]; t = ``hours``, or with ``rolling`` every
+    hour
       from ``hours`` to the end of the stay.
-    - ``sepsis_onset``: at the end of every hour from ``hours`` on, sepsis begins within ``lead`` hours; hours after the onset leave the
+    - ``sepsis_onset``: at the end of every hour from ``hours`` on, sepsis begins within ``lead`` hours; hours after the
+    onset leave the
       risk set, or with ``after_onset`` stay in it with label 1 (as PhysioNet 2019 has them).
 
     Attributes:
@@ -128,7 +135,8 @@ class Task:
     def rules(
         self, min_age: float, first_stay: bool, min_icu_hours: float, labelled: bool
     ) -> list[tuple[str, pl.Expr]]:
-        """Inclusion rules in order: a sentence and what must hold of a row of the stays table with ``last_minute`` (of its events).
+        """Inclusion rules in order: a sentence and what must hold of a row of the stays table with ``last_minute`` (of
+        its events).
 
         Args:
             min_age: youngest age in years.
@@ -207,7 +215,8 @@ def check_statics(statics: list[str]) -> None:
     ahead = [s for s in statics if s in OUTCOMES]
     if ahead:
         raise ValueError(
-            f"--data.statics {', '.join(ahead)} is only known after the prediction time; choose among {', '.join(STATICS)}"
+            f"--data.statics {', '.join(ahead)} is only known after the prediction time; "
+            f"choose among {', '.join(STATICS)}"
         )
     unknown = [s for s in statics if s not in STATICS]
     if unknown:

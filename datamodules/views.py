@@ -1,7 +1,7 @@
 """From memory-mapped events to what a model sees: the hourly grid and the triplets, for a whole batch at once.
 
-An event is seen if it lies before the prediction and was known before it. Shape letters: B samples, T hours, N events, F variables,
-R rates.
+An event is seen if it lies before the prediction and was known before it. Shape letters: B samples, T hours, N events,
+F variables, R rates.
 """
 
 import numpy as np
@@ -63,7 +63,8 @@ class Views:
     def _with_running(
         self, stay: np.ndarray, minute: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """``events``, and for each rate that runs when the window opens one in its first minute unless it is set anew then."""
+        """``events``, and for each rate that runs when the window opens one in its first minute unless it is set anew
+        then."""
         events = self.events(stay, minute)
         running = self.store.running(stay, minute - 60 * self.window)
         sample, rate = np.nonzero((running != 0) & (self._rate_variable >= 0))
@@ -92,11 +93,12 @@ class Views:
     def events(
         self, stay: np.ndarray, minute: np.ndarray, carry: int = 0
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Events of each sample from ``carry`` hours before its window up to, not including, its prediction, known by then.
+        """Events of each sample from ``carry`` hours before its window up to, not including, its prediction, known by
+        then.
 
         Returns:
-            owner (position of the sample in ``stay``), minutes since the start (window and carry), variable, value; each (N,),
-            by owner, minute and concept.
+            owner (position of the sample in ``stay``), minutes since the start (window and carry), variable, value;
+            each (N,), by owner, minute and concept.
         """
         store = self.store
         start = minute - 60 * (self.window + carry)
@@ -112,8 +114,10 @@ class Views:
     def hourly(self, stay: np.ndarray, minute: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Hourly values in their units, mask, and hours since last charted; each (B, T, F).
 
-        Values of one hour are averaged, volumes summed. A rate is a step function that goes on from what runs when the window
-        opens: each of its events changes it by some amount, which counts for the rest of that hour and fully for every later
+        Values of one hour are averaged, volumes summed. A rate is a step function that goes on from what runs when the
+        window
+        opens: each of its events changes it by some amount, which counts for the rest of that hour and fully for every
+            later
         one, so that two scattered sums and one running sum give the time-weighted mean of every hour.
         """
         batch, hours, width = len(stay), self.window + CARRY, len(self.variables)

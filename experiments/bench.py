@@ -62,7 +62,7 @@ def main() -> None:
     commands = {
         "bare scan of chartevents": scan,
         "ehr prepare, all tables": prepare,
-        "of which: importing torch and lightning": start,
+        "of which: start-up": start,
     }
     figures: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(REPEATS):

@@ -63,7 +63,7 @@ def prepare(data: Hospital, out: str | None = None, compare_definitions: bool = 
     with progress() as step:
         cohort = Cohort(data, step)
         store = cohort.store
-        derived = cohort.sepsis_tables() if data.definitions and (out is not None or compare_definitions) else {}
+        derived = _derived(cohort) if out is not None and data.definitions else {}
         excluded_by, attrition = cohort.excluded()
         compared = cohort.compare_definitions() if compare_definitions else None
     coverage = store.coverage()
@@ -83,7 +83,7 @@ def prepare(data: Hospital, out: str | None = None, compare_definitions: bool = 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     stays = store.stays
-    if data.definitions:
+    if "sepsis3" in derived:
         stays = (
             stays.drop("sepsis_minute")
             .join(cohort.onset(), on="stay_id", how="left", maintain_order="left")
@@ -105,6 +105,18 @@ def prepare(data: Hospital, out: str | None = None, compare_definitions: bool = 
     ):
         files.write_text(folder / f"{name}.csv", table.write_csv())
     console.print(f"wrote to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}", soft_wrap=True)
+
+
+def _derived(cohort: Cohort) -> dict[str, Path]:
+    """The tables that go with MIMIC-IV and eICU; sepsis is left out, and said, where its tables are not there and nobody asked for it."""
+    tables = {"vasopressors": cohort.infusions()}
+    try:
+        return tables | cohort.sepsis_tables()
+    except (FileNotFoundError, ValueError) as error:
+        if cohort.hospital.task.sepsis or cohort.hospital.task.name == "sepsis_onset":
+            raise
+        console.print(f"[yellow]no sofa, suspicion and sepsis3: {error}[/]", soft_wrap=True)
+        return tables
 
 
 def _export(store: Store, folder: Path) -> None:
@@ -147,6 +159,6 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         def step(text: str, done: int, total: int) -> None:
             if text not in lines:
                 lines[text] = bar.add_task(text, total=total)
-            bar.update(lines[text], completed=done)  # type: ignore[arg-type]
+            bar.update(lines[text], completed=done, total=total)  # type: ignore[arg-type]
 
         yield step

@@ -1,12 +1,13 @@
 """Suspicion of infection and Sepsis-3 under several published definitions, for any hospital.
 
-A definition is one record (``Definition``) that says which evidence counts and what it needs to count; a hospital lists the
-definitions that its tables can answer. Every suspicion says when its evidence was complete (``known_minute``), so that a cohort
-"septic at hour 24" holds nobody who is only known to be septic from what came later.
+A definition is one record (``Definition``) that says which evidence counts and what it needs to count; a hospital lists
+the definitions that its tables can answer. Every suspicion says when its evidence was complete (``known_minute``), so
+that a cohort "septic at hour 24" holds nobody who is only known to be septic from what came later.
 
 References:
   [1] Singer 2016, Sepsis-3, JAMA 315:801, doi:10.1001/jama.2016.0287
-  [2] mimic-code ``sepsis/suspicion_of_infection.sql`` and ``sepsis/sepsis3.sql`` (MIT), https://github.com/MIT-LCP/mimic-code
+  [2] mimic-code ``sepsis/suspicion_of_infection.sql`` and ``sepsis/sepsis3.sql`` (MIT),
+      https://github.com/MIT-LCP/mimic-code
   [3] Bennett 2023, ricu, doi:10.1093/gigascience/giad041
   [4] van de Water 2024, YAIB, https://openreview.net/forum?id=ox2ATRM90I
   [5] Moor 2023, Predicting sepsis using deep learning across international sites, doi:10.1016/j.eclinm.2023.102124
@@ -30,15 +31,17 @@ class Definition(NamedTuple):
     Attributes:
         text: one sentence for people.
         antibiotics: sources of antibiotics that count, as the hospital names them; none: antibiotics do not count.
-        needs: what an antibiotic needs to count: "" nothing; "culture": a specimen before or after it [2], known when both
-            are; "two": another within 24 hours [5], known with that one; "kept_up": treatment for 72 hours or until death
+        needs: what an antibiotic needs to count: "" nothing; "culture": a specimen before or after it [2], known when
+            both are; "two": another within 24 hours [5], known with that one; "kept_up": treatment for 72 hours or
+            until death
             [4], known then; "kept_up_culture": both.
         in_icu: give an antibiotic only to the ICU stay in which it starts (else to the one in progress or next).
         diagnoses: sources of diagnoses of sepsis that count.
         diagnosis_by: minute up to which a diagnosis may be written; None: at any time, the discharge included.
         diagnosis_too: an antibiotic counts only in a stay with such a diagnosis, which then is no suspicion by itself.
         growth: a culture in which something grew counts, known with its result.
-        baseline: "zero": SOFA of 2 or more [2]; "running_min": a rise by 2 above its lowest since the window opened [3].
+        baseline: "zero": SOFA of 2 or more [2]; "running_min": a rise by 2 above its lowest since the window opened
+            [3].
         suspicions: look around "any" suspicion of the stay, or the "first" only.
         partial: no definition by itself, only shown beside the others.
     """
@@ -57,19 +60,21 @@ class Definition(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What a hospital's tables say of infections. All times are of the wall clock; eICU's count from an arbitrary day."""
+    """What a hospital's tables say of infections. All times are of the wall clock; eICU's count from an arbitrary
+    day."""
 
     stays: pl.LazyFrame  # stay_id, patient_id, admitted, death (null = survived)
     # patient_id, stay_id (in progress or next, null = none), icu_stay_id (in which it starts), source, antibiotic,
     # time, stop, known (when the record was made)
     antibiotics: pl.LazyFrame
-    # patient_id, stay_id, specimen_id, time (null = date only), date (midnight), specimen, positive, result (when known)
+    # patient_id, stay_id, specimen_id, time (null = date only), date (midnight), specimen, positive, result (when
+    # known)
     cultures: pl.LazyFrame
     diagnoses: pl.LazyFrame  # stay_id, source, time, known
 
 
 SUSPICION: dict[str, pl.DataType] = {
-    "stay_id": pl.Int64(),  # null = outside the ICU; the minutes are then null too, for there is no admission to count from
+    "stay_id": pl.Int64(),  # null = outside the ICU; then there is no admission to count from, and no minutes
     "patient_id": pl.String(),
     "evidence": pl.String(),  # antibiotic, culture or diagnosis: what the row is about; of a diagnosis, its source
     "antibiotic": pl.String(),  # as ordered; null where the row is about something else
@@ -200,10 +205,10 @@ def check_definition(name: str, available: dict[str, Definition], database: str)
 def match_cultures(antibiotics: pl.LazyFrame, cultures: pl.LazyFrame) -> pl.LazyFrame:
     """Give every antibiotic its culture, by patient [2].
 
-    Culture first: taken before the antibiotic by at most 72 hours. Antibiotic first: taken after it by at most 24 hours.
-    Culture first wins, and of several the earliest counts; of several at one time a positive one. A culture with a date
-    only counts from the same day to 3 days before the antibiotic's day, or on that day or the next. The specimen's name
-    decides whether there is a culture at all, as in [2].
+    Culture first: taken before the antibiotic by at most 72 hours. Antibiotic first: taken after it by at most 24
+    hours. Culture first wins, and of several the earliest counts; of several at one time a positive one. A culture with
+    a date only counts from the same day to 3 days before the antibiotic's day, or on that day or the next. The
+    specimen's name decides whether there is a culture at all, as in [2].
 
     Args:
         antibiotics: ``patient_id, time, known`` and columns to keep; a null time matches nothing.
@@ -211,10 +216,11 @@ def match_cultures(antibiotics: pl.LazyFrame, cultures: pl.LazyFrame) -> pl.Lazy
 
     Returns:
         The antibiotics with ``culture_time`` (midnight where there is a date only), ``specimen, positive_culture,
-        suspected_infection, suspected_time``; ``known`` is when the culture was taken, if that came later. A culture with a
-        date only is known at the end of that day.
+        suspected_infection, suspected_time``; ``known`` is when the culture was taken, if that came later. A culture
+        with a date only is known at the end of that day.
     """
-    # in memory: a lazy table that is read once for each of the four searches might number its rows differently each time
+    # in memory: a lazy table that is read once for each of the four searches might number its rows differently each
+    # time
     table = antibiotics.collect().with_row_index("row").lazy()
     ended = pl.coalesce("time", pl.col("date") + pl.duration(days=1))
     cultures = (
@@ -257,7 +263,8 @@ def _earliest(
     limits: tuple[pl.Expr, pl.Expr],
     days: tuple[pl.Expr, pl.Expr],
 ) -> pl.LazyFrame:
-    """Add the earliest culture between the limits, both included; on one day a timed culture goes before a dated one."""
+    """Add the earliest culture between the limits, both included; on one day a timed culture goes before a dated
+    one."""
 
     def search(cultures: pl.LazyFrame, kind: str, low: pl.Expr, high: pl.Expr) -> pl.LazyFrame:
         renamed = cultures.select("patient_id", *(pl.col(name).alias(f"{kind}_{name}") for name in OF_CULTURE)).sort(
@@ -295,12 +302,14 @@ def sepsis3(suspicion: pl.DataFrame, sofa: pl.DataFrame, definition: Definition)
     Args:
         suspicion: schema ``SUSPICION``; rows without a stay or a suspected time are passed over.
         sofa: schema ``sofa.SOFA``.
-        definition: its ``baseline`` and ``suspicions`` are used: with "running_min" a patient who arrives with a high SOFA that stays
-            level does not count [3]; with "first" only the earliest suspicion of a stay is looked around [3].
+        definition: its ``baseline`` and ``suspicions`` are used: with "running_min" a patient who arrives with a high
+            SOFA that stays level does not count [3]; with "first" only the earliest suspicion of a stay is looked
+            around [3].
 
     Returns:
-        Schema ``SEPSIS3``, sorted by stay. Of several, the row that comes first by suspected time, antibiotic, culture and
-        SOFA hour [2]. The onset is the end of that SOFA hour; it is after admission, though it may precede the suspicion.
+        Schema ``SEPSIS3``, sorted by stay. Of several, the row that comes first by suspected time, antibiotic, culture
+        and SOFA hour [2]. The onset is the end of that SOFA hour; it is after admission, though it may precede the
+        suspicion.
     """
     order = ["suspected_minute", "antibiotic_minute", "culture_minute"]
     candidates = suspicion.lazy().filter(pl.col("stay_id").is_not_null(), pl.col("suspected_minute").is_not_null())
@@ -381,7 +390,8 @@ def kept_up(antibiotics: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def summarise(name: str, suspicion: pl.DataFrame, septic: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
-    """One row for the table of definitions: how many stays are suspected and septic, in how many hospitals, how many died.
+    """One row for the table of definitions: how many stays are suspected and septic, in how many hospitals, how many
+    died.
 
     Percentages are of all ``stays``; mortality is in hospital, over the stays whose outcome is known.
     """

@@ -7,11 +7,12 @@ References:
   [3] Bennett 2023, ricu, doi:10.1093/gigascience/giad041 (the alternatives behind the switches)
 
 Words used below:
-  minute  whole minutes since ICU admission, rounded down. The times used here are charted without seconds, so the fraction
-          that is cut off is the same for every time of a stay and comparing two minutes is exact.
-  hour h  the minutes (end - 60, end] with end = ``first_end`` + 60 h. The hours before 0 are scored, because the 24-hour
-          window looks back into them, and are not put out.
-  span    one row a stay: ``first_minute`` (first sign of presence in the ICU), ``first_end`` (end of hour 0), ``last_hour``.
+  minute  whole minutes since ICU admission, rounded down. The times used here are charted without seconds, so the
+          fraction that is cut off is the same for every time of a stay and comparing two minutes is exact.
+  hour h  the minutes (end - 60, end] with end = ``first_end`` + 60 h. The hours before 0 are scored, because the
+          24-hour window looks back into them, and are not put out.
+  span    one row a stay: ``first_minute`` (first sign of presence in the ICU), ``first_end`` (end of hour 0),
+          ``last_hour``.
   record  one row of a charted value: ``stay_id, minute, value``.
 """
 
@@ -180,11 +181,12 @@ def gcs_total(gcs: pl.LazyFrame, gcs_intubated: Literal["normal", "carried"] = "
     """Total GCS of every record as [2] counts it.
 
     A missing part is taken from the record before if that is less than 6 hours old, else it is normal. A patient who
-    cannot speak because of a tube counts as 15 as a whole ("normal"), or as on the last record without a tube ("carried"),
-    which keeps the coma of a patient who was intubated for it.
+    cannot speak because of a tube counts as 15 as a whole ("normal"), or as on the last record without a tube
+    ("carried"), which keeps the coma of a patient who was intubated for it.
 
     Args:
-        gcs: ``stay_id, minute, eyes, verbal, motor``; null = not charted, verbal 0 = cannot be tested because of a tube.
+        gcs: ``stay_id, minute, eyes, verbal, motor``; null = not charted, verbal 0 = cannot be tested because of a
+            tube.
         gcs_intubated: "normal" or "carried".
 
     Returns:
@@ -217,9 +219,9 @@ def gcs_total(gcs: pl.LazyFrame, gcs_intubated: Literal["normal", "carried"] = "
 def urine_24h(urine: pl.LazyFrame, spans: pl.LazyFrame, urine_min_hours: float = 22) -> pl.LazyFrame:
     """Urine of the last day in mL at every charted volume, where enough of the day was charted [2].
 
-    A volume covers the time since the one before (the first: since ``first_minute``). The volumes charted within the last
-    23 hours are summed, and so are the times they cover; if these are between ``urine_min_hours`` and 30 hours the sum is
-    scaled to 24 hours, else there is no value.
+    A volume covers the time since the one before (the first: since ``first_minute``). The volumes charted within the
+    last 23 hours are summed, and so are the times they cover; if these are between ``urine_min_hours`` and 30 hours the
+    sum is scaled to 24 hours, else there is no value.
     """
     since = pl.col("minute") - pl.coalesce(pl.col("minute").shift(1).over("stay_id", order_by="minute"), "first_minute")
     last_day: dict = {"by": "minute", "window_size": f"{URINE_LOOK_BACK_MINUTES}i", "closed": "both"}
@@ -281,8 +283,9 @@ def score(hours: pl.LazyFrame) -> pl.LazyFrame:
     """Put the six component scores of each hour on its own in place of the measured values; no value scores 0 [1, 2].
 
     Args:
-        hours: ``ratio_ventilated, ratio_spontaneous`` (mmHg), ``platelets`` (10^9/L), ``bilirubin, creatinine`` (mg/dL),
-            ``mean_bp`` (mmHg), four drug rates (mcg/kg/min), ``gcs``, ``urine`` (mL in 24 hours), and columns to keep.
+        hours: ``ratio_ventilated, ratio_spontaneous`` (mmHg), ``platelets`` (10^9/L), ``bilirubin, creatinine``
+            (mg/dL), ``mean_bp`` (mmHg), four drug rates (mcg/kg/min), ``gcs``, ``urine`` (mL in 24 hours), and columns
+            to keep.
     """
 
     def below(name: str, *limits: float) -> pl.Expr:

@@ -1,4 +1,5 @@
-"""From records of a treatment to events: infusion rates that add up, vasopressor load, volumes by the hour, urine per kg and hour.
+"""From records of a treatment to events: infusion rates that add up, vasopressor load, volumes by the hour, urine per
+kg and hour.
 
 Everything here looks back only: no event changes when what follows it is taken away.
 """
@@ -9,7 +10,8 @@ from datamodules.dictionary import CONCEPT
 from datamodules.schema import as_events
 
 # Norepinephrine equivalents: mimic-code ``medication/norepinephrine_equivalent_dose.sql`` (after Goradia 2021,
-# doi:10.1016/j.jcrc.2020.11.002). Rates in mcg/kg/min, vasopressin in units/h. ricu counts dopamine /150, vasopressin /0.4 per unit/min.
+# doi:10.1016/j.jcrc.2020.11.002). Rates in mcg/kg/min, vasopressin in units/h. ricu counts dopamine /150, vasopressin
+# /0.4 per unit/min.
 NOREPINEPHRINE_EQUIVALENT = {
     "norepinephrine": 1.0,
     "epinephrine": 1.0,
@@ -31,7 +33,8 @@ def rate_events(intervals: pl.LazyFrame | pl.DataFrame) -> pl.LazyFrame:
         intervals: ``stay_id, start_minute, end_minute, drug, rate`` at least, as in ``schema.INFUSIONS``.
 
     Returns:
-        ``schema.EVENTS``: one row per stay, drug and minute at which an interval starts or ends, in the unit of ``rate``.
+        ``schema.EVENTS``: one row per stay, drug and minute at which an interval starts or ends, in the unit of
+            ``rate``.
 
     Example:
         >>> intervals = pl.DataFrame({"stay_id": [1, 1], "start_minute": [0, 30], "end_minute": [60, 90],
@@ -55,12 +58,13 @@ def rate_events(intervals: pl.LazyFrame | pl.DataFrame) -> pl.LazyFrame:
 def ventilation_events(signs: pl.LazyFrame | pl.DataFrame) -> pl.LazyFrame:
     """Turn signs of breathing support into step events of the concept ``ventilation``.
 
-    A level holds from one sign to the next, or for six hours when nothing more is charted (ricu's rule for eICU, Bennett 2023,
-    doi:10.1093/gigascience/giad041); then it is 0. A spell is not dropped for having been short: that is known only when it has ended.
+    A level holds from one sign to the next, or for six hours when nothing more is charted (ricu's rule for eICU,
+    Bennett 2023, doi:10.1093/gigascience/giad041); then it is 0. A spell is not dropped for having been short: that is
+    known only when it has ended.
 
     Args:
-        signs: ``stay_id, minute, level``; level 0 = none, 1 = non-invasive, 2 = invasive. ``minute`` is when the sign was
-            written down. Of several at one minute, the highest holds.
+        signs: ``stay_id, minute, level``; level 0 = none, 1 = non-invasive, 2 = invasive. ``minute`` is when the sign
+            was written down. Of several at one minute, the highest holds.
 
     Returns:
         ``schema.EVENTS``.
@@ -79,7 +83,8 @@ def ventilation_events(signs: pl.LazyFrame | pl.DataFrame) -> pl.LazyFrame:
 
 
 def estimated_events(intervals: pl.LazyFrame | pl.DataFrame) -> pl.LazyFrame:
-    """Step events of ``vasopressor_estimated``: 1 while the rate of any running vasopressor rests on an assumed concentration or unit.
+    """Step events of ``vasopressor_estimated``: 1 while the rate of any running vasopressor rests on an assumed
+    concentration or unit.
 
     Args:
         intervals: schema ``schema.INFUSIONS``.
@@ -120,17 +125,19 @@ def volume_events(intervals: pl.LazyFrame, concept: str) -> pl.LazyFrame:
 
 
 def derived(events: pl.DataFrame) -> pl.DataFrame:
-    """Vasopressor load, its change over 3 hours, urine per kg and hour, and the total coma scale, from the events of whole stays.
+    """Vasopressor load, its change over 3 hours, urine per kg and hour, and the total coma scale, from the events of
+    whole stays.
 
     Args:
         events: ``stay, minute, known_minute, concept, value`` in the concepts' units, no row twice.
 
     Returns:
-        The same columns: ``norepinephrine_equivalent`` and ``norepinephrine_equivalent_change`` (mcg/kg/min, at every step; positive:
-        rising, equal to the load itself: started within 3 hours, negative: falling), ``urine_rate`` (mL/kg/h: the volume
-        over the time since urine was charted before, which is taken for at least 1 and at most 24 hours, and the last
-        charted weight) and ``gcs`` (where its three parts are charted at one minute without a total). Nothing is derived for stays
-        without these records; a value uses only what was known when its record was.
+        The same columns: ``norepinephrine_equivalent`` and ``norepinephrine_equivalent_change`` (mcg/kg/min, at every
+        step; positive: rising, equal to the load itself: started within 3 hours, negative: falling), ``urine_rate``
+        (mL/kg/h: the volume over the time since urine was charted before, which is taken for at least 1 and at most 24
+        hours, and the last charted weight) and ``gcs`` (where its three parts are charted at one minute without a
+        total). Nothing is derived for stays without these records; a value uses only what was known when its record
+        was.
     """
     columns = ("stay", "minute", "known_minute", "concept", "value")
     named = {**_loads(events.lazy()), "urine_rate": _urine_rate(events.lazy()), "gcs": _gcs(events.lazy())}

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import polars as pl
 
@@ -41,8 +41,8 @@ class Hospital(ABC):
         treatment: Let models see treatment and its response (infusion rates, ventilation, FiO2, urine); false removes
             these variables, to measure what they are worth.
         statics: Features known at admission: any of age, sex, unit, admit_minute, such as age,sex.
-        split_by: Keep the patients ("patient") or whole hospitals ("hospital") of train, val and test apart; with the latter
-            a patient's stays outside the hospital of the first one are left out.
+        split_by: Keep the patients ("patient") or whole hospitals ("hospital") of train, val and test apart; with the
+            latter a patient's stays outside the hospital of the first one are left out.
         seed: Seed of the split.
         cache: Folder for extracted stores; default: $EHR_CACHE or .cache in the current folder.
     """
@@ -50,7 +50,9 @@ class Hospital(ABC):
     name = ""
     raw_tables: tuple[str, ...] = ()  # without the first there are no data
     partition = "stay_id"  # the column by which ``tables`` belong together: stay_id or patient_id
-    definitions: dict[str, Definition] = {}  # of Sepsis-3, the default first; empty where the data cannot tell
+    definitions: ClassVar[
+        dict[str, Definition]
+    ] = {}  # of Sepsis-3, the default first; empty where the data cannot tell
 
     def __init__(
         self,
@@ -86,22 +88,25 @@ class Hospital(ABC):
         check_statics(self.statics)
         self.split_by, self.seed, self.cache = split_by, seed, cache
 
-    # ---- the six methods ----------------------------------------------------------------------------------------------
+    # ---- the six methods -------------------------------------------------------------------------------------------
 
     @abstractmethod
     def stays(self) -> pl.DataFrame:
-        """Every ICU stay, schema ``schema.STAYS``; stays of one patient stand together where ``partition`` is patient_id."""
+        """Every ICU stay, schema ``schema.STAYS``; stays of one patient stand together where ``partition`` is
+        patient_id."""
 
     @abstractmethod
     def tables(self, stays: pl.DataFrame) -> Tables:
-        """Raw table -> the rows and columns of it that the other methods need, lazily; each with the column ``partition``.
+        """Raw table -> the rows and columns of it that the other methods need, lazily; each with the column
+        ``partition``.
 
         Each table is streamed once into files of some thousand stays each, so that memory does not grow with the data.
         """
 
     @abstractmethod
     def events(self, tables: Tables, stays: pl.DataFrame) -> list[pl.LazyFrame]:
-        """What was charted for some stays, schema ``schema.EVENTS``: values in charted units, rejected rows with the reason.
+        """What was charted for some stays, schema ``schema.EVENTS``: values in charted units, rejected rows with the
+        reason.
 
         Args:
             tables: ``tables`` of these stays.
@@ -129,7 +134,8 @@ class Hospital(ABC):
         """Suspicions of infection of some stays under a definition, schema ``derive.sepsis.SUSPICION``."""
         raise ValueError(_NO_SEPSIS.format(self.name))
 
-    # ---- what follows from them, overridden where a publisher's files need it -----------------------------------------
+    # ---- what follows from them, overridden where a publisher's files need it
+    # -----------------------------------------
 
     def files(self) -> list[Path]:
         """The files that are read; raises FileNotFoundError where there are none."""
@@ -156,11 +162,13 @@ class Hospital(ABC):
         return {}
 
     def rules(self) -> list[tuple[str, pl.Expr]]:
-        """Rules of inclusion that an option of this hospital adds: a sentence and what must hold of a row of the stays table."""
+        """Rules of inclusion that an option of this hospital adds: a sentence and what must hold of a row of the stays
+        table."""
         return []
 
     def published_split(self, stays: pl.DataFrame, everyone: pl.DataFrame) -> pl.Series | None:
-        """ "train", "val", "test" (or null: cannot be told) per row of ``stays`` where published work shares a split; else None.
+        """ "train", "val", "test" (or null: cannot be told) per row of ``stays`` where published work shares a split;
+        else None.
 
         Args:
             stays: the stays that are divided.

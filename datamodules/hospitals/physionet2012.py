@@ -1,4 +1,5 @@
-"""PhysioNet/CinC Challenge 2012 (https://physionet.org/content/challenge-2012/): 12,000 stays, 48 hours, in-hospital death."""
+"""PhysioNet/CinC Challenge 2012 (https://physionet.org/content/challenge-2012/): 12,000 stays, 48 hours, in-hospital
+death."""
 
 import io
 from functools import cached_property
@@ -26,9 +27,10 @@ VENTILATED = 2.0  # MechVent is always 1 and means invasive ventilation
 class PhysioNet2012(Hospital):
     """PhysioNet/CinC Challenge 2012: death in hospital from the first 48 hours in the ICU.
 
-    Set a is the test split. Sets b and c are divided 80 to 20 into train and val with the permutation that published work
-    shares (legacy numpy seed 123 over the sorted records of both: Tipirneni & Reddy 2022, doi:10.1145/3516367), whichever of them
-    are chosen; so ``seed`` and ``split_by`` do not apply. With only one of the two in the folder there is no such split.
+    Set a is the test split. Sets b and c are divided 80 to 20 into train and val with the permutation that published
+    work shares (legacy numpy seed 123 over the sorted records of both: Tipirneni & Reddy 2022, doi:10.1145/3516367),
+    whichever of them are chosen; so ``seed`` and ``split_by`` do not apply. With only one of the two in the folder
+    there is no such split.
 
     Args:
         root: Folder with the publisher's files.
@@ -48,12 +50,11 @@ class PhysioNet2012(Hospital):
         super().__init__(root, hours=hours, min_age=min_age, **kwargs)
         self.sets = archives.letters(sets, "abc", "sets")
         if self.seed != 0 or self.split_by != "patient":
-            raise ValueError(
-                "PhysioNet2012 has the split of published work: leave out --data.seed and --data.split_by, which cannot apply"
-            )
+            raise ValueError("PhysioNet2012 has the split of published work: leave out --data.seed and --data.split_by")
 
     def sources(self) -> dict[str, Path]:
-        """Set -> its archive or folder: the chosen ones, and both b and c where one of them is, since they share a split."""
+        """Set -> its archive or folder: the chosen ones, and both b and c where one of them is, since they share a
+        split."""
         present = {s: path for s in "abc" if (path := archives.first_of(self.root, SOURCES, s))}
         lacking = [s for s in self.sets or () if s not in present]
         if lacking or not present:
@@ -141,11 +142,12 @@ class PhysioNet2012(Hospital):
 
     def split_advice(self) -> str:
         """What to do where the split cannot be told."""
-        return "the split of published work needs sets b and c in the same folder: add the other one, or use --data.split all"
+        return "the split of published work needs sets b and c in one folder: add the other, or use --data.split all"
 
     @cached_property
     def _records(self) -> pl.DataFrame:
-        """``set, stay_id, minute, parameter, value`` of every row; each record starts with its RecordID, carried down to its rows."""
+        """``set, stay_id, minute, parameter, value`` of every row; each record starts with its RecordID, carried down
+        to its rows."""
         tables = []
         for letter, source in self.sources().items():
             text = b"\n".join(content for _, content in archives.members(source, ".txt"))  # empty lines are skipped
@@ -163,7 +165,8 @@ class PhysioNet2012(Hospital):
         missing = [c for c in OUTCOMES if c not in table.columns]
         if missing:
             raise ValueError(
-                f"{path}: column {', '.join(missing)} is missing; expected {', '.join(OUTCOMES)}, found {', '.join(table.columns)}"
+                f"{path}: column {', '.join(missing)} is missing; "
+                f"expected {', '.join(OUTCOMES)}, found {', '.join(table.columns)}"
             )
         try:
             return table.select(pl.col(c).cast(kind) for c, kind in OUTCOMES.items()).rename({"RecordID": "stay_id"})

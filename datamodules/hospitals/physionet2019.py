@@ -1,4 +1,5 @@
-"""PhysioNet/CinC Challenge 2019 (https://physionet.org/content/challenge-2019/): two hospital systems, hourly rows, sepsis label."""
+"""PhysioNet/CinC Challenge 2019 (https://physionet.org/content/challenge-2019/): two hospital systems, hourly rows,
+sepsis label."""
 
 import io
 from functools import cached_property
@@ -62,8 +63,8 @@ class PhysioNet2019(Hospital):
     def stays(self) -> pl.DataFrame:
         """Row ICULOS = k is the k-th hour in the ICU and lies at minute 60 (k - 1).
 
-        ``sepsis_minute`` is the end of the first labelled row plus six hours; without a SepsisLabel column it is null. Some records
-        begin later than the stay (``first_minute``): no prediction is made before.
+        ``sepsis_minute`` is the end of the first labelled row plus six hours; without a SepsisLabel column it is null.
+        Some records begin later than the stay (``first_minute``): no prediction is made before.
         """
         first_labelled = pl.col("minute").filter(pl.col("SepsisLabel") == 1).min()
         unit = (

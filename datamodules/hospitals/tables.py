@@ -1,4 +1,5 @@
-"""One's own hospital without writing code: ``stays.parquet`` and ``events.parquet``, the very files that ``ehr prepare --out`` writes."""
+"""One's own hospital without writing code: ``stays.parquet`` and ``events.parquet``, the very files that ``ehr prepare
+--out`` writes."""
 
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ OPTIONAL: dict[str, pl.DataType] = {"known_minute": pl.Int32(), "unit": pl.Strin
 class Tables(Hospital):
     """One's own hospital: ``stays.parquet`` and ``events.parquet`` as ``ehr prepare --out`` writes them.
 
-    ``stays.parquet`` needs ``stay_id`` and ``patient_id``; the other columns of docs/data.md may be absent (unknown). ``events.parquet``
-    needs ``stay_id, minute`` (since ICU admission), ``concept, value``; ``known_minute`` (default: ``minute``) and ``unit`` (default:
-    the concept's own) may be absent.
+    ``stays.parquet`` needs ``stay_id`` and ``patient_id``; the other columns of docs/data.md may be absent (unknown).
+    ``events.parquet`` needs ``stay_id, minute`` (since ICU admission), ``concept, value``; ``known_minute`` (default:
+    ``minute``) and ``unit`` (default: the concept's own) may be absent.
 
     Args:
         root: Folder with the two files.
@@ -63,7 +64,7 @@ class Tables(Hospital):
         unknown = sorted(set(rows["concept"].drop_nulls().unique()) - set(NAMES))
         if unknown:
             raise ValueError(
-                f"{self.root}/events.parquet: {', '.join(unknown[:5])} is no concept; expected those of dictionary/concepts.csv"
+                f"{self.root}/events.parquet: {', '.join(unknown[:5])} is no concept of dictionary/concepts.csv"
             )
         rows = rows.filter(~pl.col("concept").is_in(DERIVED)).with_columns(pl.col("concept").cast(CONCEPT))
         return [as_events(rows.lazy())]
@@ -72,7 +73,7 @@ class Tables(Hospital):
         path = raw.find(self.root, table)
         if path is None or path.suffix != ".parquet":
             raise FileNotFoundError(
-                f"no {table}.parquet in {self.root}: expected the files that `ehr prepare --out` writes; set --data.root"
+                f"no {table}.parquet in {self.root}: expected what `ehr prepare --out` writes; set --data.root"
             )
         try:
             frame = pl.scan_parquet(path)
@@ -82,7 +83,8 @@ class Tables(Hospital):
         missing = [c for c in needed if c not in columns]
         if missing:
             raise ValueError(
-                f"{path}: column {', '.join(missing)} is missing; expected {', '.join(needed)}, found {', '.join(columns)}"
+                f"{path}: column {', '.join(missing)} is missing; "
+                f"expected {', '.join(needed)}, found {', '.join(columns)}"
             )
         return path, frame
 

@@ -1,4 +1,4 @@
-"""Makes the README's tables from the CSV files beside this one: ``python -m experiments.results.tables``."""
+"""Makes the tables of README.md and docs/ from the CSV files beside this one: ``python -m experiments.results.tables``."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,7 @@ import polars as pl
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
+PAGES = [README, *sorted((HERE.parents[1] / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -22,4 +23,5 @@ def markdown(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text()))
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))

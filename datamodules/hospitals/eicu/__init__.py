@@ -1,11 +1,11 @@
 """eICU Collaborative Research Database 2.0 (and its demo): raw tables -> stays, events.
 
-Columns and labels are in ``dictionary/eicu.csv`` and the word lists beside it. All offsets of eICU count minutes from admission to
-the unit, which is what every table here wants. Infusions are in ``infusions.py``, SOFA in ``sofa.py``, suspicion of infection in
-``infection.py``.
+Columns and labels are in ``dictionary/eicu.csv`` and the word lists beside it. All offsets of eICU count minutes from
+admission to the unit, which is what every table here wants. Infusions are in ``infusions.py``, SOFA in ``sofa.py``,
+suspicion of infection in ``infection.py``.
 
-When a record was known: charting when it was entered (``...entryoffset``), a laboratory value when it was entered or revised,
-ventilation when it was written down, APACHE's scores of the first day when that day is over.
+When a record was known: charting when it was entered (``...entryoffset``), a laboratory value when it was entered or
+revised, ventilation when it was written down, APACHE's scores of the first day when that day is over.
 
 Sources of the rules:
   [E] eicu-code ``concepts/pivoted/*.sql`` (MIT)                       https://github.com/MIT-LCP/eicu-code
@@ -22,18 +22,12 @@ from datamodules import raw
 from datamodules.derive.sepsis import Definition
 from datamodules.derive.sofa import Inputs
 from datamodules.derive.treatment import estimated_events, rate_events, ventilation_events
-from datamodules.dictionary import BY_NAME, CONCEPT, care_unit, concept_of, words
+from datamodules.dictionary import BY_NAME, care_unit, concept_of, words
 from datamodules.hospitals.base import Hospital, Tables
-from datamodules.hospitals.eicu import infection, infusions, sofa
+from datamodules.hospitals.eicu import flowsheet, infection, infusions, sofa
+from datamodules.hospitals.eicu.flowsheet import entered
 from datamodules.schema import STAYS, as_events, conform
 
-OUTPUT_CELLS = "flowsheet|flowsheet cell labels|i&o|output (ml)|"
-INTAKE_CELLS = "flowsheet|flowsheet cell labels|i&o|intake (ml)|"
-# cells below INTAKE_CELLS that are no volume into a vein: by mouth or tube, sums of other cells, doses [P]
-NOT_INTRAVENOUS = r"total|p\.o|\bpo\b|oral|enteral|tube|gastric|jejun|meal|feed|formula|irrigant|\(mcg\)|^intake$|^misc|^#|^insulin$|^fentanyl$"
-PARENTERAL_NUTRITION = r"tpn|ppn|lipid|fat emulsion"
-WEIGHT_CELLS = {"|bodyweight (kg)": "kg", "|bodyweight (lb)": "lb"}  # [E: pivoted-weight.sql]
-ENTRY_MAX = 2000  # mL in one entry [P]: the demo goes up to 7,746, a shift's total or a typing error
 DAY = 1440  # minutes
 LAB_COLUMNS = {"labname": "str", "labresult": "float", "labmeasurenamesystem": "str", "labmeasurenameinterface": "str"}
 RESULT = ["stay_id", "labname", "minute"]  # revisions of one result share these
@@ -44,8 +38,8 @@ class EICU(Hospital):
 
     Args:
         root: Folder with the publisher's files.
-        min_hospital_percent: With --data.sepsis, septic stays count only in hospitals where they are at least this share of
-            the stays, in percent (Moor 2023 asks for 15).
+        min_hospital_percent: With --data.sepsis, septic stays count only in hospitals where they are at least this
+            share of the stays, in percent (Moor 2023 asks for 15).
     """
 
     name = "EICU"
@@ -72,17 +66,20 @@ class EICU(Hospital):
         """All unit stays, schema ``schema.STAYS``.
 
         - ``age``: "> 89" is 90 (years). ``height`` (cm) and ``weight`` (kg) as ``body`` repairs them.
-        - ``stay_number`` counts a patient's unit stays, step-down stays included. eICU dates nothing: within one hospital stay
-          ``unitvisitnumber`` orders the units; hospital stays are ordered by year of discharge and age where those differ, else by
-          ``patienthealthsystemstayid``, which is arbitrary.
-        - One outcome: a death in the unit is a death in hospital, whatever ``hospitaldischargestatus`` says (5 of 126 unit deaths
-          of the demo are "Alive" there). ``death_minute`` is the discharge from the unit for a death there, else from hospital.
+        - ``stay_number`` counts a patient's unit stays, step-down stays included. eICU dates nothing: within one
+        hospital stay
+          ``unitvisitnumber`` orders the units; hospital stays are ordered by year of discharge and age where those
+          differ, else by ``patienthealthsystemstayid``, which is arbitrary.
+        - One outcome: a death in the unit is a death in hospital, whatever ``hospitaldischargestatus`` says (5 of 126
+        unit deaths
+          of the demo are "Alive" there). ``death_minute`` is the discharge from the unit for a death there, else from
+          hospital.
         - A folder without outcome columns (for prediction) gives null outcomes.
         """
         needed = {
-            "patientunitstayid": "int", "patienthealthsystemstayid": "int", "uniquepid": "str", "hospitalid": "str", "gender": "str",
-            "age": "str", "admissionheight": "float", "admissionweight": "float", "unittype": "str", "unitvisitnumber": "int",
-            "hospitaladmitoffset": "int",
+            "patientunitstayid": "int", "patienthealthsystemstayid": "int", "uniquepid": "str", "hospitalid": "str",
+            "gender": "str", "age": "str", "admissionheight": "float", "admissionweight": "float", "unittype": "str",
+            "unitvisitnumber": "int", "hospitaladmitoffset": "int",
         }  # fmt: skip
         outcome = {
             "hospitaldischargeyear": "int", "hospitaldischargeoffset": "int", "hospitaldischargestatus": "str",
@@ -117,8 +114,8 @@ class EICU(Hospital):
     def tables(self, stays: pl.DataFrame) -> Tables:
         """The tables with the columns that are read; only labels of ``dictionary/eicu.csv`` where a table has others.
 
-        ``nurseCharting`` is read where it is there and skipped where not, since its vital signs repeat ``vitalPeriodic`` by
-        hand; without it the Glasgow coma scale comes from ``apacheApsVar`` alone.
+        ``nurseCharting`` is read where it is there and skipped where not, since its vital signs repeat
+        ``vitalPeriodic`` by hand; without it the Glasgow coma scale comes from ``apacheApsVar`` alone.
         """
         periodic, aperiodic = (_labels(table) for table in ("vitalPeriodic", "vitalAperiodic"))
         named = {
@@ -159,7 +156,7 @@ class EICU(Hospital):
             mapped = pl.col(label).is_in({c[0] for c in cells}) & pl.col(name).is_in({c[1] for c in cells})
             named["nurseCharting"] = nurse.filter(mapped)
         for table, (offset, columns, optional) in infection.TABLES.items():
-            if raw.find(self.root, table):
+            if set(columns) <= set(raw.columns(self.root, table)):  # ``suspicion`` asks for it where it is needed
                 named[table] = self._scan(table, offset, columns, optional)
         return named
 
@@ -173,7 +170,7 @@ class EICU(Hospital):
             _apache(tables["apacheApsVar"]),
             _respiratory(tables["respiratoryCharting"]),
             _ventilation(tables),
-            _volumes(tables["intakeOutput"]),
+            flowsheet.volumes(tables["intakeOutput"]),
             rate_events(running),
             estimated_events(running),
             infusions.refused(tables, stays),
@@ -192,11 +189,9 @@ class EICU(Hospital):
 
     def suspicion(self, tables: Tables, stays: pl.DataFrame, definition: Definition) -> pl.DataFrame:
         """See ``infection.py``."""
-        missing = [table for table in infection.TABLES if table not in tables and table != "admissionDx"]
-        if missing:
-            raise FileNotFoundError(
-                f"no table {missing[0]} in {self.root}: Sepsis needs it; expected {missing[0]}.csv.gz (or .csv, .parquet)"
-            )
+        for table, (offset, columns, optional) in infection.TABLES.items():
+            if table not in tables and table != "admissionDx":
+                self._scan(table, offset, columns, optional)  # says what is missing
         return infection.suspicion(tables, stays, definition)
 
     def septic_stays(self, septic: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
@@ -216,7 +211,8 @@ class EICU(Hospital):
     def _scan(
         self, table: str, offset: str | None, columns: dict[str, str], optional: dict[str, str] | None = None
     ) -> pl.LazyFrame:
-        """A table with ``stay_id`` and, from ``offset``, ``minute`` in front of ``columns``; rows without an offset are left out."""
+        """A table with ``stay_id`` and, from ``offset``, ``minute`` in front of ``columns``; rows without an offset are
+        left out."""
         ids = {"patientunitstayid": "int"} | ({offset: "int"} if offset else {})
         rows = raw.scan(self.root, table, ids | columns, optional).rename({"patientunitstayid": "stay_id"})
         if offset is None:
@@ -227,10 +223,11 @@ class EICU(Hospital):
 def body() -> dict[str, pl.Expr]:
     """``height`` (cm) and ``weight`` (kg) of ``patient``, null outside the ranges of ``concepts.csv``.
 
-    A height of 48 to 84 with a weight of 35 to 250 is in inches [P: all three such pairs of the demo, as 71 with 100, which
-    [E: pivoted-weight.sql] takes for swapped]; then that SQL's rules: swapped where the weight is at least 100 and the height 25
-    to 100 and they differ by 20 or more; a height of up to 100 that is within 20 of the weight is none; metres and decimetres
-    are rescaled.
+    A height of 48 to 84 with a weight of 35 to 250 is in inches [P: all three such pairs of the demo, as 71 with 100,
+    which
+    [E: pivoted-weight.sql] takes for swapped]; then that SQL's rules: swapped where the weight is at least 100 and the
+    height 25 to 100 and they differ by 20 or more; a height of up to 100 that is within 20 of the weight is none;
+    metres and decimetres are rescaled.
     """
     height, weight = pl.col("admissionheight"), pl.col("admissionweight")
     inches = height.is_between(48, 84) & weight.is_between(35, 250)
@@ -266,13 +263,9 @@ def _mapped(rows: pl.LazyFrame, table: str, column: str) -> pl.LazyFrame:
     return rows.join(concept_of("eicu", "label", table=table).lazy(), left_on=column, right_on="label")
 
 
-def _entered(rows: pl.LazyFrame, entry: str) -> pl.LazyFrame:
-    """Add ``known_minute``: when a record was entered, if that came after the minute that it is charted for."""
-    return rows.with_columns(known_minute=pl.max_horizontal("minute", pl.col(entry).cast(pl.Int32)))
-
-
 def _fraction(value: str) -> pl.Expr:
-    """The unit of an oxygen share written without one: up to 1 it is a fraction [E: pivoted-bg.sql takes 0.2-1 and 20-100]."""
+    """The unit of an oxygen share written without one: up to 1 it is a fraction [E: pivoted-bg.sql takes 0.2-1 and
+    20-100]."""
     return pl.when(pl.col(value) <= 1).then(pl.lit("fraction"))
 
 
@@ -286,24 +279,27 @@ def _wide(rows: pl.LazyFrame, table: str) -> pl.LazyFrame:
 
 
 def _labs(rows: pl.LazyFrame) -> pl.LazyFrame:
-    """Results, each from when it was entered or revised (``labresultrevisedoffset``, at the draw for 84 % of the demo's rows).
+    """Results, each from when it was entered or revised (``labresultrevisedoffset``, at the draw for 84 % of the demo's
+    rows).
 
-    The table tells no other time at which a result was there, so the option ``labs`` makes no difference. A revision with several
-    different results is no result [E: pivoted-lab.sql]. What stands in the text only, such as ">16.00", counts as its limit.
+    The table tells no other time at which a result was there, so the option ``labs`` makes no difference. A revision
+    with several different results is no result [E: pivoted-lab.sql]. What stands in the text only, such as ">16.00",
+    counts as its limit.
     """
-    # the hospital's own unit first: the system's is the same for a whole labname and contradicts the value in places (CRP)
+    # the hospital's own unit first: the system's is the same for a whole labname and contradicts the value in places
+    # (CRP)
     unit = pl.coalesce("labmeasurenameinterface", "labmeasurenamesystem")
     value = pl.coalesce("labresult", raw.censored(pl.col("labresulttext")))
     revised = pl.max_horizontal(pl.col("minute"), pl.col("labresultrevisedoffset").cast(pl.Int32))
-    rows = rows.select(*RESULT, revised=revised, value=value, unit=unit, text="labresulttext")
-    unreadable = rows.filter(pl.col("value").is_null()).with_columns(value=pl.lit(None, pl.Float64))
-    by_revision = rows.drop_nulls("value").group_by(*RESULT, "revised")
-    revisions = by_revision.agg(
-        pl.col("value").min(), high=pl.col("value").max(), unit=pl.col("unit").drop_nulls().sort().first()
-    )
-    settled = revisions.filter(pl.col("value") == pl.col("high"))
-    changed = pl.col("value").ne_missing(pl.col("value").shift().over(RESULT, order_by="revised"))
-    long = pl.concat([settled.filter(changed), unreadable], how="diagonal").with_columns(minute="revised")
+    rows = rows.select(*RESULT, revised=revised, value=value, unit=unit)
+    unreadable = rows.filter(pl.col("value").is_null())
+    revision = [*RESULT, "revised"]
+    several = pl.col("value").min().over(revision) != pl.col("value").max().over(revision)
+    rows = rows.drop_nulls("value").sort(*revision, "unit").with_columns(several=several)
+    repeated = pl.col("value").eq_missing(pl.col("value").shift().over(RESULT))
+    settled = rows.filter(~pl.col("several")).with_columns(dropped=pl.when(repeated).then(pl.lit("duplicate")))
+    refused = rows.filter("several").with_columns(dropped=pl.lit("contradictory"))
+    long = pl.concat([settled, refused, unreadable], how="diagonal").with_columns(minute="revised")
     name = pl.col("labname")
     unit = (
         pl.when(
@@ -324,11 +320,12 @@ def _nurse(rows: pl.LazyFrame) -> pl.LazyFrame:
         cell=pl.concat_str(label, name, separator="|"), value=raw.number(pl.col("nursingchartvalue"))
     )
     written = pl.col("nursingchartvalue").is_not_null()
-    return as_events(_mapped(_entered(rows.filter(written), "nursingchartentryoffset"), "nurseCharting", "cell"))
+    return as_events(_mapped(entered(rows.filter(written), "nursingchartentryoffset"), "nurseCharting", "cell"))
 
 
 def _apache(rows: pl.LazyFrame) -> pl.LazyFrame:
-    """The worst Glasgow coma scale of the first day (points), known when that day is over: minute 1440, never earlier; -1 is missing."""
+    """The worst Glasgow coma scale of the first day (points), known when that day is over: minute 1440, never earlier;
+    -1 is missing."""
     parts = ("eyes", "verbal", "motor")
     rows = rows.select("stay_id", *(pl.when(pl.col(c) > 0).then(c).alias(f"gcs_{c}") for c in parts))
     total = pl.sum_horizontal((f"gcs_{c}" for c in parts), ignore_nulls=False)
@@ -339,19 +336,21 @@ def _apache(rows: pl.LazyFrame) -> pl.LazyFrame:
 def _respiratory(rows: pl.LazyFrame) -> pl.LazyFrame:
     """FiO2 (text may end in "%") and PEEP (cmH2O)."""
     rows = _mapped(rows, "respiratoryCharting", "respchartvaluelabel").filter(pl.col("respchartvalue").is_not_null())
-    rows = _entered(rows.with_columns(value=raw.number(pl.col("respchartvalue"))), "respchartentryoffset")
+    rows = entered(rows.with_columns(value=raw.number(pl.col("respchartvalue"))), "respchartentryoffset")
     return as_events(rows.with_columns(unit=pl.when(pl.col("concept") == "fio2").then(_fraction("value"))))
 
 
 def _ventilation(tables: Tables) -> pl.LazyFrame:
-    """Ventilation from respiratoryCare (start and end of the present and the prior episode, 0 = none) and respiratoryCharting.
+    """Ventilation from respiratoryCare (start and end of the present and the prior episode, 0 = none) and
+    respiratoryCharting.
 
-    A row of respiratoryCare is written after the fact (in the demo by a median of 420 minutes): what it says counts from then on.
-    With a start and no end it says that the patient is ventilated now. An episode of that table is taken for invasive: it records
-    the airway and the ventilator's alarms [D]. The signs in respiratoryCharting are in ``eicu_breathing.csv``. ricu [B] takes every
-    row of the category respFlowPtVentData for one; "RR (patient)", "SaO2" and "ETCO2" in it are charted for patients on room air,
-    so they are left out, and two settings that only a ventilator has are taken in: against the ventilation flag of APACHE's first day
-    in the demo, 37 % of the stays found by the whole category are ventilated, 64 % of those found here.
+    A row of respiratoryCare is written after the fact (in the demo by a median of 420 minutes): what it says counts
+    from then on. With a start and no end it says that the patient is ventilated now. An episode of that table is taken
+    for invasive: it records the airway and the ventilator's alarms [D]. The signs in respiratoryCharting are in
+    ``eicu_breathing.csv``. ricu [B] takes every row of the category respFlowPtVentData for one; "RR (patient)", "SaO2"
+    and "ETCO2" in it are charted for patients on room air, so they are left out, and two settings that only a
+    ventilator has are taken in: against the ventilation flag of APACHE's first day in the demo, 37 % of the stays found
+    by the whole category are ventilated, 64 % of those found here.
     """
     care = tables["respiratoryCare"].with_columns(
         pl.when(pl.col(c) != 0).then(c).alias(c) for c in ("ventstartoffset", "ventendoffset")
@@ -370,7 +369,7 @@ def _ventilation(tables: Tables) -> pl.LazyFrame:
         for c, to in (("ventstartoffset", 2), ("ventendoffset", 0))
     ]
     signs = words("eicu_breathing").with_columns(pl.col("level").cast(pl.Int32)).lazy()
-    rows = _entered(
+    rows = entered(
         tables["respiratoryCharting"].rename({"respcharttypecat": "category", "respchartvaluelabel": "label"}),
         "respchartentryoffset",
     ).with_columns(value=pl.col("respchartvalue").str.to_lowercase().str.strip_chars())
@@ -390,47 +389,3 @@ def _ventilation(tables: Tables) -> pl.LazyFrame:
     charted = rows.select("stay_id", minute="known_minute", level=of_row)
     parts = [part.cast({"level": pl.Int32, "minute": pl.Int32}) for part in (written, *ahead, charted)]
     return ventilation_events(pl.concat(parts).drop_nulls())
-
-
-def _volumes(rows: pl.LazyFrame) -> pl.LazyFrame:
-    """Urine (mL, clipped at 2,000 an entry), volumes given into a vein (mL, likewise clipped) and charted body weight.
-
-    The urine cells are those of [E: pivoted-uo.sql] and a few further names (in the demo 1,330 rows of "Indwelling Catheter
-    Output"), without the cells that hold a count of voids or of incontinence: a "1" there is an occasion, not a millilitre.
-    """
-    rows = rows.with_columns(
-        dropped=pl.when(~pl.struct(rows.collect_schema().names()).is_first_distinct()).then(pl.lit("duplicate"))
-    )
-    cells = rows.select("cellpath").unique().with_columns(concept_of_cell(pl.col("cellpath")))
-    rows = rows.join(cells, on="cellpath").drop_nulls("concept")
-    in_kg = rows.filter(pl.col("unit") == "kg").select("stay_id", "minute", charted=pl.lit(True)).unique()
-    rows = rows.join(in_kg, on=["stay_id", "minute"], how="left")
-    rows = rows.filter(pl.col("unit").ne_missing("lb") | pl.col("charted").is_null())  # the same weight in both
-    rows = _entered(rows, "intakeoutputentryoffset").with_columns(value="cellvaluenumeric")
-    volume = pl.col("concept").is_in(["urine", "fluids"])
-    clipped = rows.with_columns(
-        value=pl.when(volume).then(pl.col("value").clip(upper_bound=ENTRY_MAX)).otherwise("value")
-    )
-    added = volume & pl.col("dropped").is_null() & (pl.col("value") >= 0).fill_null(False)
-    at = ["stay_id", "minute", "known_minute", "concept"]
-    summed = clipped.filter(added).group_by(at).agg(pl.col("value").sum())  # two catheters, two bags
-    return pl.concat([as_events(summed), as_events(clipped.filter(~added))])
-
-
-def concept_of_cell(cellpath: pl.Expr) -> tuple[pl.Expr, pl.Expr]:
-    """``concept`` (urine, fluids, weight or null) and ``unit`` of a flowsheet cell."""
-    listed = {kind: cells["cell"].to_list() for (kind,), cells in words("eicu_urine_cells").group_by("match")}
-    path = cellpath.str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
-    cell = path.str.strip_prefix(OUTPUT_CELLS)
-    named = cell.is_in(listed["exact"]) | cell.str.contains("|".join(listed["regex"]))
-    urine = path.str.starts_with(OUTPUT_CELLS) & named & ~cell.str.contains("|".join(listed["not"]))
-    intake = path.str.strip_prefix(INTAKE_CELLS)
-    parenteral = ~intake.str.starts_with("nutrition") | intake.str.contains(PARENTERAL_NUTRITION)
-    vein = path.str.starts_with(INTAKE_CELLS) & parenteral & ~intake.str.contains(NOT_INTRAVENOUS)
-    unit = pl.lit(None, pl.String)
-    for ending, name in WEIGHT_CELLS.items():
-        unit = pl.when(path.str.ends_with(ending)).then(pl.lit(name)).otherwise(unit)
-    concept = (
-        pl.when(urine).then(pl.lit("urine")).when(vein).then(pl.lit("fluids")).when(unit.is_not_null()).then(pl.lit("weight"))
-    )  # fmt: skip
-    return concept.cast(CONCEPT).alias("concept"), unit.alias("unit")

@@ -5,7 +5,8 @@ The rules of the definitions are explained in ``derive/sepsis.py``; the names of
 Sources of the rules:
   [E] eicu-code ``concepts/diagnosis/apache-groups.sql`` (MIT), https://github.com/MIT-LCP/eicu-code
   [M] mimic-code ``medication/antibiotic.sql`` (MIT): ``antibiotics.csv``
-  [Y] van de Water 2024, YAIB, https://openreview.net/forum?id=ox2ATRM90I: antibiotics alone are suspicion enough in eICU
+  [Y] van de Water 2024, YAIB, https://openreview.net/forum?id=ox2ATRM90I: antibiotics alone are suspicion enough in
+      eICU
   [V] Moor 2023, doi:10.1016/j.eclinm.2023.102124: two antibiotics in 24 hours or a positive culture
   [P] choices of this project, measured on the demo
 """
@@ -17,9 +18,9 @@ from datamodules.derive.sepsis import Definition, Evidence
 from datamodules.dictionary import words
 from datamodules.hospitals.base import Tables
 
-# Sources of antibiotics: "name" (medication by name), "code" (medication without a name, by HICL code), "infusion" (infusionDrug
-# by name), "treatment". Of diagnoses: "apache" (admission diagnosis of sepsis), "pneumonia" (likewise), "diagnosis" (the text
-# of ``diagnosis``).
+# Sources of antibiotics: "name" (medication by name), "code" (medication without a name, by HICL code), "infusion"
+# (infusionDrug by name), "treatment". Of diagnoses: "apache" (admission diagnosis of sepsis), "pneumonia" (likewise),
+# "diagnosis" (the text of ``diagnosis``).
 NAMED = ("name", "infusion")  # all that the pipelines of [V] and [Y] read
 ANY = ("name", "code", "infusion", "treatment")
 DEFINITIONS = {
@@ -114,10 +115,11 @@ def _at(minute: str) -> pl.Expr:
 
 
 def _antibiotics(tables: Tables) -> pl.LazyFrame:
-    """Systemic antibiotics by source. Cancelled orders are left out; an order counts from its start, known when it was entered.
+    """Systemic antibiotics by source. Cancelled orders are left out; an order counts from its start, known when it was
+    entered.
 
-    Four in ten rows of ``medication`` have no name but a code; ``eicu_antibiotic_codes.csv`` has the codes whose named rows in
-    the demo are antibiotics.
+    Four in ten rows of ``medication`` have no name but a code; ``eicu_antibiotic_codes.csv`` has the codes whose named
+    rows in the demo are antibiotics.
     """
     fragments = words("antibiotics")["fragment"].to_list()
     codes = words("eicu_antibiotic_codes").select(pl.col("drughiclseqno").cast(pl.Int64), coded="drug").lazy()
@@ -158,8 +160,8 @@ def _cultures(tables: Tables) -> pl.LazyFrame:
 def _diagnoses(tables: Tables) -> pl.LazyFrame:
     """Diagnoses of sepsis and pneumonia: "apache" and "pneumonia" of admission, "diagnosis" when it was written.
 
-    The diagnosis of admission counts at minute 0 and is known when ``admissionDx`` says that it was entered, else when APACHE's
-    first day is over.
+    The diagnosis of admission counts at minute 0 and is known when ``admissionDx`` says that it was entered, else when
+    APACHE's first day is over.
     """
     apache = pl.col("apacheadmissiondx")
     septic = apache.is_in(words("eicu_apache_sepsis")["apacheadmissiondx"].to_list())

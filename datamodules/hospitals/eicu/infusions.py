@@ -1,8 +1,10 @@
 """eICU infusion rates: what ``infusionDrug`` charts in a dozen units -> mcg/kg/min (vasopressin: units/h).
 
 Sources of the rules:
-  [C] eicu-code ``concepts/pivoted/pivoted-infusion.sql`` (MIT): the spellings of the drugs, in ``eicu_infusion_names.csv``
-  [B] Bennett 2023, doi:10.1093/gigascience/giad041: weight, time and mass conversion, typical concentrations, validity of a record
+  [C] eicu-code ``concepts/pivoted/pivoted-infusion.sql`` (MIT): the spellings of the drugs, in
+      ``eicu_infusion_names.csv``
+  [B] Bennett 2023, doi:10.1093/gigascience/giad041: weight, time and mass conversion, typical concentrations, validity
+      of a record
 """
 
 from pathlib import Path
@@ -12,6 +14,7 @@ import polars as pl
 from datamodules import raw
 from datamodules.dictionary import BY_NAME, words
 from datamodules.hospitals.base import Tables
+from datamodules.hospitals.eicu import flowsheet
 from datamodules.schema import INFUSIONS, as_events
 
 # charted unit, lower case without spaces -> (mcg per minute in one unit of it, whether it is already per kg)
@@ -38,9 +41,9 @@ UNITS: dict[str, tuple[float, bool]] = {
 VOLUME: dict[str, float] = {"ml/hr": 1 / 60, "ml/min": 1}  # mL per minute in one charted unit
 
 # Typical concentration for rows charted in mL/h, whose bag is never described in the rows themselves; mcg/mL [B].
-# Milrinone: the only ready-made bag in the names of [C] is 40 mg in 200 mL. Vasopressin: units/mL, 20 units in 100 mL of the
-# same list. [B]'s 2.65 mcg/mL x 0.53 units/mcg = 1.4 units/mL would turn the demo's median of 12 mL/h into 0.28 units/min,
-# seven times the 0.04 units/min that rows in native units have; 0.2 units/mL gives 0.04.
+# Milrinone: the only ready-made bag in the names of [C] is 40 mg in 200 mL. Vasopressin: units/mL, 20 units in 100 mL
+# of the same list. [B]'s 2.65 mcg/mL x 0.53 units/mcg = 1.4 units/mL would turn the demo's median of 12 mL/h into 0.28
+# units/min, seven times the 0.04 units/min that rows in native units have; 0.2 units/mL gives 0.04.
 CONCENTRATION: dict[str, float] = {
     "norepinephrine": 32,
     "epinephrine": 40,
@@ -62,8 +65,8 @@ INFUSION_ROWS: dict[str, pl.DataType] = {
     "source_unit": pl.String(),  # last parenthesis of the name in lower case without spaces, "" where there is none
     "kind": pl.String(),  # native, zero, scaled, weight, concentration, unresolved
     "weight": pl.Float64(),  # kg, null unknown
-    "weight_source": pl.String(),  # infusion, admission, null unknown
-    "rate": pl.Float64(),  # mcg/kg/min (vasopressin: units/h), null where it cannot be told or is outside the accepted range
+    "weight_source": pl.String(),  # infusion, admission, flowsheet (the last one charted), null unknown
+    "rate": pl.Float64(),  # mcg/kg/min (vasopressin: units/h), null where it cannot be told or accepted
 }
 
 
@@ -81,14 +84,15 @@ def kept(root: Path) -> pl.LazyFrame:
 
 
 def intervals(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
-    """Infusion intervals with a known rate, schema ``schema.INFUSIONS``; a rate of 0 says that the drug is known to be off.
+    """Infusion intervals with a known rate, schema ``schema.INFUSIONS``; a rate of 0 says that the drug is known to be
+    off.
 
-    A record holds until the next record of the same stay and drug, whatever its unit (a next record whose rate cannot be told
-    ends what is known), and with no next record within 5 hours for those 5 hours [B]: whether one follows is not known before. [B] itself
-    looks ahead and lets the last record of an episode hold for 1 hour only. Of several records in one minute the most direct
-    ``kind`` counts (one pump is often charted in mcg/min and in mL/h), then the highest rate. ``estimated`` marks rates through
-    an assumed concentration; the use of the admission weight is not marked, since eICU charts a weight with under 4 % of the
-    pressor rows and nearly every rate would carry the mark.
+    A record holds until the next record of the same stay and drug, whatever its unit (a next record whose rate cannot
+    be told ends what is known), and with no next record within 5 hours for those 5 hours [B]: whether one follows is
+    not known before. [B] itself looks ahead and lets the last record of an episode hold for 1 hour only. Of several
+    records in one minute the most direct ``kind`` counts (one pump is often charted in mcg/min and in mL/h), then the
+    highest rate. ``estimated`` marks rates through an assumed concentration; the use of the admission weight is not
+    marked, since eICU charts a weight with under 4 % of the pressor rows and nearly every rate would carry the mark.
     """
     order = pl.Enum(["native", "zero", "scaled", "weight", "concentration", "unresolved"])
     rows = infusion_rows(tables, stays)
@@ -132,10 +136,11 @@ def refused(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
 def infusion_rows(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
     """Every charted infusion of a vasoactive drug with its rate in one unit, schema ``INFUSION_ROWS``.
 
-    ``kind`` says how the rate was found: "native" (already in the target unit), "zero" (a rate of 0 or "OFF" is 0 in every
-    unit, also where the unit is empty), "scaled" (another unit of mass or time), "weight" (divided by the weight charted with
-    the infusion, else by the admission weight), "concentration" (mL/h times a typical concentration, then by the weight) or
-    "unresolved". A rate outside the concept's accepted range is null; ``kind`` keeps how it was computed.
+    ``kind`` says how the rate was found: "native" (already in the target unit), "zero" (a rate of 0 or "OFF" is 0 in
+    every unit, also where the unit is empty), "scaled" (another unit of mass or time), "weight" (divided by the weight
+    charted with the infusion, else that of admission, else the last one charted), "concentration" (mL/h times a typical
+    concentration, then by the weight) or "unresolved". A rate outside the concept's accepted range is null; ``kind``
+    keeps how it was computed.
     """
     names = words("eicu_infusion_names").lazy()
     lower = pl.col("drugname").str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
@@ -147,6 +152,8 @@ def infusion_rows(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
     table = table.join(
         stays.lazy().select("stay_id", admission=pl.col("weight").cast(pl.Float64)), on="stay_id", how="inner"
     )
+    last = flowsheet.weights(tables["intakeOutput"]).sort("known_minute").rename({"known_minute": "minute"})
+    table = table.sort("minute").join_asof(last, on="minute", by="stay_id", check_sortedness=False)
 
     own = raw.number(pl.col("patientweight"))
     own = pl.when(own.is_between(BY_NAME["weight"].low, BY_NAME["weight"].high)).then(own)
@@ -155,6 +162,8 @@ def infusion_rows(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
         .then(pl.lit("infusion"))
         .when(pl.col("admission").is_not_null())
         .then(pl.lit("admission"))
+        .when(pl.col("kg").is_not_null())
+        .then(pl.lit("flowsheet"))
     )
     charted = pl.col("drugrate").str.strip_chars()
     number = (
@@ -162,7 +171,7 @@ def infusion_rows(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
         .then(0.0)
         .otherwise(raw.number(pl.when(~charted.str.contains("%")).then(charted)))
     )
-    table = table.with_columns(weight=pl.coalesce(own, "admission"), weight_source=source, number=number)
+    table = table.with_columns(weight=pl.coalesce(own, "admission", "kg"), weight_source=source, number=number)
 
     rate, kind = _rate()
     low, high = (

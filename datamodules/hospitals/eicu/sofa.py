@@ -16,7 +16,8 @@ from datamodules.hospitals.base import Tables
 DAY = 24 * 60
 GCS = ("gcs_eyes", "gcs_verbal", "gcs_motor")
 PRESSORS = ("norepinephrine", "epinephrine", "dopamine", "dobutamine")
-# The tier of dose that a treatment string names -> a rate inside it (mcg/kg/min): SOFA asks for nothing more than the tier.
+# The tier of dose that a treatment string names -> a rate inside it (mcg/kg/min): SOFA asks for nothing more than the
+# tier.
 TIER_RATE = {"<=0.1": 0.05, ">0.1": 0.2, "<=5": 3.0, "5-15": 10.0, ">15": 20.0}
 TREATMENT_HOLDS = (
     60  # minutes; a treatment row says that the drug runs when it is written, the 24-hour window does the rest [P]
@@ -24,11 +25,12 @@ TREATMENT_HOLDS = (
 
 
 def sofa_inputs(tables: Tables, events: pl.LazyFrame, stays: pl.DataFrame, before: int | None) -> Inputs:
-    """The frames that ``sofa.sofa`` takes; hour h of a stay is the minutes (60 h, 60 h + 60] up to its discharge from the unit.
+    """The frames that ``sofa.sofa`` takes; hour h of a stay is the minutes (60 h, 60 h + 60] up to its discharge from
+    the unit.
 
-    Mean pressure is taken as the median of an hour, since the 5-minute values of the monitor contain flushes and kinks that a
-    minimum would pick up. All blood gases are taken for arterial: eICU names no specimen. Without a discharge the hours go on to
-    the last event.
+    Mean pressure is taken as the median of an hour, since the 5-minute values of the monitor contain flushes and kinks
+    that a minimum would pick up. All blood gases are taken for arterial: eICU names no specimen. Without a discharge
+    the hours go on to the last event.
 
     Args:
         tables: kept rows of some stays.
@@ -42,7 +44,8 @@ def sofa_inputs(tables: Tables, events: pl.LazyFrame, stays: pl.DataFrame, befor
         return recorded.filter(pl.col("concept") == concept).select("stay_id", "minute", "value")
 
     last = recorded.group_by("stay_id").agg(last=pl.col("minute").max())
-    end = pl.coalesce("icu_minutes", pl.col("last") + 1)
+    end = pl.coalesce("icu_minutes", pl.col("last") + 1 if before is None else before)
+    end = end if before is None else pl.min_horizontal(end, before)
     spans = stays.lazy().join(last, on="stay_id", how="left").with_columns(end=end).filter(pl.col("end").is_not_null())
     hour = (-(-pl.col("minute") // 60) * 60).cast(pl.Int32)
     fio2 = records("fio2").group_by("stay_id", "minute").agg(fio2=pl.col("value").max())
@@ -73,13 +76,15 @@ def sofa_inputs(tables: Tables, events: pl.LazyFrame, stays: pl.DataFrame, befor
 
 
 def _steps(records: pl.LazyFrame, still: pl.Expr, *of: str) -> pl.LazyFrame:
-    """Records of a step function with the minute of the ``following`` one of the same stay (and ``of``), else ``still``."""
+    """Records of a step function with the minute of the ``following`` one of the same stay (and ``of``), else
+    ``still``."""
     following = pl.col("minute").shift(-1).over("stay_id", *of, order_by="minute")
     return records.with_columns(following=pl.coalesce(following, still.cast(pl.Int32)))
 
 
 def _pressors(tables: Tables, events: pl.LazyFrame, still: pl.Expr, before: int | None) -> pl.LazyFrame:
-    """Infusion rates in mcg/kg/min; for a stay without an infusion record so far, the tiers of dose that ``treatment`` names [E].
+    """Infusion rates in mcg/kg/min; for a stay without an infusion record so far, the tiers of dose that ``treatment``
+    names [E].
 
     Returns:
         ``stay_id, start_minute, end_minute, drug, rate``; a treatment row counts for the hour in which it is written.

@@ -1,11 +1,11 @@
 """MIMIC-IV (2.2, 3.1 and the demo): raw tables -> stays and events.
 
-Items are in ``dictionary/mimiciv.csv``; they follow mimic-code's ``concepts/measurement`` and ``concepts/medication`` (MIT,
-https://github.com/MIT-LCP/mimic-code). The files are those of https://physionet.org/content/mimiciv/. SOFA is in ``sofa.py``,
-suspicion of infection in ``infection.py``.
+Items are in ``dictionary/mimiciv.csv``; they follow mimic-code's ``concepts/measurement`` and ``concepts/medication``
+(MIT, https://github.com/MIT-LCP/mimic-code). The files are those of https://physionet.org/content/mimiciv/. SOFA is in
+``sofa.py``, suspicion of infection in ``infection.py``.
 
-When a record was known: bedside charting when it was stored (``storetime``), laboratory values when drawn (or stored, ``labs``),
-infusions when they start or end, since the pump acts whether it is written down or not.
+When a record was known: bedside charting when it was stored (``storetime``), laboratory values when drawn (or stored,
+``labs``), infusions when they start or end, since the pump acts whether it is written down or not.
 """
 
 from functools import cached_property
@@ -54,9 +54,9 @@ class MIMICIV(Hospital):
     def stays(self) -> pl.DataFrame:
         """Every ICU stay of ``icu/icustays``, schema ``STAYS``, in the order of the patients (as the event files are).
 
-        Age is ``anchor_age + year(intime) - anchor_year`` (mimic-code ``demographics/age.sql``; above 89 the publisher writes
-        91). Height and weight are charted, so they come as events. Without the outcome columns of ``hosp/admissions``
-        (prediction on new patients) the outcomes are null.
+        Age is ``anchor_age + year(intime) - anchor_year`` (mimic-code ``demographics/age.sql``; above 89 the publisher
+        writes 91). Height and weight are charted, so they come as events. Without the outcome columns of
+        ``hosp/admissions`` (prediction on new patients) the outcomes are null.
         """
         icu = _icustays(self)
         patients = raw.read(
@@ -137,9 +137,9 @@ class MIMICIV(Hospital):
             ),
             "icu/inputevents": _inputevents(self),
         }
-        if raw.find(self.root, "hosp/prescriptions"):
+        if set(infection.ORDER) <= set(raw.columns(self.root, "hosp/prescriptions")):
             named["hosp/prescriptions"] = self._orders.lazy()
-        if raw.find(self.root, "hosp/microbiologyevents"):
+        if set(infection.SPECIMEN) <= set(raw.columns(self.root, "hosp/microbiologyevents")):
             named["hosp/microbiologyevents"] = infection.specimens(self.root)
         return named
 
@@ -167,7 +167,8 @@ class MIMICIV(Hospital):
         ]
 
     def infusions(self, tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
-        """Infusion intervals of ``icu/inputevents``; a rate in a unit without a rule is left out and counted in the coverage table."""
+        """Infusion intervals of ``icu/inputevents``; a rate in a unit without a rule is left out and counted in the
+        coverage table."""
         return _usable(infusion_rows(tables))
 
     def sofa_inputs(
@@ -178,11 +179,10 @@ class MIMICIV(Hospital):
 
     def suspicion(self, tables: Tables, stays: pl.DataFrame, definition: Definition) -> pl.DataFrame:
         """See ``infection.py``."""
-        for table in ("hosp/prescriptions", "hosp/microbiologyevents"):
-            if table not in tables:
-                raise FileNotFoundError(
-                    f"no table {table} in {self.root}: Sepsis-3 needs it; expected {table}.csv.gz (or .csv, .parquet)"
-                )
+        if "hosp/prescriptions" not in tables:
+            infection.antibiotic_orders(self.root)  # says what is missing
+        if "hosp/microbiologyevents" not in tables:
+            infection.specimens(self.root)
         return infection.suspicion(tables, stays, definition)
 
     @cached_property
@@ -202,10 +202,11 @@ def _inputevents(hospital: Hospital) -> pl.LazyFrame:
     table = raw.scan(
         hospital.root,
         "icu/inputevents",
-        {"subject_id": "int", "stay_id": "int", "itemid": "int", "starttime": "time", "endtime": "time", "rate": "float"},
+        {"subject_id": "int", "stay_id": "int", "itemid": "int", "starttime": "time", "endtime": "time"}
+        | {"rate": "float"},
         {
-            "hadm_id": "int", "storetime": "time", "rateuom": "str", "amount": "float", "amountuom": "str", "orderid": "int",
-            "ordercategoryname": "str", "patientweight": "float", "statusdescription": "str",
+            "hadm_id": "int", "storetime": "time", "rateuom": "str", "amount": "float", "amountuom": "str",
+            "orderid": "int", "ordercategoryname": "str", "patientweight": "float", "statusdescription": "str",
         },
     )  # fmt: skip
     drugs = (
@@ -264,8 +265,8 @@ def _charted(tables: Tables) -> pl.LazyFrame:
 def _measured(tables: Tables, labs: str) -> pl.LazyFrame:
     """Laboratory values by patient and time: they carry no stay, and those of the day before admission are kept.
 
-    Venous and mixed gases are left out where the specimen is named (mimic-code ``bg.sql`` scores arterial ones only). A result
-    that stands in the text only, such as ">16.00", counts as its limit.
+    Venous and mixed gases are left out where the specimen is named (mimic-code ``bg.sql`` scores arterial ones only). A
+    result that stands in the text only, such as ">16.00", counts as its limit.
     """
     items = mapping("mimiciv").filter(pl.col("table") == "labevents")
     arterial = items.filter(pl.col("role") == "arterial")["itemid"].to_list()
@@ -303,20 +304,20 @@ def _urine(tables: Tables) -> pl.LazyFrame:
         & entry.fill_null(False)
         & (pl.col("unit").fill_null("mL").str.to_lowercase() == "ml")
     )
-    put_in_known = pl.col("known_minute").filter(pl.col("put_in")).max()
-    summed = rows.filter(usable).group_by("stay_id", "minute").agg(
-        pl.col("value").sum(), pl.col("known_minute").max(), put_in_known=put_in_known, only_in=pl.col("put_in").all()
+    at = ["stay_id", "known_minute", "minute"]
+    summed = rows.filter(usable).group_by(at).agg(
+        pl.col("value").sum(), only_in=pl.col("put_in").all(), put_in=pl.col("put_in").any()
     )  # fmt: skip
+
+    def so_far(expression: pl.Expr) -> pl.Expr:  # in the order in which it was known
+        return expression.over("stay_id", order_by=["known_minute", "minute"])
+
     # what came out so far, less what was put in, is urine once it passes what was counted before
     balance = summed.with_columns(
-        total=pl.max_horizontal(pl.col("value").cum_sum().over("stay_id", order_by="minute"), 0.0),
-        put_in_known=pl.col("put_in_known").cum_max().forward_fill().over("stay_id", order_by="minute"),
-    ).with_columns(pl.col("total").cum_max().over("stay_id", order_by="minute"))
-    passed = (pl.col("total") - pl.col("total").shift(fill_value=0).over("stay_id", order_by="minute")).round(6)
-    net = balance.with_columns(
-        value=pl.when(pl.col("put_in_known").is_not_null()).then(passed).otherwise("value"),
-        known_minute=pl.max_horizontal("known_minute", "put_in_known"),
-    )
+        total=pl.max_horizontal(so_far(pl.col("value").cum_sum()), 0.0), irrigated=so_far(pl.col("put_in").cum_max())
+    ).with_columns(so_far(pl.col("total").cum_max()))
+    passed = (pl.col("total") - so_far(pl.col("total").shift(fill_value=0))).round(6)
+    net = balance.with_columns(value=pl.when("irrigated").then(passed).otherwise("value"))
     urine = as_events(net.filter(~pl.col("only_in")).with_columns(concept=pl.lit("urine"), unit=pl.lit("mL")))
     return pl.concat([urine, as_events(rows.filter(~usable).with_columns(concept=pl.lit("urine")))])
 

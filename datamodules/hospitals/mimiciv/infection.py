@@ -1,6 +1,7 @@
 """MIMIC-IV: evidence of infection from the raw tables, by default exactly as mimic-code's SQL has it.
 
-Sources: mimic-code ``mimic-iv/concepts`` (MIT, https://github.com/MIT-LCP/mimic-code), named at each function; the words
+Sources: mimic-code ``mimic-iv/concepts`` (MIT, https://github.com/MIT-LCP/mimic-code), named at each function; the
+    words
 and the rules of the definitions are explained in ``derive/sepsis.py``.
 """
 
@@ -41,6 +42,10 @@ DEFINITIONS = {
     ),
 }
 
+ORDER = {"subject_id": "int", "hadm_id": "int", "starttime": "time", "stoptime": "time"}
+ORDER |= {"drug_type": "str", "drug": "str", "route": "str"}
+SPECIMEN = {"subject_id": "int", "micro_specimen_id": "int", "chartdate": "time", "charttime": "time"}
+SPECIMEN |= {"spec_type_desc": "str", "org_itemid": "int", "org_name": "str"}
 NO_CULTURE = (90856, 90760)  # organism items that say "negative" and "cancelled"
 NOT_SYSTEMIC_ROUTES = ("OU", "OS", "OD", "AU", "AS", "AD", "TP")
 NOT_SYSTEMIC_DRUGS = ["cream", "desensitization", "ophth oint", "gel"]
@@ -75,15 +80,14 @@ def suspicion(tables: Tables, stays: pl.DataFrame, definition: Definition) -> pl
 def antibiotic_orders(root: Path) -> pl.DataFrame:
     """Systemic antibiotics of ``hosp/prescriptions``: orders, not administrations (``medication/antibiotic.sql``).
 
-    A drug and route that were ordered once, for any patient, as other than a base solution count in every order, as in the SQL.
+    A drug and route that were ordered once, for any patient, as other than a base solution count in every order, as in
+    the SQL.
     """
-    columns = {"subject_id": "int", "hadm_id": "int", "starttime": "time", "stoptime": "time"}
-    columns |= {"drug_type": "str", "drug": "str", "route": "str"}
     fragments = words("antibiotics")["fragment"].to_list()
     drug, route = pl.col("drug").str.to_lowercase(), pl.col("route").str.to_lowercase()
 
     def named() -> pl.DataFrame:
-        table = raw.scan(root, "hosp/prescriptions", columns)
+        table = raw.scan(root, "hosp/prescriptions", ORDER)
         return table.filter(drug.str.contains_any(fragments)).collect(engine="streaming")
 
     orders = raw.attempt(root, "hosp/prescriptions", named)
@@ -99,14 +103,7 @@ def antibiotic_orders(root: Path) -> pl.DataFrame:
 
 def specimens(root: Path) -> pl.LazyFrame:
     """Rows of ``hosp/microbiologyevents`` with the columns that are read."""
-    columns = {
-        "subject_id": "int",
-        "micro_specimen_id": "int",
-        "chartdate": "time",
-        "charttime": "time",
-        "spec_type_desc": "str",
-    }
-    table = raw.scan(root, "hosp/microbiologyevents", {**columns, "org_itemid": "int", "org_name": "str"})
+    table = raw.scan(root, "hosp/microbiologyevents", SPECIMEN)
     return table.rename({"subject_id": "patient_id"})
 
 
@@ -129,8 +126,8 @@ def _cultures(tables: Tables) -> pl.LazyFrame:
 
 
 def _stays_of(antibiotics: pl.LazyFrame, icu: pl.LazyFrame) -> pl.LazyFrame:
-    """Add the ICU stay of the same admission in which an antibiotic starts (``icu_stay_id``, or none), and the one that ends next
-    after it, or the last one (``stay_id``). A stay without an end is still in progress."""
+    """Add the ICU stay of the same admission in which an antibiotic starts (``icu_stay_id``, or none), and the one that
+    ends next after it, or the last one (``stay_id``). A stay without an end is still in progress."""
     stays = icu.select("hadm_id", "intime", pl.col("outtime").fill_null(pl.datetime(9999, 1, 1)), near="stay_id")
     last = stays.sort("outtime").group_by("hadm_id", maintain_order=True).agg(last=pl.col("near").last())
     rows = antibiotics.with_row_index("row").sort("time", nulls_last=True)

@@ -17,9 +17,9 @@ def minutes(time: str | pl.Expr) -> pl.Expr:
 def infusion_rows(tables: Tables) -> pl.LazyFrame:
     """Vasopressor rows of ``icu/inputevents`` with a charted rate, in mcg/kg/min (vasopressin: units/h).
 
-    Unit rules of mimic-code ``concepts/medication``: norepinephrine in mg/kg/min counts x 1000 unless the weight is charted as
-    1 kg; phenylephrine in mcg/min is divided by the weight; vasopressin in units/min counts x 60. ``rate`` is null where the
-    unit is not one of these. A row that stands twice or was withdrawn has the reason in ``dropped``.
+    Unit rules of mimic-code ``concepts/medication``: norepinephrine in mg/kg/min counts x 1000 unless the weight is
+    charted as 1 kg; phenylephrine in mcg/min is divided by the weight; vasopressin in units/min counts x 60. ``rate``
+    is null where the unit is not one of these. A row that stands twice or was withdrawn has the reason in ``dropped``.
     """
     unit = pl.col("rateuom").str.to_lowercase().str.replace_all(" ", "")
     unit = unit.str.replace("minute", "min").str.replace("hour", "h").str.replace("hr", "h")
@@ -52,7 +52,8 @@ def infusion_rows(tables: Tables) -> pl.LazyFrame:
 
 
 def once(infused: pl.LazyFrame) -> pl.LazyFrame:
-    """Add ``dropped``: "duplicate" for a row that is equal to one before it, "withdrawn" for one that was never given."""
+    """Add ``dropped``: "duplicate" for a row that is equal to one before it, "withdrawn" for one that was never
+    given."""
     row = [c for c in infused.collect_schema().names() if c not in ("drug", "antibiotic")]
     repeated = ~pl.struct(row).is_first_distinct()
     withdrawn = (pl.col("statusdescription") == WITHDRAWN).fill_null(False)

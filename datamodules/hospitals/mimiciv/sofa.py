@@ -1,11 +1,13 @@
 """MIMIC-IV: the inputs of SOFA from the raw tables, as mimic-code's SQL takes them.
 
-Sources: mimic-code ``mimic-iv/concepts`` (MIT, https://github.com/MIT-LCP/mimic-code), named at each function. Nothing is
-cleaned beyond what that SQL cleans, so that the scores agree with the published derived tables; this is why the raw rows are
-taken instead of the store's events, which pass the range filter of ``concepts.csv``.
+Sources: mimic-code ``mimic-iv/concepts`` (MIT, https://github.com/MIT-LCP/mimic-code), named at each function. Nothing
+    is
+cleaned beyond what that SQL cleans, so that the scores agree with the published derived tables; this is why the raw
+rows are taken instead of the store's events, which pass the range filter of ``concepts.csv``.
 
-The SQL looks back over whole stays: an episode of ventilation ends where the next status is charted, and a patient is there until
-the last heart rate. So a score of the whole record may rest on what came later; with ``before`` it is made from the past only.
+The SQL looks back over whole stays: an episode of ventilation ends where the next status is charted, and a patient is
+there until the last heart rate. So a score of the whole record may rest on what came later; with ``before`` it is made
+from the past only.
 """
 
 from functools import cache
@@ -91,7 +93,8 @@ def sofa_inputs(tables: Tables, infusions: pl.LazyFrame, labs: str, before: int 
     measured = measured.with_columns(recorded=draw_or_store)
 
     def lab(item: int, high: float | None = None) -> pl.LazyFrame:
-        """Positive values of the stay's own admission (``chemistry.sql``, ``enzyme.sql``, ``complete_blood_count.sql``)."""
+        """Positive values of the stay's own admission (``chemistry.sql``, ``enzyme.sql``,
+        ``complete_blood_count.sql``)."""
         value = pl.col("valuenum")
         rows = measured.filter(pl.col("itemid") == item, value > 0, value <= high if high else True)
         rows = rows.filter(pl.col("hadm_id").is_not_null())
@@ -121,7 +124,8 @@ def sofa_inputs(tables: Tables, infusions: pl.LazyFrame, labs: str, before: int 
 
 
 def _spans(charted: pl.LazyFrame, icu: pl.LazyFrame) -> pl.LazyFrame:
-    """From the first charted heart rate, up to the whole clock hour, to the last (``icustay_times.sql``, ``icustay_hourly.sql``)."""
+    """From the first charted heart rate, up to the whole clock hour, to the last (``icustay_times.sql``,
+    ``icustay_hourly.sql``)."""
     times = (
         charted.filter(pl.col("itemid").is_in(charted_items("heart_rate")))
         .group_by("stay_id")
@@ -136,7 +140,8 @@ def _spans(charted: pl.LazyFrame, icu: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def _gases(labs: pl.LazyFrame) -> pl.LazyFrame:
-    """Arterial blood gases with their own FiO2 in % (``bg.sql``): fractions become percent, what is neither is dropped."""
+    """Arterial blood gases with their own FiO2 in % (``bg.sql``): fractions become percent, what is neither is
+    dropped."""
     specimens = mapping("mimiciv").filter(pl.col("role") == "specimen")["itemid"].to_list()
     value = pl.col("valuenum")
     percent = pl.when(value > 20, value <= 100).then(value).when(value > 0.2, value <= 1).then(100 * value)
@@ -189,10 +194,12 @@ def _gcs(charted: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def _ventilation(charted: pl.LazyFrame) -> pl.LazyFrame:
-    """Episodes of invasive ventilation: ``stay_id, start, end`` (``ventilation.sql``, ``oxygen_delivery.sql``, ``ventilator_setting.sql``).
+    """Episodes of invasive ventilation: ``stay_id, start, end`` (``ventilation.sql``, ``oxygen_delivery.sql``,
+    ``ventilator_setting.sql``).
 
-    An episode lasts while one status is charted and ends with the next one, or with its own last record if nothing follows
-    within 14 clock hours. An oxygen device counts only where an oxygen flow was charted at the same time: so the SQL does it.
+    An episode lasts while one status is charted and ends with the next one, or with its own last record if nothing
+    follows within 14 clock hours. An oxygen device counts only where an oxygen flow was charted at the same time: so
+    the SQL does it.
     """
     rank = (
         words("mimiciv_ventilation")
