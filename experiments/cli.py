@@ -120,11 +120,11 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
         and not {"--data", "-c", "--config"} & set(names)
     ):
         arguments = ["--data=EICU", *arguments]  # the default of ``verbs.finetune``, whose arguments these are
-    parser = make_parser(verb, arguments)
-    for name in ("lightning.pytorch", "lightning.fabric"):  # imported by now: the import sets another level
-        logging.getLogger(name).setLevel(logging.ERROR)
     own = set(inspect.signature(getattr(_verbs(verb), verb)).parameters)
     with _data_modules_hidden() if verb in WITHOUT_TORCH else nullcontext():
+        parser = make_parser(verb, arguments)
+        for name in ("lightning.pytorch", "lightning.fabric"):  # imported by now: the import sets another level
+            logging.getLogger(name).setLevel(logging.ERROR)
         configuration = parser.parse_args(arguments)
         kept = configuration.clone()
         for transient in {"config", "resume"} | (own - OF_TRIALS if verb == "sweep" else set()):

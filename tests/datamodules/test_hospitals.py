@@ -104,7 +104,7 @@ def test_what_is_derived_is_made_anew(tmp_path: Path) -> None:
     [
         (STAYS.drop("patient_id"), EVENTS, "stays.parquet: column patient_id is missing; expected stay_id, patient_id, found"),
         (STAYS, EVENTS.drop("minute"), "events.parquet: column minute is missing; expected stay_id, minute, concept, value, found"),
-        (STAYS, EVENTS.with_columns(concept=pl.lit("haert_rate")), "events.parquet: haert_rate is no concept; expected those of"),
+        (STAYS, EVENTS.with_columns(concept=pl.lit("haert_rate")), "events.parquet: haert_rate is no concept of dictionary/concepts.csv"),
         (STAYS, EVENTS.with_columns(minute=pl.lit("soon")), "events.parquet: column minute is String; expected Int32"),
         (STAYS.with_columns(age=pl.lit("old")), EVENTS, "stays.parquet: column age is String; expected Float32"),
         (STAYS.with_columns(stay_id=1), EVENTS, "stay_id must be unique"),
@@ -124,9 +124,7 @@ def test_missing_and_damaged_tables_are_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"events\.parquet: .*(cut off or damaged|download|write)"):
         Cohort(hospital).samples()
     (tmp_path / "events.parquet").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"no events\.parquet in .*: expected the files that `ehr prepare --out` writes"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no events\.parquet in .*: expected what `ehr prepare --out` writes"):
         Cohort(hospital).samples()
     (tmp_path / "stays.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"no Tables tables in .*--data\.root"):

@@ -646,14 +646,17 @@ def test_a_finished_store_and_its_derived_tables_open_in_a_cache_that_may_only_b
         def cohort() -> Cohort:
             return Cohort(kind(str(folder / "raw"), **options), lambda text, *_: asked.append(text))
 
-        before, tables = cohort().samples()[0], {n: p.read_bytes() for n, p in cohort().sepsis_tables().items()}
+        def derived(made: Cohort) -> dict[str, Path]:
+            return {**made.sepsis_tables(), "vasopressors": made.infusions()}
+
+        before, tables = cohort().samples()[0], {n: p.read_bytes() for n, p in derived(cohort()).items()}
         assert set(tables) == {"sofa", "suspicion", "sepsis3", "vasopressors"}
-        assert all(p.parents[2].name.startswith(kind.name) for p in cohort().sepsis_tables().values())
+        assert all(p.parents[2].name.startswith(kind.name) for p in derived(cohort()).values())
         asked.clear()
         with as_nobody(folder / "cache"):
             again = cohort()
             assert again.samples()[0].equals(before)
-            assert {n: p.read_bytes() for n, p in again.sepsis_tables().items()} == tables
+            assert {n: p.read_bytes() for n, p in derived(again).items()} == tables
             other = Cohort(kind(str(folder / "raw"), **{**options, "hours": 7}))
             with pytest.raises(OSError, match=r"could not be written.*--data\.cache"):
                 other.samples()
