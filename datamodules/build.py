@@ -139,7 +139,7 @@ def _divide(hospital: Hospital, stays: pl.DataFrame, table: str, folder: Path) -
     pl.DataFrame(schema=schema).write_parquet(folder / "schema.parquet")
     buckets = stays.select(pl.col(key).cast(schema[key]), "bucket").unique()
     target = pl.PartitionBy(folder, key="bucket", include_key=False)
-    divided = rows.join(buckets.lazy(), on=key)
+    divided = rows.join(buckets.lazy(), on=key, maintain_order="left")  # so that every run writes the same files
     divided.sink_parquet(
         target, compression="lz4", row_group_size=ROW_GROUP, statistics=False, mkdir=True, engine="streaming"
     )

@@ -271,9 +271,10 @@ def rows_of(samples: pl.DataFrame, split: Split, hospital: Hospital) -> np.ndarr
         raise ValueError(f"--data.split {split} is not known; choose train, val, test or all")
     if split == "all":
         return np.arange(len(samples))
-    if split != "test" and samples["split"].null_count() == len(samples):
+    rows = np.flatnonzero((samples["split"] == split).fill_null(False).to_numpy())
+    if split != "test" and not len(rows) and samples["split"].null_count():
         raise ValueError(f"split {split!r} of {hospital.root} cannot be told: {hospital.split_advice()}")
-    return np.flatnonzero((samples["split"] == split).fill_null(False).to_numpy())
+    return rows
 
 
 def _count(rule: str, left: pl.DataFrame) -> dict[str, Any]:

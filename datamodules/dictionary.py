@@ -17,6 +17,7 @@ Sources of the ranges (column ``source`` of concepts.csv; "(" excludes the limit
   P  physiological or assay limits set by this project, wide enough to keep every survivable value
 """
 
+import csv
 import hashlib
 from functools import cache
 from pathlib import Path
@@ -66,7 +67,9 @@ def words(name: str) -> pl.DataFrame:
 
 def _concepts() -> tuple[Concept, ...]:
     rows = []
-    for row in words("concepts").fill_null("").iter_rows(named=True):
+    with (FOLDER / "concepts.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))  # polars would start its threads: a process that imports this may yet fork
+    for row in table:
         name, interval = row["concept"], row["range"]
         try:
             low, high = (float(limit) for limit in interval[1:-1].split(","))

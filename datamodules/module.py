@@ -1,6 +1,7 @@
 """The LightningDataModules: one for each hospital system, all of them the same loaders over its cohort."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning
@@ -20,7 +21,7 @@ from datamodules.tasks import Task
 from datamodules.views import Views
 
 
-class ICUDataModule(lightning.LightningDataModule):
+class ICUDataModule(lightning.LightningDataModule, ABC):
     """Batches of one hospital system for one task; ``of`` joins it with a hospital.
 
     Args:
@@ -50,6 +51,10 @@ class ICUDataModule(lightning.LightningDataModule):
         self.view = "grid"  # or "triplets": what the model reads
         self.spec: Spec | None = None
         self.samples: Any = None  # table of ``Cohort.samples``, once ``setup`` has run
+
+    @abstractmethod
+    def stays(self) -> pl.DataFrame:
+        """Those of the hospital; without one this is no data module."""
 
     @property
     def labelled(self) -> bool:

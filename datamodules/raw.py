@@ -34,6 +34,12 @@ TYPES: dict[str, pl.DataType] = {
     "str": pl.String(),
     "time": pl.Datetime("us"),
 }
+EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "time": "a time as YYYY-MM-DD hh:mm:ss",
+}
 NULL = ("", "NA", "N/A", "NULL", "null", "\\N", "NaN", "nan", "NaT")
 NULL_NUMBER = (*NULL, "None", ".")
 SECONDS = "%Y-%m-%d %H:%M:%S"
@@ -108,15 +114,18 @@ def scan(
         encoding: Literal["utf8", "utf8-lossy"] = "utf8-lossy" if path in _careful else "utf8"
         table_of_strings = pl.scan_csv(path, infer_schema=False, encoding=encoding)
         kinds = pl.Schema(dict.fromkeys(header, pl.String()))
+    for c, kind in present.items():
+        _check_type(path, c, kinds[actual[c]], kind)
     if only is not None:
         column, numbers = only
         written = pl.col(actual[column])
-        if kinds[actual[column]] == pl.String:
-            table_of_strings = table_of_strings.filter(
-                written.is_in([f"{n}{tail}" for n in numbers for tail in ("", ".0")])
-            )
+        if kinds[actual[column]] == pl.String and path not in _careful:
+            code = written.cast(pl.Int64, strict=False)
+            other = code.is_null() & written.is_not_null()  # another spelling: parsing it ends in the careful way
+            kept = code.is_in(list(numbers)) | other
         else:
-            table_of_strings = table_of_strings.filter(written.cast(pl.Int64).is_in(list(numbers)))
+            kept = _parsed(actual[column], column, kinds[actual[column]], "int", True).is_in(list(numbers))
+        table_of_strings = table_of_strings.filter(kept)
     parsed = [_parsed(actual[c], c, kinds[actual[c]], kind, path in _careful) for c, kind in present.items()]
     absent = [pl.lit(None, TYPES[kind]).alias(c) for c, kind in (optional or {}).items() if c not in actual]
     return table_of_strings.select(*parsed, *absent)
@@ -170,6 +179,17 @@ def censored(text: pl.Expr) -> pl.Expr:
     return number(text.str.strip_chars().str.replace(r"(?i)^(>=|<=|>|<|greater than|less than)\s*", ""))
 
 
+def _check_type(path: Path, name: str, stored: pl.DataType, kind: str) -> None:
+    """Refuse a parquet column whose type can only be cast into what it does not mean, as a number into a time."""
+    text = isinstance(stored, pl.String | pl.Categorical | pl.Enum | pl.Null)
+    suits = isinstance(stored, pl.Datetime | pl.Date) if kind == "time" else stored.is_numeric() or stored == pl.Boolean
+    if kind != "str" and not text and not suits:
+        raise ValueError(
+            f"{path}: column {name}: expected {EXPECTED[kind]}, found the type {stored}; "
+            f"convert the column or download the file again"
+        )
+
+
 def _parsed(actual: str, name: str, stored: pl.DataType, kind: str, careful: bool) -> pl.Expr:
     """Column ``actual`` of type ``stored`` as ``kind``, under its lower-case name.
 
@@ -177,6 +197,8 @@ def _parsed(actual: str, name: str, stored: pl.DataType, kind: str, careful: boo
     the careful way.
     """
     column = pl.col(actual)
+    if isinstance(stored, pl.Categorical | pl.Enum):
+        column, stored = column.cast(pl.String), pl.String()
     if kind == "str":
         if stored == pl.String:
             return pl.when(~column.is_in(NULL)).then(column).alias(name)
@@ -184,6 +206,10 @@ def _parsed(actual: str, name: str, stored: pl.DataType, kind: str, careful: boo
     if stored != pl.String:
         if isinstance(stored, pl.Datetime) and stored.time_zone:
             column = column.dt.replace_time_zone(None)
+        if stored.is_float():
+            column = column.fill_nan(None)
+        if kind == "int" and (stored.is_float() or stored.is_decimal()):
+            return column.map_batches(lambda s: _whole_of(s, name), TYPES[kind], is_elementwise=True).alias(name)
         return column.cast(TYPES[kind]).alias(name)
     if not careful:
         if kind == "time":
@@ -218,12 +244,21 @@ def _whole(text: pl.Series, name: str) -> pl.Series:
         value = odd.cast(pl.Float64, strict=False)
         return pl.when(value.round() == value).then(value).cast(pl.Int64, strict=False)
 
-    return _repaired(text, text.cast(pl.Int64, strict=False), repair, name, "a whole number")
+    return _repaired(text, text.cast(pl.Int64, strict=False), repair, name, EXPECTED["int"])
+
+
+def _whole_of(number: pl.Series, name: str) -> pl.Series:
+    """Whole numbers that a parquet file holds in another type, as pandas writes a column with gaps."""
+    whole = number.cast(pl.Int64, strict=False)
+    wrong = number.filter((whole.is_null() | (whole.cast(number.dtype) != number)) & number.is_not_null())
+    if len(wrong):
+        raise ValueError(f"column {name}: expected {EXPECTED['int']}, found {wrong[0]}")
+    return whole
 
 
 def _number(text: pl.Series, name: str) -> pl.Series:
     fast = text.cast(pl.Float64, strict=False)
-    read = _repaired(text, fast, lambda odd: number(pl.when(~odd.str.contains("%")).then(odd)), name, "a number")
+    read = _repaired(text, fast, lambda odd: number(pl.when(~odd.str.contains("%")).then(odd)), name, EXPECTED["float"])
     return read.fill_nan(None)
 
 
@@ -235,7 +270,7 @@ def _time(text: pl.Series, name: str) -> pl.Series:
         return pl.concat_str(date, clock, separator=" ").str.to_datetime(SECONDS, time_unit="us", strict=False)
 
     fast = text.str.to_datetime(SECONDS, time_unit="us", strict=False)
-    return _repaired(text, fast, repair, name, "a time as YYYY-MM-DD hh:mm:ss")
+    return _repaired(text, fast, repair, name, EXPECTED["time"])
 
 
 def _children(folder: Path) -> list[Path]:

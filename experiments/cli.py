@@ -8,7 +8,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -35,6 +36,7 @@ OURS = (  # arguments of lightning.Trainer that are not offered: ``run.fit`` set
     *("enable_checkpointing", "num_sanity_val_steps", "max_time", "fast_dev_run", "inference_mode", "model_registry"),
     *("reload_dataloaders_every_n_epochs", "barebones"),
 )
+WITHOUT_TORCH = ("synthesize", "prepare")  # verbs that know of hospitals, but of no data modules
 OF_TRIALS = {"data", "trainer", "monitor"}  # arguments of ``sweep`` that its trials have too
 NO_MEMORY = "out of memory: lower --data.batch_size"
 
@@ -106,8 +108,6 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
     ):
         warnings.filterwarnings("ignore", f".*{noise}.*")
     arguments = _ordered(arguments)
-    if verb == "prepare":
-        arguments = _hospitals(arguments)
     if verb in FROM_CHECKPOINT:
         inherited = _data_of_checkpoint(arguments)
         named = inherited or any(a.partition("=")[0] == "--data" for a in arguments)
@@ -120,16 +120,17 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
         and not {"--data", "-c", "--config"} & set(names)
     ):
         arguments = ["--data=EICU", *arguments]  # the default of ``verbs.finetune``, whose arguments these are
-    parser = make_parser(verb, arguments)
-    for name in ("lightning.pytorch", "lightning.fabric"):  # imported by now: the import sets another level
-        logging.getLogger(name).setLevel(logging.ERROR)
-    configuration = parser.parse_args(arguments)
-    kept = configuration.clone()
     own = set(inspect.signature(getattr(_verbs(verb), verb)).parameters)
-    for transient in {"config", "resume"} | (own - OF_TRIALS if verb == "sweep" else set()):
-        kept.pop(transient, None)
-    said = parser.dump(kept, skip_validation=True)
-    made = parser.instantiate(configuration)
+    with _data_modules_hidden() if verb in WITHOUT_TORCH else nullcontext():
+        parser = make_parser(verb, arguments)
+        for name in ("lightning.pytorch", "lightning.fabric"):  # imported by now: the import sets another level
+            logging.getLogger(name).setLevel(logging.ERROR)
+        configuration = parser.parse_args(arguments)
+        kept = configuration.clone()
+        for transient in {"config", "resume"} | (own - OF_TRIALS if verb == "sweep" else set()):
+            kept.pop(transient, None)
+        said = parser.dump(kept, skip_validation=True)
+        made = parser.instantiate(configuration)
     values = {name: value for name, value in vars(made).items() if name in own}
     if "trainer" in own:
         values |= {"trainer": configuration.trainer.as_dict(), "config": said}
@@ -160,6 +161,10 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
             ]  # ``self`` may be that of a class
             classes = {name: kinds for name, kinds in _classes(trained).items() if f"--{name}" in options}
             _stop(f"{_explain(message, arguments, options, classes)}\nsee: ehr {verb} --help")
+
+        def parse_args(self, args: Any = None, *more: Any, **others: Any) -> Any:  # type: ignore[override]
+            named = _hospitals(sys.argv[1:] if args is None else args) if verb in WITHOUT_TORCH else args
+            return super().parse_args(named, *more, **others)
 
     parser = Parser(prog=f"ehr {verb}", description=_description(function.__doc__ or "", verb), allow_abbrev=False)
     parser.add_argument(
@@ -213,15 +218,33 @@ def _ordered(arguments: list[str]) -> list[str]:
     return [*first, *second, *others]
 
 
-def _hospitals(arguments: list[str]) -> list[str]:
+def _hospitals(arguments: Sequence[str]) -> list[str]:
     """``--data EICU`` as the hospital itself and not its data module, which bears the same name where it has been imported."""
     from datamodules import hospitals
 
-    named = {f"--data={name}": f"--data=datamodules.hospitals.{name}" for name in hospitals.__all__}
-    following = zip(arguments, [*arguments[1:], ""], strict=True)
-    joined = [f"--data={value}" if name == "--data" else name for name, value in following]
-    kept = [a for a, before in zip(joined, ["", *arguments[:-1]], strict=True) if before != "--data"]
-    return [named.get(a, a) for a in kept]
+    named = {name: f"datamodules.hospitals.{name}" for name in hospitals.__all__}
+    kept, before = [], ""
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag in ("--data", "--data.help") and equals:
+            argument = f"{flag}={named.get(value, value)}"
+        elif before in ("--data", "--data.help"):
+            argument = named.get(argument, argument)
+        kept.append(argument)
+        before = argument
+    return kept
+
+
+@contextmanager
+def _data_modules_hidden() -> Iterator[None]:
+    """Meanwhile there is no ``datamodules.EICU``: the parser looks there for every class that it meets, which would load torch."""
+    import datamodules
+
+    lazily = vars(datamodules).pop("__getattr__")
+    try:
+        yield
+    finally:
+        vars(datamodules)["__getattr__"] = lazily
 
 
 def _data_of_checkpoint(arguments: list[str]) -> list[str]:

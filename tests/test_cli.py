@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-from datamodules.module import ICUDataModule
+from datamodules import EICU, MIMICIV, ICUDataModule, PhysioNet2012, PhysioNet2019, SyntheticEICU, SyntheticMIMICIV
 from ehrmodels.base import ICUModule, read_checkpoint
+from ehrmodels.fusion import Fusion
 from experiments import report, sweep
 from experiments.cli import VERBS, main, make_parser
-from experiments.verbs import EICU, MIMICIV, Fusion, PhysioNet2012, PhysioNet2019, SyntheticEICU, SyntheticMIMICIV
 
 CONFIGS = sorted((Path(__file__).parents[1] / "experiments" / "configs").glob("*.yaml"))
 COLUMNS = ["stay_id", "patient_id", "minute", "target", "probability", "split"]
@@ -204,7 +204,9 @@ def test_the_written_configuration_is_a_configuration(trained: Path, capsys: pyt
         ("prepare --data eicu", "--data eicu is not known; did you mean EICU?"),
         ("prepare --data Foo", "--data Foo is not known; choose among "),
         ("train --data EICU --model Fusoin", "--model Fusoin is not known; did you mean Fusion?"),
-        ("prepare --data ICUDataModule", "--data names no concrete class; choose among "),
+        ("prepare --data Hospital", "--data names no concrete class; choose among "),
+        ("prepare --data ICUDataModule", "--data ICUDataModule is not known; choose among "),
+        ("train --model Fusion --data ICUDataModule", "--data names no concrete class; choose among "),
         ("prepare --data.root x", "--data.root is given without --data; choose among "),
         ("prepare EICU", "'EICU' is not understood: expected only flags, such as --data NAME"),
         ("prepare", "missing --data\n"),
@@ -275,7 +277,7 @@ def test_synthesize_then_prepare_from_another_folder(
     attrition = pl.read_csv("tables/attrition.csv")
     assert attrition["stays"][0] == 60
     assert attrition["stays"][-1] == stays["excluded_by"].null_count()
-    assert events.columns == ["stay_id", "minute", "concept", "value"]
+    assert events.columns == ["stay_id", "minute", "known_minute", "concept", "value"]
     assert set(events["stay_id"]) <= set(stays["stay_id"])
     coverage = pl.read_csv("tables/coverage.csv")
     assert len(events) == coverage["events"].sum()
@@ -543,8 +545,7 @@ def test_hourly_task_end_to_end(mimic: Path, tmp_path: Path) -> None:
 
 def test_checkpoint_of_changed_score_switches_loads(trained: Path) -> None:
     """Every argument of the data becomes plain types in a checkpoint."""
-    from datamodules.sofa import Switches
-
+    from datamodules.derive.sofa import Switches
     from experiments.verbs import _description
 
     for data in (

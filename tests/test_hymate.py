@@ -13,15 +13,15 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from datamodules.batch import Spec, Triplets
-from datamodules.batches import Batches
-from datamodules.concepts import NAMES
 from test_cli import refused
 from test_models import spec
 from torch import Tensor
 
 import ehrmodels.hymate as hymate
-from datamodules.hospitals import MIMICIV, PhysioNet2012
+from datamodules import MIMICIV, PhysioNet2012
+from datamodules.contract import Spec, Triplets
+from datamodules.dictionary import NAMES
+from datamodules.sampler import Batches
 from ehrmodels.base import load, read_checkpoint
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast, chosen, forecast_task
 from experiments.cli import main
@@ -312,7 +312,7 @@ def test_names_of_the_attribution_are_those_of_the_raw_tables(attention: str, mi
     for i, row in enumerate(rows):
         said = {name for name, w in zip(data.spec.variables, weight[i], strict=True) if w > 0}
         stay, end = int(data._stay[row]), int(data._minute[row])
-        low, high = data.store.first_after(np.array([stay, stay]), np.array([end - 60 * data.task.window, end]))
+        low, high = data.store.at_or_after(np.array([stay, stay]), np.array([end - 60 * data.task.window, end]))
         charted = {NAMES[code] for code in data.store.concept[low:high].tolist()}
         assert said == charted & set(data.spec.variables)
 

@@ -7,10 +7,10 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from datamodules.batch import Batch, Grid, Spec, Triplets
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datamodules.contract import Batch, Grid, Spec, Triplets
 from ehrmodels.base import ICUModule, load, read_checkpoint
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE
@@ -53,7 +53,7 @@ def spec(variables: int = 65, hours: int = 24, statics: int = 10) -> Spec:
 def batch(model: ICUModule, count: int, seed: int = 0, charted: float = 0.3) -> Batch:
     """Random samples of the view that the model asks for; ``charted`` is the share of cells with a value."""
     facts, rng = model.spec, torch.Generator().manual_seed(seed)
-    width, hours = len(facts.variables), facts.hours
+    width, hours = len(facts.variables), facts.window
     static = torch.randn(count, len(facts.statics), generator=rng)
     target = (torch.arange(count) % 3 == 0).float()
     row = torch.arange(count)

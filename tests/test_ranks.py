@@ -14,11 +14,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from datamodules.batches import BATCH_EVENTS, Batches
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from test_models import batch, spec
 from test_resume import same
 
+from datamodules.sampler import BATCH_EVENTS, Batches
 from ehrmodels import base
 from ehrmodels.base import ICUModule, read_checkpoint
 from ehrmodels.fusion import Fusion

@@ -112,9 +112,10 @@ def prepared(mimic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "moment",
     [
         "cache/*.partial",
-        "cache/*.partial/parts/*.tmp",
-        "cache/*.partial/parts/*.parquet",
+        "cache/*.partial/rows/.*/*",
+        "cache/*.partial/rows/icu.chartevents",
         "cache/*.partial/value.f4",
+        "cache/*/derived/*.partial/*.part",
         "out/.events*/*",
     ],
 )

@@ -44,7 +44,7 @@ class Tables(Hospital):
         """``stays.parquet`` in schema ``STAYS``; a stay without a number is the patient's first."""
         path, frame = self._open("stays", {"stay_id": STAYS["stay_id"], "patient_id": STAYS["patient_id"]})
         present = {c: kind for c, kind in STAYS.items() if c in frame.collect_schema()}
-        table = _cast(path, frame.select(present), present).collect()
+        table = _cast(path, frame, present).collect()
         table = conform(table, STAYS, str(path))
         return table.with_columns(
             pl.col("stay_number").fill_null(1),
@@ -56,7 +56,7 @@ class Tables(Hospital):
         """``events.parquet``."""
         path, frame = self._open("events", COLUMNS)
         present = COLUMNS | {c: kind for c, kind in OPTIONAL.items() if c in frame.collect_schema()}
-        return {"events": _cast(path, frame.select(present), present)}
+        return {"events": _cast(path, frame, present)}
 
     def events(self, tables: Kept, stays: pl.DataFrame) -> list[pl.LazyFrame]:
         """The events; derived variables are made anew."""

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from datamodules.concepts import NAMES
 
 from datamodules import simulate
+from datamodules.dictionary import NAMES
 from datamodules.simulate import patient
 from datamodules.simulate.habits import rate_intervals
 from datamodules.simulate.patient import Patients

@@ -132,7 +132,9 @@ class MIMICIV(Hospital):
             "icu/icustays": icu.lazy(),
             "icu/chartevents": charted.with_columns(value=text).rename({"subject_id": "patient_id"}),
             "hosp/labevents": labs.rename({"subject_id": "patient_id"}),
-            "icu/outputevents": output.join(icu.lazy().select("stay_id", "patient_id"), on="stay_id"),
+            "icu/outputevents": output.join(
+                icu.lazy().select("stay_id", "patient_id"), on="stay_id", maintain_order="left"
+            ),
             "icu/inputevents": _inputevents(self),
         }
         if set(infection.ORDER) <= set(raw.columns(self.root, "hosp/prescriptions")):
@@ -211,14 +213,15 @@ def _inputevents(hospital: Hospital) -> pl.LazyFrame:
         .select("itemid", drug=pl.col("concept").cast(pl.String))
         .lazy()
     )
-    table = table.rename({"subject_id": "patient_id"}).join(drugs, on="itemid", how="left")
+    table = table.rename({"subject_id": "patient_id"}).join(drugs, on="itemid", how="left", maintain_order="left")
     if not raw.find(hospital.root, "icu/d_items"):
         return table.with_columns(antibiotic=pl.lit(None, pl.String))
     items = raw.read(
         hospital.root, "icu/d_items", {"itemid": "int", "label": "str", "category": "str", "linksto": "str"}
     )
     given = items.filter(pl.col("category") == "Antibiotics", pl.col("linksto") == "inputevents")
-    return table.join(given.lazy().select("itemid", antibiotic="label"), on="itemid", how="left")
+    given = given.select("itemid", antibiotic="label")
+    return table.join(given.lazy(), on="itemid", how="left", maintain_order="left")
 
 
 def _usable(infused: pl.LazyFrame) -> pl.LazyFrame:

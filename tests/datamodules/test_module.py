@@ -1,6 +1,7 @@
-"""Batches, splits, scaler and samples, against implementations that go through the rows one by one in plain Python."""
+"""Batches, scaler and loaders, against implementations that go through the rows one by one in plain Python."""
 
 import math
+import pickle
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -9,77 +10,42 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from datamodules.batch import Grid, Spec, Triplets
-from datamodules.batches import Batches
-from datamodules.concepts import BY_NAME, CONCEPT, NAMES
+from toy import Row, Toy, of_stays, people
 
-from datamodules import schema
-from datamodules.hospitals import EICU, MIMICIV
-from datamodules.module import ICUDataModule
-from datamodules.tasks import Task, check_statics
+import datamodules
+from datamodules import EICU, MIMICIV, ICUDataModule
+from datamodules.contract import Grid, Spec, Triplets
+from datamodules.dictionary import BY_NAME, CONCEPT, NAMES
+from datamodules.module import of
+from datamodules.sampler import Batches
+from datamodules.tasks import Task
 from datamodules.views import CARRY
 
 HOURS = 6
 VARIABLES = ["heart_rate", "temperature", "lactate", "urine", "norepinephrine", "vasopressin"]
-Event = tuple[int, str, float]  # minute, concept, value
+Known = tuple[int, int, str, float]  # minute, when it was known, concept, value
 
 
-class Toy(ICUDataModule):
-    """A hospital system given as two tables in memory."""
-
-    name = "Toy"
-
-    def __init__(self, root: Path, stays: pl.DataFrame, events: dict[int, list[Event]], **kwargs: Any):
-        root.mkdir(exist_ok=True)
-        super().__init__(str(root), cache=str(root), **kwargs)
-        self.given, self.charted = schema.conform(stays, schema.STAYS, "toy"), events
-
-    def raw_files(self) -> list[Path]:
-        return []
-
-    def stays(self) -> pl.DataFrame:
-        return self.given
-
-    def events(self, stays: pl.DataFrame) -> dict[str, pl.LazyFrame]:
-        rows = [
-            (stay, minute, concept, value, None)
-            for stay, found in self.charted.items()
-            for minute, concept, value in found
-        ]
-        return {"events": pl.LazyFrame(rows, schema=schema.RAW_EVENTS, orient="row")}
+class ToyData(Toy, ICUDataModule):
+    """The toy as a data module."""
 
 
-def people(count: int, **columns: Any) -> pl.DataFrame:
-    rng = np.random.default_rng(count)
-    given = {
-        "stay_id": np.arange(count) + 1,
-        "patient_id": [f"p{i}" for i in range(count)],
-        "hospital_id": [f"h{i % 12}" for i in range(count)],
-        "stay_number": 1,
-        "age": rng.uniform(20, 90, count).round(),
-        "sex": [float(i % 2) for i in range(count)],
-        "unit": ["medical" if i % 3 else "neuro" for i in range(count)],
-        "admit_minute": -rng.integers(0, 3000, count),
-        "icu_minutes": 60 * 60,
-        "death_minute": [2000 + 10 * i if i % 4 == 0 else None for i in range(count)],
-        "hospital_death": [i % 4 == 0 for i in range(count)],
-    }
-    return pl.DataFrame({**given, **columns})
-
-
-def charted(count: int, seed: int = 0, per_stay: int = 160) -> dict[int, list[Event]]:
-    """Random events, many of them at whole hours: on the edges of windows and of hours."""
+def charted(count: int, seed: int = 0, per_stay: int = 160) -> dict[int, list[Row]]:
+    """Random events, many of them at whole hours, on the edges of windows and of hours; a third are known later, many at whole hours."""
     rng = np.random.default_rng(seed)
-    found: dict[int, list[Event]] = {}
+    found: dict[int, list[Row]] = {}
     for stay in range(1, count + 1):
-        minute = rng.integers(-30 * 60, 20 * 60, per_stay)
+        minute = rng.integers(-60 * 60, 20 * 60, per_stay)
         minute = np.where(rng.random(per_stay) < 0.3, minute // 60 * 60, minute)
+        known = minute + np.where(rng.random(per_stay) < 0.3, rng.integers(0, 300, per_stay), 0)
+        known = np.where(rng.random(per_stay) < 0.3, -(-known // 60) * 60, known)
         concept = rng.choice([*VARIABLES, "sodium"], per_stay)
         low = np.array([BY_NAME[c].low for c in concept])
         high = np.minimum([BY_NAME[c].high for c in concept], 200)
         value = np.float32(low + rng.random(per_stay) * (high - low)).astype(float)
-        value = np.where((rng.random(per_stay) < 0.3) & (low == 0), 0, value)
-        found[stay] = list(zip(minute.tolist(), concept.tolist(), value.tolist(), strict=True))
+        zero = np.array([BY_NAME[c].low == 0 and not BY_NAME[c].low_open for c in concept])
+        value = np.where((rng.random(per_stay) < 0.3) & zero, 0, value)
+        found[stay] = list(zip(minute.tolist(), concept.tolist(), value.tolist(), known.tolist(), strict=True))
     return found
 
 
@@ -94,9 +60,9 @@ def spec(hours: int = HOURS, **task: Any) -> Spec:
     )
 
 
-def module(root: Path, events: dict[int, list[Event]], adopted: Spec | None = None, **kwargs: Any) -> Toy:
-    columns = kwargs.pop("stays", None)
-    toy = Toy(root, people(len(events)) if columns is None else columns, events, **kwargs)
+def module(root: Path, charted: dict[int, list[Row]], adopted: Spec | None = None, **kwargs: Any) -> ToyData:
+    stays = kwargs.pop("stays", None)
+    toy = ToyData(root, people(len(charted)) if stays is None else stays, of_stays(charted), **kwargs)
     if adopted is not None:
         toy.adopt(adopted)
     toy.setup()
@@ -106,67 +72,84 @@ def module(root: Path, events: dict[int, list[Event]], adopted: Spec | None = No
 # ---- the plain implementations ---------------------------------------------------------------------------------------------
 
 
-def plain_grid(events: list[Event], end: int, told: Spec) -> tuple[list, list, list]:
-    """(T, F) value, mask and since, as documented in ``batch.Grid``, one cell after the other."""
-    hours, start = told.hours, end - 60 * (told.hours + CARRY)
+def as_stored(rows: list[Row]) -> list[Known]:
+    """The rows of a stay as the store keeps them, in its order: each once, known as early as it was; a rate counts from then.
+
+    Volumes that were known at different times are different ones.
+    """
+    once: dict[tuple, int] = {}
+    for minute, concept, value, *later in rows:
+        known, hourly = max([minute, *later]), BY_NAME[concept].hourly
+        key = (known if hourly == "rate" else minute, concept, value, known if hourly == "sum" else None)
+        once[key] = min(known, once.get(key, known))
+    stored = [(minute, known, concept, value) for (minute, concept, value, _), known in once.items()]
+    return sorted(stored, key=lambda row: (row[0], NAMES.index(row[2]), row[3], row[1]))
+
+
+def seen(stored: list[Known], end: int) -> list[Known]:
+    """What may be seen at minute ``end``: it was charted, and known, before."""
+    return [row for row in stored if row[0] < end and row[1] < end]
+
+
+def running(stored: list[Known], concept: str, at: int) -> float:
+    """The rate that holds in the minute ``at``: the last that was set up to then, however long ago."""
+    return ([0.0] + [value for minute, _, name, value in stored if name == concept and minute <= at])[-1]
+
+
+def plain_grid(rows: list[Row], end: int, told: Spec) -> tuple[list, list, list]:
+    """(T, F) value, mask and since, as documented in ``contract.Grid``, one cell after the other."""
+    stored = seen(as_stored(rows), end)
+    hours, start = told.window, end - 60 * (told.window + CARRY)
     values, masks, sinces = [], [], []
     for hour in range(hours):
-        rows: tuple[list, list, list] = ([], [], [])
+        cells: tuple[list, list, list] = ([], [], [])
         for variable, center, scale in zip(told.variables, told.center, told.scale, strict=True):
             by_hour = defaultdict(list)
-            for minute, concept, value in sorted(events):
-                if concept == variable and start <= minute < end:
-                    by_hour[math.floor((minute - start) / 60) - CARRY].append((minute, value))
-            seen = [h for h in by_hour if h <= hour]
-            if BY_NAME[variable].hourly == "rate":  # minute by minute: the last value that was set
-                each = []
-                for at in range(start + 60 * (CARRY + hour), start + 60 * (CARRY + hour + 1)):
-                    before = [
-                        value
-                        for minute, concept, value in sorted(events)
-                        if concept == variable and start <= minute <= at
-                    ]
-                    each.append(before[-1] if before else 0)
-                value = sum(each) / 60
-            elif seen:
-                found = [v for _, v in by_hour[max(seen)]]
+            for minute, _, concept, value in stored:
+                if concept == variable and start <= minute:
+                    by_hour[math.floor((minute - start) / 60) - CARRY].append(value)
+            charted = [h for h in by_hour if h <= hour]
+            if BY_NAME[variable].hourly == "rate":  # minute by minute
+                first = start + 60 * (CARRY + hour)
+                value = sum(running(stored, variable, at) for at in range(first, first + 60)) / 60
+            elif charted:
+                found = by_hour[max(charted)]
                 value = sum(found) / (1 if BY_NAME[variable].hourly == "sum" else len(found))
             else:
                 value = center
-            rows[0].append(min(max((value - center) / scale, -5), 5))
-            rows[1].append(float(hour in by_hour))
-            rows[2].append(min((hour - max(seen)) / hours, 1) if seen else 1.0)
-        for table, row in zip((values, masks, sinces), rows, strict=True):
+            cells[0].append(min(max((value - center) / scale, -5), 5))
+            cells[1].append(float(hour in by_hour))
+            cells[2].append(min((hour - max(charted)) / hours, 1) if charted else 1.0)
+        for table, row in zip((values, masks, sinces), cells, strict=True):
             table.append(row)
     return values, masks, sinces
 
 
-def plain_triplets(events: list[Event], end: int, told: Spec) -> list[tuple[float, int, float]]:
-    start = end - 60 * told.hours
-    order = sorted((m, NAMES.index(c), v, c) for m, c, v in set(events) if start <= m < end and c in told.variables)
+def plain_triplets(rows: list[Row], end: int, told: Spec) -> list[tuple[float, int, float]]:
+    """Time, variable and value of each event of the window; a rate that runs when it opens is one of its first minute."""
+    stored = seen(as_stored(rows), end)
+    start = end - 60 * told.window
+    inside = [row for row in stored if row[0] >= start and row[2] in told.variables]
+    for name in told.variables:
+        rate = running(stored, name, start - 1) if BY_NAME[name].hourly == "rate" else 0
+        if rate and not any(minute == start and concept == name for minute, _, concept, _ in inside):
+            inside.append((start, start, name, rate))
+    inside.sort(key=lambda row: (row[0], NAMES.index(row[2])))
+    table = {name: i for i, name in enumerate(told.variables)}
     return [
         (
             2 * (minute - start) / (end - start) - 1,
-            told.variables.index(concept) + 1,
-            min(
-                max(
-                    (value - told.center[told.variables.index(concept)]) / told.scale[told.variables.index(concept)], -5
-                ),
-                5,
-            ),
+            table[concept] + 1,
+            min(max((value - told.center[table[concept]]) / told.scale[table[concept]], -5), 5),
         )
-        for minute, _, value, concept in order
+        for minute, _, concept, value in inside
     ]
-
-
-def as_stored(events: list[Event]) -> list[Event]:
-    return sorted({(m, c, v) for m, c, v in events})
 
 
 @pytest.mark.parametrize("rolling", [False, True], ids=["once", "every hour"])
 def test_grid_equals_the_plain_one(tmp_path: Path, rolling: bool) -> None:
     events = charted(8)
-    task = {"name": "mortality_24h", "rolling": True} if rolling else {}
+    task: dict[str, Any] = {"name": "mortality_24h", "rolling": True} if rolling else {}
     stays = people(8, icu_minutes=[60 * (HOURS + i) for i in range(8)])
     toy = module(tmp_path / "t", events, spec(**task), stays=stays)
     told = toy.spec
@@ -178,7 +161,7 @@ def test_grid_equals_the_plain_one(tmp_path: Path, rolling: bool) -> None:
     assert batch.value.dtype == batch.mask.dtype == batch.since.dtype == torch.float32
     assert batch.value.is_contiguous()
     for i, (stay, minute) in enumerate(toy.samples[chosen].select("stay_id", "minute").iter_rows()):
-        value, mask, since = plain_grid(as_stored(events[stay]), minute, told)
+        value, mask, since = plain_grid(events[stay], minute, told)
         torch.testing.assert_close(batch.mask[i], torch.tensor(mask))
         torch.testing.assert_close(batch.since[i], torch.tensor(since))
         torch.testing.assert_close(batch.value[i], torch.tensor(value), atol=2e-5, rtol=1e-5)
@@ -190,6 +173,7 @@ def test_triplets_equal_the_plain_ones(tmp_path: Path) -> None:
     events = charted(8)
     events[3] = [(-600, "lactate", 2.0), (0, "sodium", 140.0)]  # nothing that the model knows inside the window
     events[4] = [(60 * HOURS - 1, "lactate", 2.0)]
+    events[5] = [(-9000, "vasopressin", 2.0), *events[5]]  # runs on until it is set anew
     toy = module(
         tmp_path / "t", events, spec()._replace(variables=VARIABLES, units=[BY_NAME[v].unit for v in VARIABLES])
     )
@@ -221,7 +205,7 @@ def test_triplets_equal_the_plain_ones(tmp_path: Path) -> None:
 
 def test_the_edges_of_the_window(tmp_path: Path) -> None:
     end = 60 * HOURS
-    events: dict[int, list[Event]] = {
+    events: dict[int, list[Row]] = {
         1: [(0, "lactate", 2.0), (end - 1, "heart_rate", 80.0), (end, "temperature", 37.0)],
         2: [(-1, "lactate", 2.0), (end - 60, "heart_rate", 80.0), (1, "temperature", 37.0)],
         3: [(-60 * CARRY, "lactate", 2.0), (-60 * CARRY - 1, "heart_rate", 80.0), (0, "norepinephrine", 1.0)],
@@ -243,10 +227,9 @@ def test_the_edges_of_the_window(tmp_path: Path) -> None:
     assert grid.mask[1, :, at["lactate"]].tolist() == [0] * 6  # a minute before the window: carried into it
     assert grid.value[1, :, at["lactate"]].tolist() == pytest.approx([-0.4] * 6)
     assert grid.since[1, :, at["lactate"]].tolist() == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
-    assert grid.value[2, :, at["lactate"]].tolist() == pytest.approx(
-        [-0.4] * 6
-    )  # CARRY hours before the window: the last to be carried
-    assert grid.value[2, :, at["heart_rate"]].tolist() == [0] * 6  # a minute earlier: as if never charted
+    # CARRY hours before the window: the last to be carried; a minute earlier: as if never charted
+    assert grid.value[2, :, at["lactate"]].tolist() == pytest.approx([-0.4] * 6)
+    assert grid.value[2, :, at["heart_rate"]].tolist() == [0] * 6
     rate = grid.value[:, :, at["norepinephrine"]] * 20
     assert rate[2].tolist() == pytest.approx([1] * 6, abs=1e-5)
     assert rate[3].tolist() == pytest.approx([1, 0.75, 0.25, 0, 0, 0], abs=1e-5)  # begun before the window
@@ -254,8 +237,59 @@ def test_the_edges_of_the_window(tmp_path: Path) -> None:
     toy.view = "triplets"
     triplets = toy.batch(toy.rows("all"))
     assert isinstance(triplets, Triplets)
-    assert triplets.length.tolist() == [2, 2, 1, 2]
-    assert triplets.time[0].tolist() == pytest.approx([-1, 1 - 2 / end])
+    assert triplets.length.tolist() == [2, 2, 1, 3]  # the rate that runs when the window opens is one more
+    assert triplets.time[0].tolist() == pytest.approx([-1, 1 - 2 / end, 0])
+
+
+def test_what_was_not_known_before_the_prediction_is_not_seen(tmp_path: Path) -> None:
+    end = 60 * HOURS
+    events: dict[int, list[Row]] = {
+        1: [(10, "lactate", 2.0, end - 1)],
+        2: [(10, "lactate", 2.0, end)],
+        3: [(10, "lactate", 2.0, end), (10, "lactate", 2.0, 30), (1, "sodium", 140.0)],  # of two, the earlier one tells
+        4: [(10, "norepinephrine", 1.0, end - 60), (10, "urine", 50.0, 20), (10, "urine", 50.0, end)],
+    }
+    toy = module(tmp_path / "t", events, spec(), stays=people(4, icu_minutes=6000))
+    assert toy.samples["stay_id"].to_list() == [1, 3, 4]  # of the second nothing is known
+    grid = toy.batch(toy.rows("all"))
+    assert isinstance(grid, Grid)
+    at = {v: spec().variables.index(v) for v in VARIABLES}
+    assert grid.mask[:, :, at["lactate"]].sum(1).tolist() == [1, 1, 0]
+    assert (
+        grid.value[:2, :, at["lactate"]].tolist() == [pytest.approx([-0.4] * 6)] * 2
+    )  # in the hour that it was measured in
+    assert (grid.value[2, :, at["norepinephrine"]] * 20).tolist() == pytest.approx(
+        [0, 0, 0, 0, 0, 1]
+    )  # from when it is known
+    assert (grid.value[2, :, at["urine"]] * 20 + 10).tolist() == pytest.approx([50] * 6)  # the volume that was known
+
+
+def test_a_rate_runs_on_however_long_ago_it_was_set(tmp_path: Path) -> None:
+    long_ago = -60 * (CARRY + 100)
+    events: dict[int, list[Row]] = {
+        1: [(long_ago, "norepinephrine", 0.4), (long_ago, "lactate", 3.0)],
+        2: [(long_ago, "norepinephrine", 0.4), (-60 * CARRY - 5, "norepinephrine", 0.0)],  # and was stopped
+        3: [(long_ago, "norepinephrine", 0.4), (0, "norepinephrine", 0.8)],  # set anew as the window opens
+        4: [(long_ago, "norepinephrine", 0.4), (90, "norepinephrine", 0.2)],
+    }
+    stayed = {s: [*rows, (1, "sodium", 140.0)] for s, rows in events.items()}
+    toy = module(tmp_path / "t", stayed, spec())
+    at = spec().variables.index("norepinephrine")
+    rate = toy.batch(toy.rows("all")).value[..., at] * 20  # type: ignore[union-attr]
+    assert rate.tolist() == [
+        pytest.approx([0.4] * 6, abs=1e-5),
+        [0] * 6,
+        pytest.approx([0.8] * 6, abs=1e-5),
+        pytest.approx([0.4, 0.3, 0.2, 0.2, 0.2, 0.2], abs=1e-5),
+    ]
+    toy.view = "triplets"
+    given = toy.batch(toy.rows("all"))
+    assert isinstance(given, Triplets)
+    assert given.length.tolist() == [1, 0, 1, 2]
+    assert given.variable[:, 0].tolist() == [at + 1, 0, at + 1, at + 1]
+    assert given.time[[0, 2, 3], 0].tolist() == [-1, -1, -1]
+    assert (given.value[:, 0] * 20).tolist() == pytest.approx([0.4, 0, 0.8, 0.4])
+    assert float(given.value[3, 1] * 20) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("view", ["grid", "triplets"])
@@ -266,14 +300,18 @@ def test_nothing_at_or_after_the_prediction_reaches_a_batch(tmp_path: Path, view
     toy = module(tmp_path / "a", events, told)
     end = 60 * (HOURS + 4 if rolling else HOURS)
     rng = np.random.default_rng(5)
-    future = [
-        (int(m), str(c), 1.5)
-        for m, c in zip([end, *rng.integers(end, 3000, 60)], rng.choice(VARIABLES, 61), strict=True)
-    ]
-    other = module(tmp_path / "b", {s: [e for e in found if e[0] < end] + future for s, found in events.items()}, told)
+    named = zip([end, *rng.integers(end, 3000, 60)], rng.choice(VARIABLES, 61), strict=True)
+    future: list[Row] = [(int(m), str(c), 1.5) for m, c in named]
+    named = zip(
+        rng.integers(-3000, end, 60), rng.choice(VARIABLES, 60), rng.choice([end, end + 1, 5000], 60), strict=True
+    )
+    future += [(int(m), str(c), 1.5, int(k)) for m, c, k in named]  # of before, but entered later
+    past = {s: [e for e in found if max(e[0], e[3]) < end] for s, found in events.items()}
+    assert all(len(past[s]) < len(found) for s, found in events.items())
+    other = module(tmp_path / "b", {s: found + future for s, found in past.items()}, told)
     chosen = np.flatnonzero(toy.samples["minute"].to_numpy() <= end)
     assert len(chosen) == 6 * (5 if rolling else 1)
-    toy.view = other.view = view  # type: ignore[assignment]
+    toy.view = other.view = view
     same(toy.batch(chosen), other.batch(chosen))
     later = {s: [e for e in found if e[0] < end - 1] + [(end - 1, "heart_rate", 17.0)] for s, found in events.items()}
     changed = module(tmp_path / "c", later, told)
@@ -281,182 +319,38 @@ def test_nothing_at_or_after_the_prediction_reaches_a_batch(tmp_path: Path, view
     assert not torch.equal(toy.batch(chosen).value[-1], changed.batch(chosen).value[-1])  # type: ignore[arg-type]
 
 
+def test_lengths_are_never_less_than_the_triplets(tmp_path: Path) -> None:
+    toy = module(tmp_path / "t", charted(8), spec(name="mortality_24h", rolling=True))
+    toy.view = "triplets"
+    rows = toy.rows("all")
+    given = toy.batch(rows)
+    assert isinstance(given, Triplets)
+    assert (toy._views.lengths(toy._stay[rows], toy._minute[rows]) >= given.length.numpy()).all()
+
+
 def same(one: Grid | Triplets, other: Grid | Triplets) -> None:
     for name, a, b in zip(one._fields, one, other, strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0, equal_nan=True, msg=name)
 
 
-# ---- samples ---------------------------------------------------------------------------------------------------------------
-
-
-def targets(name: str, hours: int, rolling: bool = False, labelled: bool = True, **columns: Any) -> list[tuple]:
-    stays = schema.conform(people(1, **{k: [v] for k, v in columns.items()}), schema.STAYS, "toy")
-    samples = Task(name, hours, hours, rolling).samples(stays.with_row_index("stay"), labelled)  # type: ignore[arg-type]
-    return samples.select("minute", "target").rows()
-
-
-def test_mortality_24h_is_death_after_t_and_up_to_t_plus_24_hours() -> None:
-    died = {"hospital_death": True, "icu_minutes": 6000}
-    end = 24 * 60
-    assert targets("mortality_24h", 24, **died, death_minute=end + 1) == [(end, 1)]
-    assert targets("mortality_24h", 24, **died, death_minute=2 * end) == [(end, 1)]
-    assert targets("mortality_24h", 24, **died, death_minute=2 * end + 1) == [(end, 0)]
-    assert targets("mortality_24h", 24, hospital_death=False, death_minute=None) == [(end, 0)]
-    assert targets("mortality_24h", 24, hospital_death=None, death_minute=None) == [(end, None)]
-
-
-def test_rolling_predictions_go_on_while_the_patient_lives_and_stays() -> None:
-    lives = {"hospital_death": False, "death_minute": None}
-    assert [m for m, _ in targets("mortality_24h", 3, True, **lives, icu_minutes=359)] == [180, 240, 300]
-    assert [m for m, _ in targets("mortality_24h", 3, True, **lives, icu_minutes=360)] == [180, 240, 300, 360]
-    assert targets("mortality_24h", 3, True, **lives, icu_minutes=None) == [(180, 0)]
-    # the discharge is charted an hour after the death: no "survivor" is made of a dead patient
-    assert targets("mortality_24h", 3, True, hospital_death=True, death_minute=300, icu_minutes=360) == [
-        (180, 1),
-        (240, 1),
-    ]
-
-
-def test_mortality_hospital_and_sepsis_targets() -> None:
-    assert targets("mortality_hospital", 24, hospital_death=True) == [(1440, 1)]
-    assert targets("mortality_hospital", 24, hospital_death=False) == [(1440, 0)]
-    assert targets("mortality_hospital", 24, hospital_death=None) == [(1440, None)]
-    alive = {"death_minute": None, "icu_minutes": 300}
-    assert targets("sepsis_onset", 1, **alive, sepsis_minute=540) == [(60, 0), (120, 0), (180, 1), (240, 1), (300, 1)]
-    assert targets("sepsis_onset", 1, **alive, sepsis_minute=541)[2] == (180, 0)
-    assert targets("sepsis_onset", 4, **alive, sepsis_minute=None) == [(240, 0), (300, 0)]
-    assert targets("sepsis_onset", 4, labelled=False, **alive, sepsis_minute=None) == [(240, None), (300, None)]
-    assert targets("sepsis_onset", 1, **alive, sepsis_minute=None, first_minute=180) == [(240, 0), (300, 0)]
-
-
-def test_impossible_tasks_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--data\.hours must be at least 1, found 0"):
-        Task("mortality_24h", 0, 24)
-    with pytest.raises(ValueError, match=r"--data\.window must be at least 1 hour, found 0"):
-        Task("mortality_24h", 24, 0)
-    with pytest.raises(ValueError, match=r"--data\.batch_size must be at least 1, found 0"):
-        Toy(tmp_path, people(4), {}, batch_size=0)
-    untimed = people(8, death_minute=None)
-    with pytest.raises(ValueError, match=r"mortality_24h needs times of death .*mortality_hospital"):
-        module(tmp_path / "t", charted(8), stays=untimed, task="mortality_24h", hours=6)
-    with pytest.raises(ValueError, match=r"sepsis_onset needs sepsis_minute .*ehr predict"):
-        module(tmp_path / "t", charted(8), stays=untimed, task="sepsis_onset", hours=6)
-    with pytest.raises(ValueError, match=r"no stay of .* is left after the rule 'age of at least 120 years'"):
-        module(tmp_path / "t", charted(8), min_age=120, hours=6)
-
-
-@pytest.mark.parametrize(
-    "name", ["icu_minutes", "discharge_minute", "death_minute", "hospital_death", "icu_death", "sepsis_minute"]
-)
-def test_statics_that_look_ahead_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"--data\.statics {name} is only known after the prediction time; choose among age"
-    ):
-        Toy(tmp_path, people(4), {}, statics=["age", name])
-
-
-def test_unknown_statics_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"--data\.statics shoe_size is not known; choose among age, sex, unit, admit_minute"
-    ):
-        check_statics(["shoe_size"])
-    check_statics(["age", "sex", "unit", "admit_minute"])
-
-
-def test_attrition_counts_what_each_rule_leaves(tmp_path: Path) -> None:
-    stays = people(
-        9,
-        patient_id=["a", "a", "b", "c", "d", "e", "f", "g", "h"],
-        stay_number=[1, 2, 1, 1, 1, 1, 1, 1, 1],
-        age=[50, 50, 17, 50, 50, 50, None, 50, 50],
-        icu_minutes=[600, 600, 600, 300, 600, 0, 600, 600, 600],
-        hospital_death=[True, False, False, False, True, False, False, None, False],
-        death_minute=[2000, None, None, None, 360, None, None, None, None],
-    )
-    events: dict[int, list[Event]] = {s: [(10, "lactate", 2.0)] for s in range(1, 9)} | {
-        9: [(360, "lactate", 2.0), (-1, "lactate", 2.0)]
-    }
-    toy = Toy(tmp_path / "t", stays, events, hours=6)
-    toy.splits = lambda stays: pl.Series(["train"] * len(stays))  # type: ignore[method-assign]
-    toy.setup()
-    counts = toy.attrition.rows()
-    assert [row[1:4] for row in counts] == [
-        (9, 8, 2),
-        (8, 7, 2),
-        (6, 5, 2),
-        (5, 5, 2),
-        (4, 4, 2),
-        (3, 3, 1),
-        (2, 2, 1),
-        (1, 1, 1),
-    ]
-    assert [row[0] for row in counts] == [
-        "all ICU stays",
-        "ICU discharge after admission",
-        "age of at least 18 years",
-        "first ICU stay of the patient",
-        "at least 6 h in the ICU",
-        "alive 6 h after admission",
-        "hospital outcome known",
-        "any value before the prediction",
-    ]
-    assert toy.samples["stay_id"].to_list() == [1]
-
-
-def test_an_hourly_task_keeps_a_stay_whose_first_hours_are_empty(tmp_path: Path) -> None:
-    stays = people(2, icu_minutes=[600, 600])
-    events: dict[int, list[Event]] = {1: [(500, "lactate", 2.0)], 2: [(700, "lactate", 2.0)]}
-    toy = module(tmp_path / "t", events, spec(name="mortality_24h", rolling=True), stays=stays)
-    assert toy.samples["stay_id"].unique().to_list() == [1]
-    assert toy.samples["minute"].to_list() == [360, 420, 480, 540, 600]
-
-
 # ---- splits and scaler -----------------------------------------------------------------------------------------------------
 
 
-def split_of(toy: Toy) -> dict[str, str]:
-    return dict(toy.samples.select("patient_id", "split").iter_rows())
-
-
-def test_splits_are_by_patient_and_depend_on_the_patient_alone(tmp_path: Path) -> None:
-    count = 400
+def test_the_hash_of_the_split_changes_with_any_patient(tmp_path: Path) -> None:
+    count = 60
     stays = people(count, patient_id=[f"p{i // 2}" for i in range(count)])
-    events: dict[int, list[Event]] = {s: [(10, "lactate", 1 + s / 100)] for s in range(1, count + 1)}
-    toy = module(tmp_path / "t", events, stays=stays, hours=6)
-    pairs = toy.samples.select("patient_id", "split").unique()
-    assert pairs["patient_id"].is_unique().all()  # both stays of a patient are in one split
-    every = np.concatenate([toy.rows(s) for s in ("train", "val", "test")])  # type: ignore[arg-type]
-    assert sorted(every.tolist()) == toy.rows("all").tolist() == list(range(count))
-    share = {s: len(toy.rows(s)) / count for s in ("train", "val", "test")}  # type: ignore[arg-type]
-    assert 0.62 < share["train"] < 0.78
-    assert 0.09 < share["val"] < 0.21
-    assert 0.09 < share["test"] < 0.21
-    fewer = module(tmp_path / "u", events, stays=stays[::3].reverse(), hours=6)
-    assert split_of(fewer).items() <= split_of(toy).items()
-    again = module(tmp_path / "t", events, stays=stays, hours=6)
-    assert again.split_hash() == toy.split_hash()
-    assert fewer.split_hash() != toy.split_hash()
-    other = module(tmp_path / "t", events, stays=stays, hours=6, seed=1)
-    assert split_of(other) != split_of(toy)
-    assert other.split_hash() != toy.split_hash()
+    charted: dict[int, list[Row]] = {s: [(10, "lactate", 1 + s / 100)] for s in range(1, count + 1)}
+    toy = module(tmp_path / "t", charted, stays=stays, hours=6)
+    every = [toy.rows(s) for s in ("train", "val", "test")]  # type: ignore[arg-type]
+    assert sorted(np.concatenate(every).tolist()) == toy.rows("all").tolist() == list(range(count))
+    assert module(tmp_path / "t", charted, stays=stays, hours=6).split_hash() == toy.split_hash()
+    assert (
+        module(tmp_path / "u", charted, stays=stays[1:], hours=6).split_hash() == toy.split_hash()
+    )  # p0 has another stay
+    assert module(tmp_path / "v", charted, stays=stays[2:], hours=6).split_hash() != toy.split_hash()
+    assert module(tmp_path / "t", charted, stays=stays, hours=6, seed=1).split_hash() != toy.split_hash()
     with pytest.raises(ValueError, match=r"--data\.split dev is not known; choose train, val, test or all"):
         toy.rows("dev")  # type: ignore[arg-type]
-
-
-def test_splits_by_hospital_keep_hospitals_apart(tmp_path: Path) -> None:
-    events = charted(120, per_stay=5)
-    toy = module(tmp_path / "t", events, spec(), split_by="hospital")
-    assert toy.store is not None
-    where = (
-        toy.samples.join(toy.store.stays.select("stay_id", "hospital_id"), on="stay_id")
-        .select("hospital_id", "split")
-        .unique()
-    )
-    assert where["hospital_id"].is_unique().all()
-    assert where["split"].n_unique() > 1
-    few = people(120).with_columns(hospital_id=pl.lit("one"))
-    with pytest.raises(ValueError, match=r"--data\.split_by hospital needs at least 10 hospitals, found 1"):
-        module(tmp_path / "u", events, spec(), stays=few, split_by="hospital")
 
 
 def test_the_scaler_is_fitted_on_train_only(tmp_path: Path) -> None:
@@ -465,12 +359,14 @@ def test_the_scaler_is_fitted_on_train_only(tmp_path: Path) -> None:
     test = set(toy.samples.filter(pl.col("split") == "test")["stay_id"])
     assert 0 < len(test) < 30
     altered = {
-        s: [(m, c, v / 3 + 1) for m, c, v in found] + [(5, "crp", 9.0)] if s in test else found
+        s: [(m, c, v / 3 + 1, k) for m, c, v, k in found] + [(5, "crp", 9.0)] if s in test else found
         for s, found in events.items()
     }
     older = stays.with_columns(age=pl.when(pl.col("stay_id").is_in(test)).then(99.0).otherwise("age"))
     assert module(tmp_path / "u", altered, stays=older, hours=6).spec == toy.spec
-    train = {s: altered[s] if s in test else [(m, c, v / 3 + 1) for m, c, v in found] for s, found in events.items()}
+    train = {
+        s: altered[s] if s in test else [(m, c, v / 3 + 1, k) for m, c, v, k in found] for s, found in events.items()
+    }
     assert module(tmp_path / "v", train, stays=stays, hours=6).spec != toy.spec
 
 
@@ -485,7 +381,7 @@ def test_the_scaler_holds_the_mean_and_deviation_of_the_hours_charted_in_train(t
     found = defaultdict(list)
     train = toy.samples.filter(pl.col("split") == "train")
     for stay, minute in train.select("stay_id", "minute").iter_rows():
-        value, mask, _ = plain_grid(as_stored(events[stay]), minute, raw)
+        value, mask, _ = plain_grid(events[stay], minute, raw)
         for row, charted_now in zip(value, mask, strict=True):
             for name, scale, v, m in zip(raw.variables, raw.scale, row, charted_now, strict=True):
                 if m:
@@ -515,7 +411,7 @@ def test_the_scaler_holds_the_mean_and_deviation_of_the_hours_charted_in_train(t
 
 def test_a_scaler_of_large_values_with_small_spread_is_exact(tmp_path: Path) -> None:
     """Sums in float32 would lose the spread, and even the mean, of such values."""
-    events: dict[int, list[Event]] = {
+    events: dict[int, list[Row]] = {
         s: [(60 * k, "platelets", 9000 + (s + k) % 2 / 2) for k in range(6)] for s in range(1, 200)
     }
     told = module(tmp_path / "t", events, hours=6).spec
@@ -651,3 +547,39 @@ def test_both_systems_give_batches_of_one_kind(system: str, request: pytest.Fixt
 def test_concepts_are_stored_by_a_number_that_fits_a_byte() -> None:
     assert len(NAMES) < 256
     assert pl.Series(["heart_rate"], dtype=CONCEPT).to_physical().item() == NAMES.index("heart_rate")
+
+
+# ---- the classes -------------------------------------------------------------------------------------------------------------
+
+
+def test_impossible_options_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--data\.batch_size must be at least 1, found 0"):
+        ToyData(tmp_path, people(4), {}, batch_size=0)
+    with pytest.raises(AttributeError, match="has no attribute 'Hospice'"):
+        datamodules.Hospice  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'Hospice'; choose among EICU, MIMICIV"):
+        datamodules.module.Hospice  # noqa: B018
+
+
+def test_of_joins_a_hospital_with_the_loaders(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        ICUDataModule()  # type: ignore[abstract]
+    made = of(Toy)
+    assert made.__name__ == "Toy" and issubclass(made, Toy) and issubclass(made, ICUDataModule)
+    assert made.__doc__ == Toy.__doc__
+    toy = made(tmp_path / "t", people(8), of_stays(charted(8)), hours=6, batch_size=3, split="all")  # type: ignore[call-arg, arg-type]
+    toy.adopt(spec())
+    toy.setup()
+    assert sum(len(b.row) for b in toy.predict_dataloader()) == 8
+    assert len(toy.predict_dataloader()) == 3
+    for name in datamodules.hospitals.__all__:
+        kind = getattr(datamodules, name)
+        assert issubclass(kind, getattr(datamodules.hospitals, name)) and issubclass(kind, ICUDataModule)
+
+
+def test_setup_once_is_enough(tmp_path: Path) -> None:
+    toy = module(tmp_path / "t", charted(8), spec())
+    samples = toy.samples
+    toy.setup("test")
+    assert toy.samples is samples
+    assert pickle.loads(pickle.dumps(toy.store)).value.tolist() == toy.store.value.tolist()
