@@ -370,7 +370,7 @@ def test_2012_with_one_of_b_and_c_cannot_tell_train_from_val(tmp_path: Path) -> 
     for split in ("train", "val"):
         with pytest.raises(
             ValueError,
-            match=rf"split '{split}' of .* cannot be told: .*sets b and c in the same folder.*--data\.split all",
+            match=rf"split '{split}' of .* cannot be told: .*sets b and c in one folder.*--data\.split all",
         ):
             rows_of(samples, split, alone)  # type: ignore[arg-type]
     assert len(rows_of(samples, "all", alone)) == 30
