@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial as partial_of
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import polars as pl
@@ -41,6 +41,8 @@ KEPT, CLIPPED = 0, len(DROPPED.categories) + 1  # states of a row; between them 
 UNMAPPED, NOT_A_NUMBER, OUTSIDE = (
     DROPPED.categories.to_list().index(r) + 1 for r in ("unmapped_unit", "not_a_number", "out_of_range")
 )
+Work = TypeVar("Work")
+Made = TypeVar("Made")
 Step = Callable[[str, int, int], None]  # told of progress: what is done, how much of it, of how much
 
 
@@ -168,7 +170,7 @@ def _assemble(hospital: Hospital, stays: pl.DataFrame, partial: Path, step: Step
         out = {name: stack.enter_context((partial / name).open("wb")) for name in (*COLUMNS, "rates.i8")}
         pool = stack.enter_context(ThreadPoolExecutor(2))  # one sorts in numpy while the other reads in polars
         sort = partial_of(_sorted, hospital, partial)
-        for number, bucket in enumerate(_ahead(pool, sort, buckets)):
+        for number, bucket in enumerate(ahead(pool, sort, buckets)):
             step("sorting events by stay", number, len(buckets))
             rates = np.flatnonzero(RATE[bucket.columns["concept.u1"]]) + counts.per_stay.sum()
             rates.astype(np.int64).tofile(out["rates.i8"])
@@ -192,13 +194,11 @@ def _assemble(hospital: Hospital, stays: pl.DataFrame, partial: Path, step: Step
     stays.select(*STAYS).write_parquet(partial / "stays.parquet")
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, run: Callable[[pl.DataFrame], "_Bucket"], buckets: list[pl.DataFrame]
-) -> Iterator["_Bucket"]:
-    """The results in order, two in work at a time, so that memory holds no more."""
-    waiting: deque[Future[_Bucket]] = deque()
-    for bucket in buckets:
-        waiting.append(pool.submit(run, bucket))
+def ahead(pool: ThreadPoolExecutor, run: Callable[[Work], Made], works: list[Work]) -> Iterator[Made]:
+    """The results of ``run`` in order, two in work at a time, so that memory holds no more."""
+    waiting: deque[Future[Made]] = deque()
+    for work in works:
+        waiting.append(pool.submit(run, work))
         if len(waiting) == 2:
             yield waiting.popleft().result()
     while waiting:

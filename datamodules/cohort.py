@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import polars as pl
 from filelock import FileLock
 
-from datamodules.build import bucket_tables, build, fingerprint, writing
+from datamodules.build import ahead, bucket_tables, build, fingerprint, writing
 from datamodules.derive.sepsis import check_definition, known_septic, sepsis3, summarise
 from datamodules.derive.sofa import sofa
 from datamodules.dictionary import RATES, limits
@@ -130,6 +131,12 @@ class Cohort:
         hospital, store = self.hospital, self.store
         key = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=8).hexdigest()
         folder = store.folder / "derived" / f"{kind}-{key}"
+
+        def one(numbered: tuple[int, tuple[int, int]]) -> dict[str, pl.DataFrame]:
+            number, (start, stop) = numbered
+            events = store.frame(start, stop).lazy()
+            return bucket(bucket_tables(store.folder, number), store.stays[start:stop], events)
+
         if folder.exists():
             return folder
         with writing(folder):
@@ -142,12 +149,11 @@ class Cohort:
                 partial.mkdir()
                 try:
                     buckets = store.buckets()
-                    for number, (start, stop) in enumerate(buckets):
-                        self.step(text, number, len(buckets))
-                        tables, events = bucket_tables(store.folder, number), store.frame(start, stop).lazy()
-                        made = bucket(tables, store.stays[start:stop], events)
-                        for name, table in made.items():
-                            table.write_parquet(partial / f"{name}-{number:05d}.part")
+                    with ThreadPoolExecutor(2) as pool:
+                        for number, made in enumerate(ahead(pool, one, list(enumerate(buckets)))):
+                            self.step(text, number, len(buckets))
+                            for name, table in made.items():
+                                table.write_parquet(partial / f"{name}-{number:05d}.part")
                     for name in made:
                         parts = sorted(partial.glob(f"{name}-*.part"))
                         rows = pl.scan_parquet(parts)

@@ -97,6 +97,8 @@ def sofa(inputs: Inputs, switches: Switches) -> pl.DataFrame:
     Returns:
         One row a stay and hour from hour 0 on, columns and types of ``SOFA``, sorted.
     """
+    ready = pl.collect_all(list(inputs.values()))  # type: ignore[arg-type]  # each is used several times below
+    inputs = dict(zip(inputs, (frame.lazy() for frame in ready), strict=True))  # type: ignore[assignment]
     spans = inputs["spans"]
     grid = hour_grid(spans)
     ratio = oxygenation(inputs["gases"], inputs["fio2"], inputs["ventilation"], switches.fio2_missing)

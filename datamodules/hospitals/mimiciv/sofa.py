@@ -29,6 +29,8 @@ PLATELETS, BILIRUBIN, CREATININE, PAO2, LAB_FIO2 = (
     50821,
     50816,
 )  # the items of the SQL and no others
+LABS = (PLATELETS, BILIRUBIN, CREATININE, PAO2, LAB_FIO2)
+SCORED_CONCEPTS = ("heart_rate", "mean_bp", "fio2", "ventilation", "gcs_eyes", "gcs_verbal", "gcs_motor")
 SCORED = ("norepinephrine", "epinephrine", "dopamine", "dobutamine")  # vasopressin and phenylephrine are not
 STATUSES = (
     "Tracheostomy",
@@ -48,6 +50,12 @@ def charted_items(concept: str | None = None, role: str | None = None) -> list[i
     return table.filter(pl.col("concept") == concept if concept else pl.col("role") == role)["itemid"].to_list()
 
 
+@cache
+def specimen_items() -> list[int]:
+    """Items of ``hosp/labevents`` that name the specimen of a blood gas."""
+    return mapping("mimiciv").filter(pl.col("role") == "specimen")["itemid"].to_list()
+
+
 def sofa_inputs(tables: Tables, infusions: pl.LazyFrame, labs: str, before: int | None) -> Inputs:
     """The frames that ``sofa.sofa`` takes.
 
@@ -60,15 +68,15 @@ def sofa_inputs(tables: Tables, infusions: pl.LazyFrame, labs: str, before: int 
     icu = tables["icu/icustays"]
     own = icu.select("stay_id", "intime")
     horizon = own.select("stay_id", ends=pl.col("intime") + pl.duration(minutes=before) if before is not None else None)
-    charted = tables["icu/chartevents"]
+    items = [i for concept in SCORED_CONCEPTS for i in charted_items(concept)] + charted_items(role="oxygen_flow")
+    charted = tables["icu/chartevents"].filter(pl.col("itemid").is_in(items))
     if before is not None:
         recorded = pl.max_horizontal("charttime", "storetime")
-        charted = (
-            charted.join(horizon, on="stay_id", how="left")
-            .filter((recorded < pl.col("ends")).fill_null(True))
-            .drop("ends")
-        )
-    measured = tables["hosp/labevents"]
+        charted = charted.join(horizon, on="stay_id", how="left").filter((recorded < pl.col("ends")).fill_null(True))
+    charted = charted.collect().lazy()  # read once, used by six of the inputs
+    draw_or_store = pl.max_horizontal("charttime", "storetime") if labs == "stored" else pl.col("charttime")
+    measured = tables["hosp/labevents"].filter(pl.col("itemid").is_in((*LABS, *specimen_items())))
+    measured = measured.with_columns(recorded=draw_or_store).collect().lazy()
     spans = _spans(charted, icu)
     window = spans.select(
         "stay_id",
@@ -88,9 +96,6 @@ def sofa_inputs(tables: Tables, infusions: pl.LazyFrame, labs: str, before: int 
             .filter(near)
             .drop("opens", "closes", "intime", "charttime", "recorded", "known_minute")
         )
-
-    draw_or_store = pl.max_horizontal("charttime", "storetime") if labs == "stored" else pl.col("charttime")
-    measured = measured.with_columns(recorded=draw_or_store)
 
     def lab(item: int, high: float | None = None) -> pl.LazyFrame:
         """Positive values of the stay's own admission (``chemistry.sql``, ``enzyme.sql``,
@@ -142,7 +147,7 @@ def _spans(charted: pl.LazyFrame, icu: pl.LazyFrame) -> pl.LazyFrame:
 def _gases(labs: pl.LazyFrame) -> pl.LazyFrame:
     """Arterial blood gases with their own FiO2 in % (``bg.sql``): fractions become percent, what is neither is
     dropped."""
-    specimens = mapping("mimiciv").filter(pl.col("role") == "specimen")["itemid"].to_list()
+    specimens = specimen_items()
     value = pl.col("valuenum")
     percent = pl.when(value > 20, value <= 100).then(value).when(value > 0.2, value <= 1).then(100 * value)
 
