@@ -18,7 +18,7 @@ from filelock import FileLock
 from datamodules.build import ahead, bucket_tables, build, fingerprint, writing
 from datamodules.derive.sepsis import check_definition, known_septic, sepsis3, summarise
 from datamodules.derive.sofa import sofa
-from datamodules.dictionary import RATES, limits
+from datamodules.dictionary import RATES, digest, limits
 from datamodules.hospitals.base import Hospital, Split, Tables
 from datamodules.schema import INFUSIONS
 from datamodules.store import Store
@@ -129,7 +129,8 @@ class Cohort:
     def _derived(self, kind: str, options: dict[str, Any], bucket: Bucket, text: str) -> Path:
         """Tables made bucket by bucket and kept beside the store: computed once for each set of options."""
         hospital, store = self.hospital, self.store
-        key = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=8).hexdigest()
+        content = json.dumps([options, digest(Path(__file__).parent, "cohort.py")], sort_keys=True)
+        key = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
         folder = store.folder / "derived" / f"{kind}-{key}"
 
         def one(numbered: tuple[int, tuple[int, int]]) -> dict[str, pl.DataFrame]:

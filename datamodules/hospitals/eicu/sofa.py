@@ -16,6 +16,10 @@ from datamodules.hospitals.base import Tables
 DAY = 24 * 60
 GCS = ("gcs_eyes", "gcs_verbal", "gcs_motor")
 PRESSORS = ("norepinephrine", "epinephrine", "dopamine", "dobutamine")
+NEEDED = (
+    *("pao2", "fio2", "ventilation", "platelets", "bilirubin_total", "mean_bp", "gcs", "creatinine", "urine"),
+    *(*GCS, *PRESSORS),
+)
 # The tier of dose that a treatment string names -> a rate inside it (mcg/kg/min): SOFA asks for nothing more than the
 # tier.
 TIER_RATE = {"<=0.1": 0.05, ">0.1": 0.2, "<=5": 3.0, "5-15": 10.0, ">15": 20.0}
@@ -38,12 +42,13 @@ def sofa_inputs(tables: Tables, events: pl.LazyFrame, stays: pl.DataFrame, befor
         stays: these stays.
         before: use only what was known strictly before this minute; None: the whole record.
     """
-    recorded = (events if before is None else events.filter(pl.col("known_minute") < before)).collect().lazy()
+    needed = events.filter(pl.col("concept").is_in(NEEDED))
+    recorded = (needed if before is None else needed.filter(pl.col("known_minute") < before)).collect().lazy()
 
     def records(concept: str) -> pl.LazyFrame:
         return recorded.filter(pl.col("concept") == concept).select("stay_id", "minute", "value")
 
-    last = recorded.group_by("stay_id").agg(last=pl.col("minute").max())
+    last = events.group_by("stay_id").agg(last=pl.col("minute").max())
     end = pl.coalesce("icu_minutes", pl.col("last") + 1 if before is None else before)
     end = end if before is None else pl.min_horizontal(end, before)
     spans = stays.lazy().join(last, on="stay_id", how="left").with_columns(end=end).filter(pl.col("end").is_not_null())
