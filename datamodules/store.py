@@ -115,18 +115,23 @@ class Store:
 
     def frame(self, start: int, stop: int) -> pl.DataFrame:
         """``stay_id, minute, known_minute, concept, value`` of the stays ``start`` .. ``stop``."""
-        rows = slice(self.offsets[start], self.offsets[stop])
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
         ids = np.repeat(self.stays["stay_id"].to_numpy()[start:stop], np.diff(self.offsets[start : stop + 1]))
+
+        def column(name: str, kind: type) -> np.ndarray:
+            # read and not mapped: pages of a map that is walked from end to end would stay in memory
+            size = np.dtype(kind).itemsize
+            return np.fromfile(self.folder / name, kind, last - first, offset=first * size)
+
+        concept = pl.Series("concept", NAMES, CONCEPT).gather(column("concept.u1", np.uint8).astype(np.uint32))
         columns = {
             "stay_id": ids,
-            "minute": self.minute[rows],
-            "known_minute": self.known[rows],
-            "value": self.value[rows],
+            "minute": column("minute.i4", np.int32),
+            "known_minute": column("known.i4", np.int32),
+            "concept": concept,
+            "value": column("value.f4", np.float32),
         }
-        concept = pl.Series("concept", NAMES, CONCEPT).gather(self.concept[rows].astype(np.uint32))
-        return pl.DataFrame({**columns, "concept": concept}).select(
-            "stay_id", "minute", "known_minute", "concept", "value"
-        )
+        return pl.DataFrame(columns)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Ranges of stays of about ``EXPORT_ROWS`` events each."""

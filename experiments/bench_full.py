@@ -63,16 +63,19 @@ def raw_files(system: str, size: float) -> Path:
 
 def repeat(path: Path, target: int, minute: str) -> None:
     """Append copies of a table to it, each some minutes later, until it has about ``target`` rows."""
-    table = pl.scan_csv(path, infer_schema=False)
+    original, copy = path.with_name("original.csv.gz"), path.with_name("copy.csv.gz")
+    path.rename(original)
+    table = pl.scan_csv(original, infer_schema=False)
     rows = table.select(pl.len()).collect(engine="streaming").item()
-    copy = path.with_name("copy.csv.gz")
-    with path.open("ab") as file:
+    with path.open("wb") as file:
+        file.write(original.read_bytes())
         for number in range(1, max(round(target / rows), 1)):
             later = table.with_columns((pl.col(minute).cast(pl.Int64) + number).cast(pl.String))
             later.sink_csv(copy, compression="gzip", compression_level=1, include_header=False, maintain_order=False)
             with copy.open("rb") as part:
                 shutil.copyfileobj(part, file)
             copy.unlink()
+    original.unlink()
 
 
 def measured(system: str, size: float, root: Path) -> dict[str, object]:
