@@ -35,6 +35,7 @@ DERIVED_FROM = [
     NAMES.index(name)
     for name in (*NOREPINEPHRINE_EQUIVALENT, "urine", "weight", "gcs", *("gcs_eyes", "gcs_verbal", "gcs_motor"))
 ]
+NEVER = np.iinfo(np.int32).min  # the last minute of a stay without events
 RATE = np.isin(NAMES, RATES)
 SUM = np.array([c.hourly == "sum" for c in CONCEPTS])
 KEPT, CLIPPED = 0, len(DROPPED.categories) + 1  # states of a row; between them the reasons of ``DROPPED``
@@ -166,12 +167,15 @@ def _assemble(hospital: Hospital, stays: pl.DataFrame, partial: Path, step: Step
     counts = _Counts(len(stays))
     buckets = stays.partition_by("bucket", maintain_order=True)
     hospitals = []
+    last_minute = np.full(len(stays), NEVER, np.int32)
     with ExitStack() as stack:
         out = {name: stack.enter_context((partial / name).open("wb")) for name in (*COLUMNS, "rates.i8")}
         pool = stack.enter_context(ThreadPoolExecutor(2))  # one sorts in numpy while the other reads in polars
         sort = partial_of(_sorted, hospital, partial)
         for number, bucket in enumerate(ahead(pool, sort, buckets)):
             step("sorting events by stay", number, len(buckets))
+            ends = np.flatnonzero(np.diff(bucket.stay, append=-1))
+            last_minute[bucket.stay[ends]] = bucket.columns["minute.i4"][ends]
             rates = np.flatnonzero(RATE[bucket.columns["concept.u1"]]) + counts.per_stay.sum()
             rates.astype(np.int64).tofile(out["rates.i8"])
             counts.add(bucket)
@@ -190,7 +194,8 @@ def _assemble(hospital: Hospital, stays: pl.DataFrame, partial: Path, step: Step
         .agg(pl.col("stays").sum(), pl.exclude("stays", "hospital_id").any())
     )
     filled.sort("hospital_id").write_parquet(partial / "hospitals.parquet")
-    stays.select("bucket").write_parquet(partial / "buckets.parquet")
+    buckets_of = stays.select("bucket", last_minute=pl.Series(last_minute).replace(NEVER, None))
+    buckets_of.write_parquet(partial / "buckets.parquet")
     stays.select(*STAYS).write_parquet(partial / "stays.parquet")
 
 

@@ -179,7 +179,7 @@ class Cohort:
         """The stays with ``stay`` (row in the store) and ``last_minute`` (of their events); ``sepsis_minute`` is that
         of the definition where the publisher has no label and the task needs one."""
         stays = self.store.stays.with_row_index("stay").cast({"stay": pl.Int64})
-        stays = stays.with_columns(last_minute=pl.Series(self.store.last_minutes()))
+        stays = stays.with_columns(last_minute=self.store.last_minutes())
         if self.hospital.task.name == "sepsis_onset" and self.labelled and self.hospital.definitions:
             stays = stays.drop("sepsis_minute").join(self.onset(), on="stay_id", how="left", maintain_order="left")
         return stays
@@ -203,10 +203,9 @@ class Cohort:
         if task.sepsis:
             septic = stays.select(pl.col("stay_id").is_in(self.known_septic()["stay_id"].implode())).to_series()
             rules.append((f"Sepsis-3 ({hospital.definition}) known before hour {task.hours}", septic))
-        every = np.arange(len(stays))
         opened = np.full(len(stays), (task.hours - task.window_hours) * 60)
         until = 60 * stays.with_columns(last_hour=task.last_hour())["last_hour"].to_numpy()
-        seen = pl.Series(self.store.any_known(every, opened, until))
+        seen = pl.Series(self.store.any_known(opened, until))
         rules.append((f"any value before the {'last ' if task.hourly else ''}prediction", seen))
         excluded_by, kept = np.full(len(stays), None, object), np.ones(len(stays), bool)
         attrition = [_count("all ICU stays", stays)]

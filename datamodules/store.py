@@ -13,7 +13,7 @@
     units.csv       every (concept, charted unit) pair and how it was converted
     hospitals.parquet  which raw tables each hospital fills
     rows/           the rows of the raw tables that were kept, by raw table and bucket of stays
-    buckets.parquet the bucket of each stay
+    buckets.parquet the bucket of each stay and the minute of its last event
     derived/        tables that ``derive`` made of them
 """
 
@@ -74,17 +74,20 @@ class Store:
             low = np.where(before, middle + 1, low)
         return low
 
-    def any_known(self, stay: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """(S,) Whether a stay has an event of minutes ``start`` <= minute < ``end`` that was known before ``end``."""
-        low, high = self.at_or_after(stay, start), self.at_or_after(stay, end)
-        last = max(len(self.minute) - 1, 0)
-        known = np.zeros(len(stay), bool)
-        while True:  # nearly always the first event is known; of the others look at the next
-            open_ = ~known & (low < high)
-            if not open_.any():
-                return known
-            known[open_] = self.known[np.minimum(low[open_], last)] < end[open_]
-            low = low + 1
+    def any_known(self, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """(stays,) Whether a stay has an event of minutes ``start`` <= minute < ``end`` that was known before ``end``.
+
+        Args:
+            start: (stays,) for every stay.
+            end: (stays,) likewise.
+        """
+        known = np.zeros(len(self.stays), bool)
+        for first, last in self.pieces():
+            minute, when_known = (self._column(name, np.int32, first, last) for name in ("minute.i4", "known.i4"))
+            stay = np.repeat(np.arange(first, last), np.diff(self.offsets[first : last + 1]))
+            seen = (minute >= start[stay]) & (minute < end[stay]) & (when_known < end[stay])
+            known[stay[seen]] = True
+        return known
 
     def running(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
         """(S, R) The rates that are in force just before a minute, in the order of ``dictionary.RATES``; 0 where none
@@ -107,31 +110,30 @@ class Store:
             return np.zeros((len(stay), len(RATES)), np.float32)
         return np.where(same, value[np.maximum(position, 0)], 0).astype(np.float32)
 
-    def last_minutes(self) -> np.ndarray:
-        """(stays,) Minute of each stay's last event; -1 where it has none."""
-        counts = np.diff(self.offsets)
-        last = np.maximum(self.offsets[1:] - 1, 0)
-        return np.where(counts > 0, self.minute[last] if len(self.minute) else -1, -1).astype(np.int32)
+    def last_minutes(self) -> pl.Series:
+        """(stays,) Minute of each stay's last event; null where it has none."""
+        return pl.read_parquet(self.folder / "buckets.parquet")["last_minute"]
 
     def frame(self, start: int, stop: int) -> pl.DataFrame:
         """``stay_id, minute, known_minute, concept, value`` of the stays ``start`` .. ``stop``."""
-        first, last = int(self.offsets[start]), int(self.offsets[stop])
         ids = np.repeat(self.stays["stay_id"].to_numpy()[start:stop], np.diff(self.offsets[start : stop + 1]))
-
-        def column(name: str, kind: type) -> np.ndarray:
-            # read and not mapped: pages of a map that is walked from end to end would stay in memory
-            size = np.dtype(kind).itemsize
-            return np.fromfile(self.folder / name, kind, last - first, offset=first * size)
-
-        concept = pl.Series("concept", NAMES, CONCEPT).gather(column("concept.u1", np.uint8).astype(np.uint32))
+        concept = pl.Series("concept", NAMES, CONCEPT).gather(
+            self._column("concept.u1", np.uint8, start, stop).astype(np.uint32)
+        )
         columns = {
             "stay_id": ids,
-            "minute": column("minute.i4", np.int32),
-            "known_minute": column("known.i4", np.int32),
+            "minute": self._column("minute.i4", np.int32, start, stop),
+            "known_minute": self._column("known.i4", np.int32, start, stop),
             "concept": concept,
-            "value": column("value.f4", np.float32),
+            "value": self._column("value.f4", np.float32, start, stop),
         }
         return pl.DataFrame(columns)
+
+    def _column(self, name: str, kind: type, start: int, stop: int) -> np.ndarray:
+        """A column of the stays ``start`` .. ``stop``, read and not mapped: pages of a map that is walked from end to
+        end would stay in memory."""
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        return np.fromfile(self.folder / name, kind, last - first, offset=first * np.dtype(kind).itemsize)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Ranges of stays of about ``EXPORT_ROWS`` events each."""
