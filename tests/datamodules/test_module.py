@@ -19,9 +19,9 @@ from datamodules.dictionary import BY_NAME, CONCEPT, NAMES
 from datamodules.module import of
 from datamodules.sampler import Batches
 from datamodules.tasks import Task
-from datamodules.views import CARRY
 
 HOURS = 6
+CARRY = 24  # hours before the window from which values are carried, written here once more
 VARIABLES = ["heart_rate", "temperature", "lactate", "urine", "norepinephrine", "vasopressin"]
 Known = tuple[int, int, str, float]  # minute, when it was known, concept, value
 
