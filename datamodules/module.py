@@ -72,7 +72,9 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
 
     def prepare_data(self) -> None:
         """Extract the raw tables and derive what the cohort needs, once, in one process."""
-        self.cohort.excluded()
+        self.cohort.stays()
+        if self.task.sepsis:
+            self.cohort.known_septic()
 
     def setup(self, stage: str | None = None) -> None:
         """Choose the samples and, where no model's is used, fit the scaler on the training split."""

@@ -99,16 +99,13 @@ class Store:
             order = np.argsort(key, kind="stable")  # of several at one minute the last holds
             self._steps = key[order], self.value[row][order]
         key, value = self._steps
+        if not len(key):
+            return np.zeros((len(stay), len(RATES)), np.float32)
         rate = np.arange(len(RATES))
         position = np.searchsorted(key, _key(stay[:, None], rate, minute[:, None])) - 1
-        same = (
-            (position >= 0) & (key[np.maximum(position, 0)] >> 32 == _key(stay[:, None], rate, 0) >> 32)
-            if len(key)
-            else None
-        )
-        if same is None:
-            return np.zeros((len(stay), len(RATES)), np.float32)
-        return np.where(same, value[np.maximum(position, 0)], 0).astype(np.float32)
+        before = np.maximum(position, 0)
+        same = (position >= 0) & (key[before] >> 32 == _key(stay[:, None], rate, 0) >> 32)
+        return np.where(same, value[before], 0).astype(np.float32)
 
     def last_minutes(self) -> pl.Series:
         """(stays,) Minute of each stay's last event; null where it has none."""
