@@ -72,25 +72,41 @@ def build(hospital: Hospital, folder: Path, step: Step = lambda *_: None) -> Sto
         folder: where the store is to be.
         step: told of progress.
     """
-    with writing(folder):
-        if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):
-                if not folder.exists():
-                    partial = folder.with_name(folder.name + ".partial")
-                    partial.mkdir(exist_ok=True)
-                    try:
-                        stays = _bucketed(check_stays(hospital.stays()), hospital.partition)
-                        _extract(hospital, stays, partial, step)
-                        _assemble(hospital, stays, partial, step)
-                    except (
-                        ValueError,
-                        FileNotFoundError,
-                    ):  # the raw files must change, and with them the name of the store
-                        shutil.rmtree(partial)
-                        raise
-                    partial.replace(folder)
+
+    def make(partial: Path) -> None:
+        stays = _bucketed(check_stays(hospital.stays()), hospital.partition)
+        _extract(hospital, stays, partial, step)
+        _assemble(hospital, stays, partial, step)
+
+    once(folder, make, resume=True)
     return Store(folder)
+
+
+def once(folder: Path, make: Callable[[Path], None], resume: bool = False) -> None:
+    """Fill a folder unless it is there, so that it is whole or not there, whoever else wants it at the same time.
+
+    Args:
+        folder: what is to be there.
+        make: fills the folder that it is given.
+        resume: let ``make`` go on with what a run that was killed has left, instead of from nothing.
+    """
+    if folder.exists():  # before any lock: a cache that is shared may be read-only
+        return
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.exists():
+                return
+            partial = folder.with_name(f"{folder.name}.partial")
+            if not resume:
+                shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(exist_ok=True)
+            try:
+                make(partial)
+            except (ValueError, FileNotFoundError):  # the raw files must change, and with them the name of the store
+                shutil.rmtree(partial)
+                raise
+            partial.replace(folder)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ batches."""
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -13,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from filelock import FileLock
 
-from datamodules.build import ahead, bucket_tables, build, fingerprint, writing
+from datamodules.build import ahead, bucket_tables, build, fingerprint, once
 from datamodules.derive.sepsis import check_definition, known_septic, sepsis3, summarise
 from datamodules.derive.sofa import sofa
 from datamodules.dictionary import RATES, digest, limits
@@ -138,39 +136,24 @@ class Cohort:
             events = store.frame(start, stop).lazy()
             return bucket(bucket_tables(store.folder, number), store.stays[start:stop], events)
 
-        if folder.exists():
-            return folder
-        with writing(folder):
-            folder.parent.mkdir(exist_ok=True)
-            with FileLock(f"{folder}.lock"):
-                if folder.exists():
-                    return folder
-                partial = folder.with_name(f"{folder.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                try:
-                    buckets = store.buckets()
-                    with ThreadPoolExecutor(2) as pool:
-                        for number, made in enumerate(ahead(pool, one, list(enumerate(buckets)))):
-                            self.step(text, number, len(buckets))
-                            for name, table in made.items():
-                                table.write_parquet(partial / f"{name}-{number:05d}.part")
-                    for name in made:
-                        parts = sorted(partial.glob(f"{name}-*.part"))
-                        rows = pl.scan_parquet(parts)
-                        if name == "sepsis3":
-                            rows = hospital.septic_stays(rows.collect(), store.stays).lazy()
-                        rows.sink_parquet(partial / f"{name}.parquet")
-                        for part in parts:
-                            part.unlink()
-                    self.step(text, len(buckets), len(buckets))
-                except (
-                    ValueError,
-                    FileNotFoundError,
-                ):  # the raw files must change, and with them the name of the store
-                    shutil.rmtree(partial)
-                    raise
-                partial.replace(folder)
+        def make(partial: Path) -> None:
+            buckets = store.buckets()
+            with ThreadPoolExecutor(2) as pool:
+                for number, made in enumerate(ahead(pool, one, list(enumerate(buckets)))):
+                    self.step(text, number, len(buckets))
+                    for name, table in made.items():
+                        table.write_parquet(partial / f"{name}-{number:05d}.part")
+            for name in made:
+                parts = sorted(partial.glob(f"{name}-*.part"))
+                rows = pl.scan_parquet(parts)
+                if name == "sepsis3":
+                    rows = hospital.septic_stays(rows.collect(), store.stays).lazy()
+                rows.sink_parquet(partial / f"{name}.parquet")
+                for part in parts:
+                    part.unlink()
+            self.step(text, len(buckets), len(buckets))
+
+        once(folder, make)
         return folder
 
     # ---- who, when, what -------------------------------------------------------------------------------------------
