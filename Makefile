@@ -35,28 +35,28 @@ format: .venv/.installed ## let ruff sort imports and lay out the code
 	touch $@
 
 bench: .venv/.installed .venv-bench/.installed ## time and memory of `ehr prepare`, of the scan and of training, beside others (ROOT=folder of PhysioNet 2012)
-	.venv/bin/python -m experiments.bench
-	.venv-bench/bin/python -m experiments.bench_scan
-	.venv/bin/python -m experiments.bench_models $(if $(ROOT),--root $(ROOT))
+	.venv/bin/python -m experiments.benchmarks.bench
+	.venv-bench/bin/python -m experiments.benchmarks.bench_scan
+	.venv/bin/python -m experiments.benchmarks.bench_models $(if $(ROOT),--root $(ROOT))
 
 bench-full: .venv/.installed ## time and memory of `ehr prepare` on simulated files of the real databases' size (hours, 40 GB)
-	.venv/bin/python -m experiments.bench_full
+	.venv/bin/python -m experiments.benchmarks.bench_full
 
 check-data: .venv/.installed ## definitions of sepsis and infusion rates on the open demos (ROOT=folder with mimic-iv-demo and eicu-demo)
-	.venv/bin/python -m experiments.check_data $(ROOT)
+	.venv/bin/python -m experiments.benchmarks.check_data $(ROOT)
 	.venv/bin/python -m experiments.results.tables
 
 check-mutants: .venv/.installed ## do the tests of the data layer notice a wrong line? (10 minutes)
 	.venv/bin/python tests/mutants.py
 
 check-ranks: .venv/.installed ## several processes beside one, and training killed 20 times beside training that was not (5 minutes)
-	.venv/bin/python -m experiments.check_ranks
+	.venv/bin/python -m experiments.benchmarks.check_ranks
 
 check-sweep: .venv/.installed ## kill the processes of sweeps at random, on a journal file and on PostgreSQL, and time sweeps
-	.venv/bin/python -m experiments.check_sweep
+	.venv/bin/python -m experiments.benchmarks.check_sweep
 
 gpu-check: .venv/.installed ## on a CUDA machine: build Mamba's kernels, compare them with the PyTorch scan, time both, train
-	.venv/bin/python -m experiments.gpu_check
+	.venv/bin/python -m experiments.benchmarks.gpu_check
 
 clean: ## remove the environment, caches and the demo's run and data
 	rm -rf .venv .venv-bench .cache .mypy_cache .ruff_cache .pytest_cache runs/demo data/synthetic-mimiciv data/synthetic-eicu

@@ -138,7 +138,7 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def _verbs(verb: str) -> ModuleType:
-    files = {"synthesize": "prepare", "prepare": "prepare", "explain": "explain", "sweep": "sweep"}
+    files = {"synthesize": "prepare", "prepare": "prepare", "explain": "explain", "sweep": "sweep.command"}
     return importlib.import_module(f"experiments.{files.get(verb, 'verbs')}")
 
 

@@ -22,7 +22,7 @@ from rich.progress import track
 from datamodules.hospitals.base import Split
 from datamodules.module import ICUDataModule
 from ehrmodels.base import ICUModule, Mean, load, read_checkpoint, several
-from experiments import ranks
+from experiments import distributed
 from experiments.files import console, save, write_json, write_parquet, write_text
 from experiments.report import choose_threshold, score
 
@@ -149,10 +149,10 @@ def fit(
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
     }
-    fitting = lightning.Trainer(**arguments, plugins=[_Files(), *ranks.environment(trainer)])
+    fitting = lightning.Trainer(**arguments, plugins=[_Files(), *distributed.environment(trainer)])
     data.rank, data.world = fitting.global_rank, fitting.world_size
     data.order_seed, (data.order_epoch, data.order_start) = seed, epochs.position(data.world)
-    ranks.watch_launcher(fitting.strategy.launcher)
+    distributed.watch_launcher(fitting.strategy.launcher)
     try:
         fitting.fit(model, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     except SystemExit as stopped:  # what Lightning makes of Ctrl-C
@@ -227,7 +227,7 @@ class _Epochs(Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # a run that was killed after its last epoch must not train one more: Lightning keeps the count, not the decision
         trainer.should_stop = any(c.wait_count >= c.patience for c in trainer.early_stopping_callbacks)
-        ranks.end_with_sigterm()
+        distributed.end_with_sigterm()
         self.saved = time.monotonic()
         # what an epoch without a validation is judged by
         trainer.callback_metrics.update(
@@ -261,11 +261,11 @@ class _Epochs(Callback):
             or done % (trainer.val_check_batch or 1) == 0
         ):
             return  # gradients are in the making, or a checkpoint follows in any case
-        if not ranks.agreed(time.monotonic() - self.saved >= self.seconds):
+        if not distributed.agreed(time.monotonic() - self.saved >= self.seconds):
             return
         drawn = (torch.get_rng_state(), torch.cuda.get_rng_state() if pl_module.device.type == "cuda" else None)
         loss = pl_module.losses["train"]
-        self.within = {"batch": done, "random": ranks.everyone(drawn), "train_loss": (loss.total, loss.count)}
+        self.within = {"batch": done, "random": distributed.everyone(drawn), "train_loss": (loss.total, loss.count)}
         trainer.save_checkpoint(self.last)
         self.within, self.saved = None, time.monotonic()
 
@@ -326,7 +326,7 @@ def predict(model: ICUModule, data: ICUDataModule, split: Split) -> pl.DataFrame
             row, probability = model.predict_step(moved, 0)
             rows.append(row.cpu().numpy())
             probabilities.append(probability.cpu().numpy())
-    shares = ranks.everyone((np.concatenate(rows), np.concatenate(probabilities)))
+    shares = distributed.everyone((np.concatenate(rows), np.concatenate(probabilities)))
     found, said = (np.concatenate(parts) for parts in zip(*shares, strict=True))
     table = data.samples[found].with_columns(probability=said)
     columns = [
@@ -350,7 +350,7 @@ def conclude(folder: Path, data: ICUDataModule) -> tuple[pl.DataFrame, dict[str,
     checkpoint = read_checkpoint(best)
     checkpoint["ehr"]["threshold"] = threshold
     save(checkpoint, best)
-    ranks.everyone(None)  # the others read the checkpoint again
+    distributed.everyone(None)  # the others read the checkpoint again
     held_out = len(data.rows(chosen)) > 0
     if not held_out:
         console.print(f"[yellow]no stay of these data is in split {chosen!r}: the validation split is shown instead[/]")

@@ -15,7 +15,7 @@ from datamodules.module import EICU, ICUDataModule
 from ehrmodels.base import ICUModule, load, read_checkpoint
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast
-from experiments import files, ranks, report, run
+from experiments import distributed, files, report, run
 from experiments.files import console
 from experiments.run import MONITORS
 
@@ -65,7 +65,7 @@ def train(
     """
     folder = Path(runs) / (name or f"{data.name}-{type(model).__name__}-{seed}".lower())
     recipe = run.Recipe(trainer, seed, monitor, patience, checkpoint_minutes)
-    with ranks.joined(trainer), run.opened(folder, config, resume, "--name"):
+    with distributed.joined(trainer), run.opened(folder, config, resume, "--name"):
         if not model.supervised and (monitor != "val_loss" or finetune is not None):
             raise ValueError(
                 f"{type(model).__name__} predicts no outcome: set --monitor val_loss, leave out --finetune"
@@ -193,7 +193,7 @@ def finetune(
     data = data or EICU()
     folder = Path(out) if out else Path(ckpt).parent / f"finetune-{data.name}"
     load(Path(ckpt))
-    with ranks.joined(trainer), run.opened(folder, config, resume, "--out"):
+    with distributed.joined(trainer), run.opened(folder, config, resume, "--out"):
         recipe = run.Recipe(trainer, seed, "val_auroc_auprc", 5, checkpoint_minutes)
         _transfer(Path(ckpt), data, folder, recipe, learning_rate, epochs, wandb, config, {})
 

@@ -17,8 +17,9 @@ import yaml
 from datamodules import EICU, MIMICIV, ICUDataModule, PhysioNet2012, PhysioNet2019, SyntheticEICU, SyntheticMIMICIV
 from ehrmodels.base import ICUModule, read_checkpoint
 from ehrmodels.fusion import Fusion
-from experiments import report, sweep
+from experiments import report
 from experiments.cli import VERBS, main, make_parser
+from experiments.sweep import command as sweep
 
 CONFIGS = sorted((Path(__file__).parents[1] / "experiments" / "configs").glob("*.yaml"))
 COLUMNS = ["stay_id", "patient_id", "minute", "target", "probability", "split"]

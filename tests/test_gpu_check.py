@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import gpu_build, gpu_check
+from experiments.benchmarks import gpu_build, gpu_check
 
 SHAPE = (2, 8, 13, 3)
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from experiments.check_sweep import programs, server
-from experiments.study import ATTEMPTS, Study, distributions
+from experiments.benchmarks.check_sweep import programs, server
+from experiments.sweep.study import ATTEMPTS, Study, distributions
 
 SPACE: dict[str, Any] = {
     "model.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},

@@ -20,10 +20,12 @@ from test_cli import refused
 from test_study import SETTINGS, claimed, eventually
 
 from ehrmodels.base import load
-from experiments import sweep, sweep_report, verbs
-from experiments.check_sweep import workers
+from experiments import verbs
+from experiments.benchmarks.check_sweep import workers
 from experiments.cli import main
-from experiments.study import Study
+from experiments.sweep import command as sweep
+from experiments.sweep import report as sweep_report
+from experiments.sweep.study import Study
 
 LINE = "sweep --model Fusion --model.width 8 --data SyntheticMIMICIV --data.root {} --runs {} --trainer.max_epochs 3 --name s --trials 4"
 

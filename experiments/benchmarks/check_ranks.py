@@ -34,7 +34,7 @@ from experiments import files, run
 from experiments.files import console
 from experiments.report import score
 
-HERE = Path(__file__).parent / "results"
+HERE = Path(__file__).parents[1] / "results"
 STAYS, KILLED_STAYS = 3000, 600
 # Without anything random in training, so that one process and two differ by rounding alone.
 FUSION = "--model Fusion --model.width 32 --model.dropout 0"
@@ -49,7 +49,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.check_ranks", description="several processes beside one; kill -9"
+        prog="python -m experiments.benchmarks.check_ranks", description="several processes beside one; kill -9"
     )
     parser.add_argument(
         "--kills",
@@ -100,7 +100,7 @@ def _line(model: str, name: str, **options: object) -> str:
 def _start(folder: Path, line: str, by_torchrun: int = 0, threads: int = 1) -> subprocess.Popen:
     """Run ``ehr`` in a folder, in a session of its own so that all its processes can be killed together."""
     command = [*TORCHRUN, str(by_torchrun)] if by_torchrun else [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(
         [*command, "-m", "experiments.cli", *shlex.split(line)],
         cwd=folder,
@@ -193,8 +193,8 @@ def scoring(folder: Path) -> Iterator[dict[str, Any]]:
         checkpoint, tables = f"runs/{kind.lower()}-1/best.ckpt", {}
         for count in (1, 2, 3):
             out = folder / f"{kind}-{count}.parquet"
-            command = ["-m", "experiments.check_ranks", "--score", checkpoint, "data", str(out.name)]
-            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+            command = ["-m", "experiments.benchmarks.check_ranks", "--score", checkpoint, "data", str(out.name)]
+            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
             subprocess.run(
                 [*TORCHRUN, str(count), *command], cwd=folder, check=True, env=environment, stderr=subprocess.DEVNULL
             )
@@ -378,7 +378,7 @@ def recompute() -> Iterator[dict[str, str]]:
     for stays, length in ((32, 600), (6, 20_000)):
         kept = 0.0
         for flag in (0, 1):
-            command = ["-m", "experiments.check_ranks", "--step", str(stays), str(length), str(flag)]
+            command = ["-m", "experiments.benchmarks.check_ranks", "--step", str(stays), str(length), str(flag)]
             with console.status(" ".join(command)):
                 said = subprocess.run(
                     [sys.executable, *command],

@@ -1,4 +1,4 @@
-"""``python -m experiments.check_sweep``: sweeps whose processes are killed at random, on both storages, and how fast sweeps are.
+"""``python -m experiments.benchmarks.check_sweep``: sweeps whose processes are killed at random, on both storages, and how fast sweeps are.
 
 Needs the programs of PostgreSQL (initdb, postgres) for that half; says so where they are not installed.
 """
@@ -24,9 +24,9 @@ from optuna.storages.journal import JournalFileBackend
 
 from experiments import cli, run, verbs
 from experiments.files import console, write_text
-from experiments.study import Study
+from experiments.sweep.study import Study
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 CONFIG = """\
 name: check
 trials: 40
@@ -225,7 +225,7 @@ def check_speed(home: Path, trials: int = 40) -> None:
     def loop(count: int) -> list[str]:
         return [
             "-c",
-            f"from pathlib import Path; from experiments.check_sweep import plain; plain(Path({str(home)!r}), {count})",
+            f"from pathlib import Path; from experiments.benchmarks.check_sweep import plain; plain(Path({str(home)!r}), {count})",
         ]
 
     commands = {"Optuna's own loop, one process": loop(trials)}

@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ehrmodels.scan import causal_conv1d, selective_scan, selective_scan_reference
-from experiments.files import console, write_text
-from experiments.gpu_build import EXTENSIONS, compiler, line, provide, say, version
-from experiments.gpu_train import (
+from experiments.benchmarks.gpu_build import EXTENSIONS, compiler, line, provide, say, version
+from experiments.benchmarks.gpu_train import (
     PATHS,
     STAYS,
     STEPS,
@@ -37,8 +36,9 @@ from experiments.gpu_train import (
     start_memory,
     train_all,
 )
+from experiments.files import console, write_text
 
-RESULT = Path(__file__).parent / "results" / "gpu.csv"
+RESULT = Path(__file__).parents[1] / "results" / "gpu.csv"
 SHAPES = ((1, 128, 1, 16), (2, 64, 100, 16), (3, 40, 333, 5), (32, 128, 600, 16), (4, 256, 4096, 16))  # B, D, L, N
 LIMITS = {
     torch.float32: (1e-4, 1e-3),

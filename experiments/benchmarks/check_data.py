@@ -11,7 +11,7 @@ from datamodules.hospitals import EICU, MIMICIV
 from datamodules.hospitals.eicu.infusions import infusion_rows
 from experiments.prepare import progress
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 DEMOS = (("MIMIC-IV demo", MIMICIV, "mimic-iv-demo"), ("eICU demo", EICU, "eicu-demo"))
 HEADINGS = {
     "definition": "definition",
@@ -26,7 +26,7 @@ KINDS = ("mcg/kg/min", "mcg/min", "ml/hr")
 
 def main() -> None:
     """Record both tables."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.check_data", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.check_data", description=__doc__)
     parser.add_argument("root", type=Path, help="folder with mimic-iv-demo and eicu-demo")
     root = parser.parse_args().root
     tables = []

@@ -23,7 +23,7 @@ from ehrmodels import base
 from ehrmodels.base import ICUModule, read_checkpoint
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast
-from experiments import files, ranks, run
+from experiments import distributed, files, run
 from experiments.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -194,14 +194,14 @@ def task(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 def test_tasks_of_one_device_are_independent(task: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     task(3, 4)
-    monkeypatch.setattr(ranks, "ALIKE_SECONDS", 0)
-    assert ranks._place({"devices": 4, "accelerator": "cpu"}) == (3, 4)
+    monkeypatch.setattr(distributed, "ALIKE_SECONDS", 0)
+    assert distributed._place({"devices": 4, "accelerator": "cpu"}) == (3, 4)
     with pytest.raises(
         ValueError, match=r"SLURM started 4 processes, but --trainer\.devices 2 on --trainer\.num_nodes 1 make 2"
     ):
-        ranks._place({"devices": 2, "accelerator": "cpu"})
+        distributed._place({"devices": 2, "accelerator": "cpu"})
     assert rank_zero_only.rank == 3
-    with ranks.joined({"devices": "1"}):
+    with distributed.joined({"devices": "1"}):
         assert not files.console.quiet
         assert rank_zero_only.rank == 0
 
@@ -210,7 +210,7 @@ def test_srun_that_was_forgotten_is_told(task: Callable[[int, int], None], monke
     task(0, 2)
     monkeypatch.delenv("SLURM_STEP_ID")
     with pytest.raises(ValueError, match="srun did not start this process: put srun before the command"):
-        ranks._place({"devices": 2, "accelerator": "cpu"})
+        distributed._place({"devices": 2, "accelerator": "cpu"})
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def ended(process: subprocess.Popen, folder: Path, status: int) -> None:
     _, err = process.communicate(timeout=30)
     assert process.returncode == status
     ours = err.split("torch/distributed/elastic")[0]  # torchrun reports at length after that
-    assert ours.count(f"ehr: {ranks.ENDED}") == 1
+    assert ours.count(f"ehr: {distributed.ENDED}") == 1
     assert "Traceback" not in ours
     limit = time.monotonic() + 10
     while members(folder):

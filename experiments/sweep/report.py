@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from experiments.files import console, write, write_text
 from experiments.report import figure
-from experiments.study import Study, value
+from experiments.sweep.study import Study, value
 
 
 def summarise(study: Study, folder: Path, monitor: str, name: str) -> None:

@@ -25,7 +25,7 @@ from datamodules.schema import STAYS, conform
 from ehrmodels.base import ICUModule
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, scalar_embedding
-from experiments.bench_scan import console, record, seconds, training_step
+from experiments.benchmarks.bench_scan import console, record, seconds, training_step
 
 WIDTH, LAYERS, STATE, HEADS = 64, 3, 16, 4
 BATCH, BATCHES = 32, 25  # stays in a batch; batches of an epoch that are timed
@@ -119,7 +119,9 @@ class LSTM(Baseline):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench_models", description="training throughput")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.bench_models", description="training throughput"
+    )
     parser.add_argument(
         "--root", help="folder with the files of PhysioNet 2012; default: simulated stays of the same lengths"
     )

@@ -23,8 +23,8 @@ from datamodules.module import ICUDataModule
 from experiments import cli, run, verbs
 from experiments.files import console, write_text
 from experiments.run import MONITORS
-from experiments.study import Study, distributions, server_lost
-from experiments.sweep_report import summarise
+from experiments.sweep.report import summarise
+from experiments.sweep.study import Study, distributions, server_lost
 
 RENEW = 75  # exit status of a worker whose device is not to be trusted any more; another process takes its place
 LOSSES = 20  # workers that may be lost without any progress in the study before the sweep gives up
@@ -153,7 +153,7 @@ class _Workers:
         environment.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // number, 1)))
         # this very package, even where the current folder holds another one named experiments
         environment["PYTHONPATH"] = os.pathsep.join(
-            [str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+            [str(Path(__file__).parents[2]), *filter(None, [environment.get("PYTHONPATH")])]
         )
         self.environment = environment
         visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
@@ -165,7 +165,7 @@ class _Workers:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices[index % len(self.devices)]
         with (self.folder / f"worker-{index}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "experiments.sweep"],
+                [sys.executable, "-P", "-m", "experiments.sweep.command"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -18,7 +18,7 @@ from datamodules.module import ICUDataModule, SyntheticMIMICIV
 from ehrmodels.base import ICUModule
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE
-from experiments.gpu_build import line
+from experiments.benchmarks.gpu_build import line
 
 PATHS = {"kernel": "cuda", "pytorch": "torch"}  # column -> EHR_SCAN
 STEPS, WARMUP, STAYS, WORKERS = 500, 20, 4000, 4

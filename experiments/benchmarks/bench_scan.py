@@ -51,7 +51,7 @@ TRAINED = {
     SLOW_PATH: (256,),
     MAMBA_REF: (256, 1024),
 }  # lengths: their backward pass is quadratic in L and takes minutes
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 console = Console(width=None if sys.stdout.isatty() else 150)
 
 
@@ -306,7 +306,7 @@ def memory(shape: Shape, scans: dict[str, Scan]) -> list[dict[str, str]]:
 
 
 def measured_alone(name: str, shape: Shape) -> float:
-    code = f"from experiments import bench_scan; print(bench_scan.growth({name!r}, {shape!r}))"
+    code = f"from experiments.benchmarks import bench_scan; print(bench_scan.growth({name!r}, {shape!r}))"
     out = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, cwd=RESULTS.parents[1]
     )

@@ -20,7 +20,7 @@ import polars as pl
 from datamodules.simulate import write
 
 FOLDER = Path(os.environ.get("EHR_CACHE", ".cache")) / "bench-full"
-RESULTS = Path(__file__).parent / "results" / "full_size.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "full_size.csv"
 SIZES = (0.25, 0.5, 1.0)
 STAYS = {"MIMICIV": 94_000, "EICU": 200_000}
 CHART_ROWS = 400_000_000
@@ -36,7 +36,7 @@ EICU_ROWS = {
 
 def main() -> None:
     """Write what is missing, run ``ehr prepare`` on it in a process of its own, record time and memory."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench_full", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.bench_full", description=__doc__)
     parser.add_argument("--system", choices=list(STAYS), help="only this one")
     parser.add_argument("--size", type=float, choices=SIZES, help="only this share of the real size")
     chosen = parser.parse_args()

@@ -1,0 +1,1 @@
+"""What measures or checks the project itself: no verb of ``ehr``, and not part of the wheel."""

@@ -1,0 +1,1 @@
+"""``ehr sweep``: the study that processes share, the processes, and what was found."""
