@@ -20,7 +20,7 @@ class Grid(NamedTuple):
     value: Tensor  # (B, T, F) standardised, clipped to +-5
     mask: Tensor  # (B, T, F) 1 where charted in that hour
     since: Tensor  # (B, T, F) hours since last charted, divided by T and clipped to 1 (never charted: 1)
-    target: Tensor  # (B,) 1, 0 or NaN (unknown)
+    target: Tensor  # (B,) 1, 0 or NaN (unknown); (B, K) where a task has K labels
     row: Tensor  # (B,) index of the sample in the datamodule's table of samples
 
 
@@ -57,12 +57,22 @@ class Spec(NamedTuple):
     scale: list[float]  # (F,) divided by
     static_center: list[float]  # (S,)
     static_scale: list[float]  # (S,)
-    task: dict[str, Any]  # arguments of ``tasks.Task``
+    task: dict[str, Any]  # arguments of ``tasks.Task``, ``kind`` and, where there are several, ``labels``
 
     @property
     def window(self) -> int:
         """T, the hours of history that a sample has: the length of the grid."""
         return int(self.task["window"])
+
+    @property
+    def kind(self) -> str:
+        """binary, hourly_binary, regression or multilabel."""
+        return str(self.task.get("kind", "binary"))
+
+    @property
+    def outputs(self) -> int:
+        """K, numbers that are predicted for a sample."""
+        return len(self.task.get("labels", [None]))
 
 
 def unlabelled(target: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """The LightningDataModules: one for each hospital system, all of them the same loaders over its cohort."""
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import lightning
@@ -10,19 +12,25 @@ import polars as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules import hospitals, scaler
+from datamodules import agreement, hospitals, scaler
+from datamodules.agreement import Trained
 from datamodules.cohort import Cohort, rows_of
 from datamodules.contract import Batch, Grid, Spec, Triplets
-from datamodules.dictionary import BY_NAME
 from datamodules.hospitals.base import Hospital, Split
 from datamodules.sampler import Batches
 from datamodules.store import Store
 from datamodules.tasks import Task
 from datamodules.views import Views
 
+OF_MACHINE = ("cache", "num_workers")  # options that a checkpoint does not carry to other machines
+log = logging.getLogger(__name__)
+
 
 class ICUDataModule(lightning.LightningDataModule, ABC):
     """Batches of one hospital system for one task; ``of`` joins it with a hospital.
+
+    Under a ``lightning.Trainer`` it asks the model which view it reads and, where it is trained, uses its variables and
+    scaler; ``agreement`` says what is refused then.
 
     Args:
         split: The split that is scored after training: train, val, test or all.
@@ -42,6 +50,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         self.save_hyperparameters(logger=False)
         if batch_size < 1:
             raise ValueError(f"--data.batch_size must be at least 1, found {batch_size}")
+        if num_workers < 0:
+            raise ValueError(f"--data.num_workers must be at least 0, found {num_workers}")
         self.split, self.batch_size, self.num_workers = split, batch_size, num_workers
         assert isinstance(self, Hospital)
         self.cohort = Cohort(self)
@@ -50,6 +60,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         self.rank, self.world = 0, 1  # this process and how many there are that share every batch
         self.view = "grid"  # or "triplets": what the model reads
         self.spec: Spec | None = None
+        self.trained: Trained = []  # whose patients a trained model has seen
+        self._own_task = self._adopted = False
         self.samples: Any = None  # table of ``Cohort.samples``, once ``setup`` has run
 
     @abstractmethod
@@ -63,7 +75,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
 
     @labelled.setter
     def labelled(self, labelled: bool) -> None:
-        self.cohort.labelled = labelled
+        if labelled != self.cohort.labelled:
+            self.cohort.labelled, self.samples = labelled, None
 
     @property
     def store(self) -> Store:
@@ -72,12 +85,18 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
 
     def prepare_data(self) -> None:
         """Extract the raw tables and derive what the cohort needs, once, in one process."""
+        self._agree()
         self.cohort.stays()
         if self.task.sepsis:
             self.cohort.known_septic()
 
     def setup(self, stage: str | None = None) -> None:
-        """Choose the samples and, where no model's is used, fit the scaler on the training split."""
+        """Choose the samples and, where no model's is used, fit the scaler on the training split.
+
+        Raises:
+            ValueError: nobody is left, or a trained model contradicts an option.
+        """
+        self._agree()
         if self.samples is not None:
             return
         self.samples, self.attrition = self.cohort.samples()
@@ -86,18 +105,73 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         if self.spec is None:
             train = self.rows("train")
             self.spec = scaler.fit(self, self.store, self._stay[train], self._minute[train])  # type: ignore[arg-type]
+        elif self._own_task:
+            self.spec = self.spec._replace(task=agreement.task_of(self))  # type: ignore[arg-type]
         self._views = Views(self.store, self.spec.variables, self.spec.window)
         self._static = scaler.standard_statics(self.store.stays, self.spec)
+        if self._adopted:
+            self._remark()
 
-    def adopt(self, spec: Spec) -> None:
-        """Use a trained model's task, variables and scaler, so that nothing of these data is fitted."""
-        for name, unit in zip(spec.variables, spec.units, strict=True):
-            if name not in BY_NAME or BY_NAME[name].unit != unit:
-                raise ValueError(
-                    f"the model reads {name} in {unit!r} and these data do not have it so; "
-                    f"use the version that it was trained with"
-                )
-        self.task, self.spec, self.samples = Task(**spec.task), spec, None
+    def adopt(self, spec: Spec, trained: Trained | None = None, own_task: bool = False) -> None:
+        """Use a trained model's task, variables and scaler from the next ``setup`` on, so that nothing of these data is
+        fitted.
+
+        Args:
+            spec: of the model.
+            trained: whose patients it was trained on, as its checkpoint says.
+            own_task: keep the task of these data, as where training starts from the weights of another.
+        """
+        self.spec, self.trained, self._own_task, self._adopted, self.samples = spec, trained or [], own_task, True, None
+
+    def population(self) -> str:
+        """Whose patients these are: equal for two extracts in which equal ids are the same patient."""
+        assert isinstance(self, Hospital)
+        if self.published_ids:
+            return self.name
+        ids = "\n".join(sorted(self.store.stays["patient_id"].unique()))
+        return f"{self.name}-{hashlib.blake2b(ids.encode(), digest_size=8).hexdigest()}"
+
+    def facts(self) -> dict[str, Any]:
+        """What the checkpoint of a model that is trained on these data says of them, in plain types."""
+        assert isinstance(self, Hospital)
+        arguments = {
+            name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            for name, value in self.hparams.items()
+            if name not in OF_MACHINE
+        }
+        trained = {"population": self.population(), "seed": self.seed, "split_by": self.split_by}
+        return {
+            "data": {"class": type(self).__name__, "arguments": {**arguments, **self.options()}},
+            "split_hash": self.split_hash(),
+            "trained_on": [*(t for t in self.trained if t != trained), trained],
+        }
+
+    def _agree(self) -> None:
+        """Take over what the model of a trainer says, and the options of one that is trained."""
+        self._ask_model()
+        if self._adopted and self.samples is None:
+            agreement.agree(self, self.spec, self.trained, self.population(), self._own_task)  # type: ignore[arg-type]
+
+    def _remark(self) -> None:
+        """Say what goes with every score of a model that was adopted."""
+        assert self.spec is not None
+        scored = self.samples[self.rows(self.split)]
+        charted = set(self.store.coverage().filter(pl.col("events") > 0)["concept"])
+        absent = [v for v in self.spec.variables if v not in charted]
+        for line in agreement.remarks(self.name, self.spec, self.trained, self.population(), scored, absent):
+            log.warning(line)
+
+    def _ask_model(self) -> None:
+        if self.trainer is None:
+            return
+        model = self.trainer.lightning_module
+        self.rank, self.world = self.trainer.global_rank, self.trainer.world_size
+        self.view = getattr(model, "view", self.view)
+        if not getattr(model, "supervised", True):
+            self.labelled = False
+        spec = getattr(model, "spec", None)
+        if spec is not None and spec != self.spec:
+            self.adopt(spec, model.facts.get("trained_on"))
 
     def targets(self, split: Split) -> np.ndarray:
         """(N,) targets of a split's samples; NaN where unknown."""
@@ -108,13 +182,20 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         assert self.samples is not None and isinstance(self, Hospital)
         return rows_of(self.samples, split, self)
 
-    def has(self, variable: str) -> bool:
-        """Whether a variable is charted at all in these data."""
-        return variable in self.store.coverage().filter(pl.col("events") > 0)["concept"]
+    def positive_weight(self) -> float:
+        """N_neg / N_pos of the training split.
 
-    def static_names(self) -> list[str]:
-        """Names of the static features as a ``Spec`` lists them."""
-        return scaler.static_columns(self.store.stays[:0], self.statics)[0]
+        Raises:
+            ValueError: only one outcome occurs there.
+        """
+        target = self.targets("train")
+        positive = float(target.sum())
+        if not 0 < positive < len(target):
+            raise ValueError(
+                f"the training split has {int(positive)} positives among {len(target)} samples: both outcomes are "
+                f"needed to train"
+            )
+        return (len(target) - positive) / positive
 
     def split_hash(self) -> str:
         """Changes when any patient changes split."""
@@ -132,8 +213,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Batches of the test split in order."""
-        return self._loader("test")
+        """Batches of ``split`` in order."""
+        return self._loader(self.split)
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of ``split``, each scored whole by one process."""

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler
 
 BATCH_EVENTS = 2**17  # events in a batch with their padding, over which a batch of long stays is made smaller
 JITTER = 0.08  # by which the logarithm of a length is shuffled
 
 
-class Batches(Sampler):
+class Batches(DistributedSampler):
     """Rows in batches: in order, or shuffled by (seed, epoch) so that an epoch can be repeated after a restart.
 
     With lengths, samples of like length share a batch, so that little of it is padding, and a batch of long ones holds
@@ -18,7 +18,8 @@ class Batches(Sampler):
 
     Several processes share a batch of ``size`` samples each: process r takes every ``world``-th of its rows from the
     r-th on, so all have as many batches, of like size and length, and one process with ``world`` times the size has the
-    same ones.
+    same ones. It is a ``DistributedSampler`` so that Lightning does not put another one around it, which would divide
+    the batches once more.
 
     Args:
         rows: (N,) row numbers of samples, at least one for each process.

@@ -1,10 +1,9 @@
 """The variables and the scaler that a model is told of, fitted on training samples only, and static features."""
 
-from dataclasses import asdict
-
 import numpy as np
 import polars as pl
 
+from datamodules.agreement import task_of
 from datamodules.contract import Spec
 from datamodules.dictionary import BY_NAME, CARE_UNITS, CONCEPTS
 from datamodules.hospitals.base import Hospital
@@ -67,7 +66,7 @@ def fit(hospital: Hospital, store: Store, stay: np.ndarray, minute: np.ndarray) 
         scale=scale.tolist(),
         static_center=static_center.tolist(),
         static_scale=static_scale.tolist(),
-        task=asdict(hospital.task),
+        task=task_of(hospital),
     )
 
 

@@ -26,6 +26,7 @@ class Label(NamedTuple):
         rules: further rules of inclusion of labelled stays: a sentence and what must hold.
         hourly: whether it is predicted at the end of every hour in any case.
         at_risk: from the task, whether a row of stays and ``minute`` is still in the risk set.
+        kind: what kind of target it is, which chooses the loss and the metrics: binary, regression or multilabel.
     """
 
     text: str
@@ -34,6 +35,7 @@ class Label(NamedTuple):
     rules: tuple[tuple[str, pl.Expr], ...] = ()
     hourly: bool = False
     at_risk: Callable[["Task"], pl.Expr] = lambda task: pl.lit(True)
+    kind: Literal["binary", "regression", "multilabel"] = "binary"
 
 
 _DEATH, _OUTCOME, _MINUTE = pl.col("death_minute"), pl.col("hospital_death"), pl.col("minute")
@@ -125,6 +127,11 @@ class Task:
     def hourly(self) -> bool:
         """Whether there is a prediction every hour."""
         return self.rolling or self.label.hourly
+
+    @property
+    def kind(self) -> str:
+        """What kind of target it has: binary, hourly_binary, regression or multilabel."""
+        return "hourly_binary" if self.hourly and self.label.kind == "binary" else self.label.kind
 
     @property
     def window_hours(self) -> int:

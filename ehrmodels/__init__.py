@@ -1,0 +1,8 @@
+"""Networks for ICU records as LightningModules: ``from ehrmodels import Fusion, HyMaTE``."""
+
+from ehrmodels.base import ICUModule
+from ehrmodels.checkpoint import load
+from ehrmodels.fusion import Fusion
+from ehrmodels.hymate import HyMaTE, HyMaTEForecast
+
+__all__ = ["Fusion", "HyMaTE", "HyMaTEForecast", "ICUModule", "load"]

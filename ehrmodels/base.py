@@ -1,26 +1,27 @@
-"""The LightningModule that every model inherits: loss, validation metrics, optimiser, schedule, what a checkpoint carries."""
+"""The LightningModule that every model inherits: layers made for the data, loss, validation metrics, optimiser, schedule."""
 
-import importlib
 import math
-import pickle
-import re
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import lightning
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
 
 from datamodules.contract import Batch, Spec, unlabelled
+from ehrmodels.kinds import KINDS, Kind, threshold
+
+Stage = Literal["train", "val", "test"]
 
 
 class ICUModule(lightning.LightningModule, ABC):
     """Base of all models. A subclass sets ``view``, creates its layers in ``build`` and returns logits from ``forward``.
 
-    The loss is cross-entropy with positives weighted by N_neg / N_pos of the training split. That weight multiplies the
-    odds which the network learns, so its logarithm is taken off every logit again: probabilities stay calibrated.
+    Layers depend on the variables of the data, so they are made when a trainer has both: ``Trainer().fit(Fusion(),
+    MIMICIV("data"))``. Without a data module, ``initialise`` makes them. What is predicted, its loss and its metrics
+    follow from the kind of task (``kinds``). Positives of binary tasks are weighted by N_neg / N_pos of the training
+    split; ``predict_step`` takes that weight off the odds again, so probabilities stay calibrated.
 
     Args:
         learning_rate: Peak learning rate of AdamW.
@@ -32,62 +33,114 @@ class ICUModule(lightning.LightningModule, ABC):
     view: Literal["grid", "triplets"]
     supervised = True  # False: learns from the records alone and predicts no outcome
 
-    def __init__(self, learning_rate: float, weight_decay: float, warmup: float, pos_weight: float | None):
+    def __init__(
+        self,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-2,
+        warmup: float = 0.05,
+        pos_weight: float | None = None,
+    ):
         super().__init__()
-        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay), ("warmup", warmup)):
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"--model.{name} must be a finite number of at least 0, found {value}")
-        self.learning_rate, self.weight_decay, self.warmup, self.pos_weight = (
-            learning_rate,
-            weight_decay,
-            warmup,
-            pos_weight,
-        )
-        self.facts: dict[str, Any] = {}  # what ``experiments`` wants every checkpoint to carry: data, split, threshold
-        self.auroc, self.auprc = BinaryAUROC(), BinaryAveragePrecision()
-        self.losses = {"train": Mean(), "val": Mean()}  # of the epoch, over the samples of all processes
+        in_range(0, None, learning_rate=learning_rate, weight_decay=weight_decay)
+        in_range(0, 1, warmup=warmup)
+        if pos_weight is not None and not 0 < pos_weight < math.inf:
+            raise ValueError(f"--model.pos_weight must be a finite number above 0, found {pos_weight}")
+        self.save_hyperparameters(logger=False)  # the arguments of the subclass, too
+        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+        self.pos_weight = pos_weight
+        self.spec: Any = None  # a ``Spec`` once there are layers
+        self.operating_point = "youden"  # how the threshold is chosen on the validation split: see ``kinds.threshold``
+        self.threshold: float | None = None
+        self.facts: dict[str, Any] = {}  # what a checkpoint says besides: data, split, patients that were trained on
+        self.scores = nn.ModuleDict()
+        self.losses = {stage: Mean() for stage in ("train", "val", "test")}  # over the samples of all processes
 
     @abstractmethod
     def build(self, spec: Spec) -> None:
-        """Create the layers for the variables, static features and hours of ``spec``."""
+        """Create the layers for the variables, static features and hours of ``spec``; ``spec.outputs`` logits a sample."""
 
-    def start(self, spec: Spec, pos_weight: float) -> None:
-        """Build for ``spec``; ``pos_weight`` is used unless the user named one."""
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **arguments: Any) -> Self:  # type: ignore[override]
+        """The model of a checkpoint, in evaluation mode; nothing in the file is executed.
+
+        Args:
+            checkpoint_path: written by ``ehr`` or by any ``lightning.Trainer``.
+            arguments: of the model, instead of those in the checkpoint, such as another ``learning_rate``.
+
+        Raises:
+            FileNotFoundError, ValueError: as ``ehrmodels.load``.
+        """
+        from ehrmodels.checkpoint import load
+
+        return load(checkpoint_path, cls, **arguments)  # type: ignore[return-value]
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of task, once there are layers."""
+        return KINDS[self.spec.kind]
+
+    def initialise(self, spec: Spec, pos_weight: float = 1.0) -> None:
+        """Make the layers for ``spec``; ``pos_weight`` is used unless the user named one."""
+        if spec.kind not in KINDS:
+            raise ValueError(f"a task of kind {spec.kind!r} is not known; expected one of {', '.join(KINDS)}")
         self.spec = spec
         if self.pos_weight is None:
             self.pos_weight = pos_weight
         self.build(spec)
+        self.scores = nn.ModuleDict({name: make(spec.outputs) for name, make in self.kind.metrics.items()})
         # by name, since a strategy that shards the parameters flattens them
         self.exempt = {n for n, p in self.named_parameters() if p.ndim < 2 or getattr(p, "_no_weight_decay", False)}
 
-    def begin_with(self, path: Path) -> None:
-        """Take the weights of a checkpoint of the same layers; those of the head only where it has the same shape.
+    def setup(self, stage: str) -> None:
+        """Called by Lightning once the data module is ready: make the layers for its variables, unless there are any.
 
         Raises:
-            ValueError: any other layer is absent there, has another shape, or has no place here.
+            ValueError: there is no data module that says which variables there are.
         """
-        given, mine = read_checkpoint(path)["state_dict"], self.state_dict()
-        fits = {name: weight for name, weight in given.items() if name in mine and weight.shape == mine[name].shape}
-        wrong = [name for name in {**given, **mine} if name not in fits and not name.startswith("head.")]
-        if wrong:
-            shapes = [str(tuple(t[wrong[0]].shape)) if wrong[0] in t else "none" for t in (mine, given)]
-            raise ValueError(
-                f"{path} cannot start this model: {wrong[0]} has the shape {shapes[0]} here and {shapes[1]} there, and {len(wrong) - 1} more "
-                "differ; give --model the same class of layers and arguments as the checkpoint's, shown by config.yaml beside it"
-            )
-        self.load_state_dict(fits, strict=False)
+        data = self.trainer.datamodule
+        if self.spec is None:
+            if getattr(data, "spec", None) is None:
+                raise ValueError(
+                    f"{type(self).__name__} has no layers yet: give the trainer a data module of `datamodules`, such as "
+                    "MIMICIV, or make them with model.initialise(spec)"
+                )
+            weighted = stage == "fit" and self.supervised and KINDS[data.spec.kind].classes
+            self.initialise(data.spec, data.positive_weight() if weighted else 1.0)
+        if stage == "fit" and hasattr(data, "facts"):
+            self.facts |= data.facts()
+
+    # ---- steps ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss, logit, _ = self._loss(batch)
         return self._record("train", loss, len(logit), len(batch.target))
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        loss, logit, target = self._loss(batch)
-        self._record("val", loss, len(target), len(target))
-        self.auroc.update(logit.sigmoid(), target.long())
-        self.auprc.update(logit.sigmoid(), target.long())
+        self._score("val", batch)
 
-    def _record(self, stage: Literal["train", "val"], loss: Tensor, count: int | Tensor, samples: int) -> Tensor:
+    def test_step(self, batch: Batch, index: int) -> None:
+        self._score("test", batch)
+
+    def predict_step(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
+        """Row numbers of the samples (B,) and what is predicted of them, (B,) or (B, K): calibrated probabilities of
+        0 or 1, or values."""
+        return batch.row, self.kind.prediction(self(batch), self.pos_weight or 1.0)
+
+    def _score(self, stage: Stage, batch: Batch) -> None:
+        loss, logit, target = self._loss(batch)
+        self._record(stage, loss, len(target), len(target))
+        classes = self.spec.kind != "regression"
+        for metric in self.scores.values():
+            metric.update(logit.sigmoid() if classes else logit, target.long() if classes else target)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean loss of the samples whose target is known, their outputs and targets."""
+        logit = self(batch)
+        labelled = ~unlabelled(batch.target)
+        logit, target = logit[labelled].float(), batch.target[labelled]
+        return self.kind.loss(logit, target, self.pos_weight or 1.0), logit.detach(), target
+
+    def _record(self, stage: Stage, loss: Tensor, count: int | Tensor, samples: int) -> Tensor:
         """Count a batch's loss in the mean of the epoch; gives what this process must derive.
 
         Gradients are averaged over the processes as if each had as many samples. So that they are those of the mean over what
@@ -99,57 +152,91 @@ class ICUModule(lightning.LightningModule, ABC):
             count: how many values it is the mean of.
             samples: how many samples it holds.
         """
-        if not several():
+        if not is_distributed():
             self.losses[stage].add(loss.detach(), samples)
             return loss
         count = torch.as_tensor(count, dtype=torch.float64, device=loss.device)
-        summed, counted, every = add_up(torch.stack([loss.detach().double() * count, count, count.new_tensor(samples)]))
+        summed, counted, every = all_reduce(
+            torch.stack([loss.detach().double() * count, count, count.new_tensor(samples)])
+        )
         counted = counted.clamp(min=1)
         self.losses[stage].add((summed / counted).float(), int(every))
         return loss * (count * torch.distributed.get_world_size() / counted).to(loss.dtype)
+
+    # ---- epochs --------------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self) -> None:
         self.losses["train"] = Mean()
 
     def on_train_epoch_end(self) -> None:
-        self.log("train_loss", self.losses["train"].value(), sync_dist=several())
+        self.log("train_loss", self.losses["train"].value(), sync_dist=is_distributed())
 
     def on_validation_epoch_start(self) -> None:
-        self.losses["val"] = Mean()
+        self._begin("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._begin("test")
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val_loss", self.losses["val"].value(), sync_dist=several())
+        self._end("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._end("test")
+
+    def _begin(self, stage: Stage) -> None:
+        self.losses[stage] = Mean()
+        for metric in self.scores.values():
+            metric.reset()
+
+    def _end(self, stage: Stage) -> None:
+        """Log the loss and the metrics of an epoch, their sum under the name that a run is judged by, and after validation
+        choose the threshold."""
+        self.log(f"{stage}_loss", self.losses[stage].value(), sync_dist=is_distributed())
         if not self.supervised:
             return
-        positive = sum((t.sum() for t in self.auroc.target), torch.zeros((), dtype=torch.int64, device=self.device))
-        count = torch.as_tensor(sum(len(t) for t in self.auroc.target), device=self.device)
-        positive, count = add_up(torch.stack([positive, count]))
-        both = bool(
-            (positive > 0) & (positive < count)
-        )  # of all processes: ``compute`` gathers, so all must call it or none
-        auroc = self.auroc.compute() if both else torch.tensor(0.5)  # one class only: no ranking to judge
-        auprc = self.auprc.compute() if both else (positive / count).float().nan_to_num()
-        self.log_dict({"val_auroc": auroc, "val_auprc": auprc, "val_auroc_auprc": auroc + auprc}, sync_dist=several())
-        self.auroc.reset()
-        self.auprc.reset()
+        values = self._ranked(stage) if self.kind.classes else {n: m.compute() for n, m in self.scores.items()}
+        if self.kind.monitor:
+            values["_".join(self.kind.monitor)] = sum(
+                (values[n] for n in self.kind.monitor), torch.zeros_like(values["auroc"])
+            )
+        self.log_dict({f"{stage}_{name}": value for name, value in values.items()}, sync_dist=is_distributed())
+        for metric in self.scores.values():
+            metric.reset()
 
-    def predict_step(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
-        """Row numbers of the samples and their calibrated probabilities, each (B,)."""
-        return batch.row, torch.sigmoid(self(batch).double() - math.log(self.pos_weight or 1.0))
+    def _ranked(self, stage: Stage) -> dict[str, Tensor]:
+        """AUROC and AUPRC; where there is one class only, no ranking can be judged, and they are those of chance."""
+        auroc: Any = self.scores["auroc"]
+        positive = sum((t.sum() for t in auroc.target), torch.zeros((), dtype=torch.int64, device=self.device))
+        count = torch.as_tensor(sum(len(t) for t in auroc.target), device=self.device)
+        positive, count = all_reduce(torch.stack([positive, count]))
+        if not 0 < positive < count:  # of all processes: ``compute`` gathers, so all must call it or none
+            return {
+                "auroc": torch.tensor(0.5, device=self.device),
+                "auprc": (positive / count).float().nan_to_num(),
+            }
+        if stage == "val" and not self.trainer.sanity_checking:
+            with auroc.sync_context():
+                scored = torch.cat(list(auroc.preds) if isinstance(auroc.preds, list) else [auroc.preds])
+                target = torch.cat(list(auroc.target) if isinstance(auroc.target, list) else [auroc.target])
+            if torch.isfinite(scored).all():
+                calibrated = self.kind.prediction(torch.logit(scored.double()), self.pos_weight or 1.0)
+                self.threshold = threshold(calibrated, target, self.operating_point)
+        return {name: metric.compute() for name, metric in self.scores.items()}  # type: ignore[operator]
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        logit = self(batch)
-        known = ~unlabelled(batch.target)
-        logit, target = logit[known].float(), batch.target[known]
-        weight = torch.tensor(self.pos_weight or 1.0, device=logit.device)
-        return nn.functional.binary_cross_entropy_with_logits(logit, target, pos_weight=weight), logit.detach(), target
+    # ---- optimiser -----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
         named = [(n.replace("_fsdp_wrapped_module.", ""), p) for n, p in self.named_parameters() if p.requires_grad]
         exempt, decayed = [p for n, p in named if n in self.exempt], [p for n, p in named if n not in self.exempt]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError(
+                "the learning rate falls to 0 over the training, which needs an end: set --trainer.max_epochs or "
+                "--trainer.max_steps"
+            )
+        total = max(int(steps), 1)
         rise = max(int(self.warmup * total), 1)
 
         def factor(step: int) -> float:
@@ -174,14 +261,44 @@ class ICUModule(lightning.LightningModule, ABC):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["ehr"] = {
-            "model": f"{type(self).__module__}.{type(self).__name__}",
-            "arguments": dict(self.hparams),
-            "spec": self.spec._asdict(),
-            "pos_weight": float(self.pos_weight or 1.0),
-            **self.facts,
-        }
+        from ehrmodels.checkpoint import entry
+
+        checkpoint["ehr"] = entry(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over variables, scaler and threshold; the data module of the trainer must read the data as they say."""
+        from ehrmodels.checkpoint import spec_of
+
+        entry, spec = checkpoint.get("ehr", {}), spec_of(checkpoint)
+        if spec != self.spec:
+            self.initialise(spec)
+        self.pos_weight, self.threshold = entry["pos_weight"], entry.get("threshold")
+        data = self._trainer and self._trainer.datamodule
+        if data is not None and hasattr(data, "adopt") and data.spec != spec:
+            data.adopt(spec, entry.get("trained_on"))
+            data.setup()
+
+    def begin_with(self, path: Path) -> None:
+        """Take the weights of a checkpoint of the same layers; those of the head only where it has the same shape.
+
+        Raises:
+            ValueError: any other layer is absent there, has another shape, or is not part of this model.
+        """
+        from ehrmodels.checkpoint import read
+
+        theirs, ours = read(path)["state_dict"], self.state_dict()
+        fits = {name: weight for name, weight in theirs.items() if name in ours and weight.shape == ours[name].shape}
+        wrong = [name for name in {**theirs, **ours} if name not in fits and not name.startswith("head.")]
+        if wrong:
+            shapes = [str(tuple(t[wrong[0]].shape)) if wrong[0] in t else "none" for t in (ours, theirs)]
+            raise ValueError(
+                f"{path} cannot start this model: {wrong[0]} has the shape {shapes[0]} here and {shapes[1]} there, and {len(wrong) - 1} more "
+                "differ; give --model the same class of layers and arguments as the checkpoint's, shown by config.yaml beside it"
+            )
+        self.load_state_dict(fits, strict=False)
 
 
 class Mean:
@@ -197,74 +314,25 @@ class Mean:
         return self.total / self.count
 
 
-def several() -> bool:
+def in_range(least: float, most: float | None, **values: float) -> None:
+    """Refuse arguments of a model outside a range.
+
+    Raises:
+        ValueError: names the flag, what was expected and what was found.
+    """
+    for name, value in values.items():
+        if not math.isfinite(value) or value < least or (most is not None and value > most):
+            limits = f"a finite number of at least {least}" if most is None else f"from {least} to {most}"
+            raise ValueError(f"--model.{name} must be {limits}, found {value}")
+
+
+def is_distributed() -> bool:
     """Whether this process trains together with others."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def add_up(values: Tensor) -> Tensor:
+def all_reduce(values: Tensor) -> Tensor:
     """The sum of ``values`` over all processes, in all of them; changes ``values``."""
-    if several():
+    if is_distributed():
         torch.distributed.all_reduce(values)
     return values
-
-
-def read_checkpoint(path: Path, advice: str | None = None) -> dict[str, Any]:
-    """A checkpoint as plain types and tensors, checked to be one of ours; ``advice`` says what to do where it is not.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or was not written by this framework.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: expected a file such as runs/NAME/best.ckpt; set --ckpt")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        said = (str(error) or "the file is empty").splitlines()[0][:200]
-        other = advice or "use another, such as last.ckpt beside it"
-        raise ValueError(f"{path}: the checkpoint is damaged or not a checkpoint ({said}); {other}") from error
-    end = f"; {advice}" if advice else ""
-    if not isinstance(checkpoint, dict) or "ehr" not in checkpoint or "state_dict" not in checkpoint:
-        raise ValueError(
-            f"{path}: not a checkpoint of this framework: expected the entries 'ehr' and 'state_dict'{end}"
-        )
-    lacking = [entry for entry in ("model", "arguments", "spec", "pos_weight") if entry not in checkpoint["ehr"]]
-    if lacking:
-        raise ValueError(
-            f"{path}: not a checkpoint of this framework: it lacks {', '.join(lacking)} in the entry 'ehr'{end}"
-        )
-    return checkpoint
-
-
-def load(path: Path) -> ICUModule:
-    """The model of a checkpoint, built for the variables that it was trained on.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, not ours, or of another list of variables than its weights.
-    """
-    checkpoint = read_checkpoint(path)
-    facts = dict(checkpoint["ehr"])
-    where, _, name = facts.pop("model").rpartition(".")
-    if not re.fullmatch(r"ehrmodels\.\w+", where):
-        raise ValueError(f"{path}: model {where}.{name} is not one of this package; expected ehrmodels.<file>.<Class>")
-    try:
-        model = getattr(importlib.import_module(where), name)(**facts.pop("arguments"))
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{path}: cannot make the model {where}.{name} ({error}); was it trained with another version?"
-        ) from error
-    spec = Spec(**facts.pop("spec"))
-    model.start(spec, facts.pop("pos_weight"))
-    model.facts = facts
-    try:
-        model.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        said = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{path}: the weights do not fit the {len(spec.variables)} variables that the checkpoint names ({said})"
-        ) from error
-    return model.eval()

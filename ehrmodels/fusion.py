@@ -8,13 +8,13 @@ References:
 Shape letters: B samples, T hours, F variables, S static features, D width.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from datamodules.contract import Grid, Spec
-from ehrmodels.base import ICUModule
+from ehrmodels.base import ICUModule, in_range
 
 
 class Fusion(ICUModule):
@@ -28,10 +28,7 @@ class Fusion(ICUModule):
         fusion: How the branches join at every hour: "gated" mixes them by a learned gate, "concat" projects both,
             "cross_attention" lets each attend to the other.
         dropout: Dropout in every part.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Weight decay of AdamW; biases and normalisation are exempt.
-        warmup: Share of all steps over which the learning rate rises; it falls along a cosine afterwards.
-        pos_weight: Weight of a positive sample; default: N_neg / N_pos of the training split.
+        kwargs: As in ``ICUModule``.
     """
 
     view = "grid"
@@ -44,12 +41,11 @@ class Fusion(ICUModule):
         transformer_layers: int = 2,
         fusion: Literal["gated", "concat", "cross_attention"] = "gated",
         dropout: float = 0.3,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 1e-2,
-        warmup: float = 0.05,
-        pos_weight: float | None = None,
+        **kwargs: Any,
     ):
-        super().__init__(learning_rate, weight_decay, warmup, pos_weight)
+        super().__init__(**kwargs)
+        in_range(1, None, width=width, heads=heads, lstm_layers=lstm_layers, transformer_layers=transformer_layers)
+        in_range(0, 1, dropout=dropout)
         if width % (2 * heads):
             raise ValueError(f"--model.width must be a multiple of twice --model.heads ({2 * heads}), found {width}")
         self.width, self.heads, self.lstm_layers, self.transformer_layers = (
@@ -59,7 +55,6 @@ class Fusion(ICUModule):
             transformer_layers,
         )
         self.fusion, self.dropout = fusion, dropout
-        self.save_hyperparameters(logger=False)
 
     def build(self, spec: Spec) -> None:
         d, drop = self.width, self.dropout
@@ -84,10 +79,10 @@ class Fusion(ICUModule):
         self.norm = nn.LayerNorm(d)
         self.pool = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 1, bias=False))
         self.static = nn.Sequential(nn.Linear(len(spec.statics), d // 2), nn.GELU(), nn.Dropout(drop))
-        self.head = nn.Sequential(nn.Linear(2 * d + d // 2, d), nn.GELU(), nn.Dropout(drop), nn.Linear(d, 1))
+        self.head = nn.Sequential(nn.Linear(2 * d + d // 2, d), nn.GELU(), nn.Dropout(drop), nn.Linear(d, spec.outputs))
 
     def forward(self, batch: Grid) -> Tensor:
-        """Logits (B,) from a ``Grid``."""
+        """Logits from a ``Grid``: (B,), or (B, K) for K labels."""
         x = self.embed(torch.cat([batch.value, batch.mask, batch.since], -1))  # (B, T, D)
         local, _ = self.lstm(x)
         wide = self.transformer(x + self.position)

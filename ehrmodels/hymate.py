@@ -13,7 +13,7 @@ and padded on the right, where nothing that follows can reach them.
 
 import logging
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from datamodules.contract import Spec, Triplets
-from ehrmodels.base import ICUModule
+from ehrmodels.base import ICUModule, in_range
 from ehrmodels.mamba import Mamba
 
 WINDOW = 2048  # observations that attend to one another; longer stays are attended to in windows of this length
@@ -44,9 +44,7 @@ class HyMaTE(ICUModule):
         thinning: Share of a stay's observations that training leaves out, other ones each time.
         recompute: Compute the inside of each Mamba block again for its gradient instead of keeping it: less memory, more time.
         learning_rate: Peak learning rate of AdamW.
-        weight_decay: Weight decay of AdamW; biases, normalisation and the Mamba blocks' A and D are exempt.
-        warmup: Share of all steps over which the learning rate rises; it falls along a cosine afterwards.
-        pos_weight: Weight of a positive sample; default: N_neg / N_pos of the training split.
+        kwargs: As in ``ICUModule``; the Mamba blocks' A and D are exempt from weight decay, too.
     """
 
     view = "triplets"
@@ -62,11 +60,12 @@ class HyMaTE(ICUModule):
         thinning: float = 0.0,
         recompute: bool = False,
         learning_rate: float = 5e-4,
-        weight_decay: float = 1e-2,
-        warmup: float = 0.05,
-        pos_weight: float | None = None,
+        **kwargs: Any,
     ):
-        super().__init__(learning_rate, weight_decay, warmup, pos_weight)
+        super().__init__(learning_rate=learning_rate, **kwargs)
+        in_range(1, None, width=width, state=state, heads=heads)
+        in_range(0, None, layers=layers)
+        in_range(0, 1, dropout=dropout)
         if width % heads:
             raise ValueError(f"--model.width must be a multiple of --model.heads ({heads}), found {width}")
         self.width, self.layers, self.state, self.attention, self.heads, self.dropout = (
@@ -80,7 +79,6 @@ class HyMaTE(ICUModule):
         if not 0 <= thinning < 1:
             raise ValueError(f"--model.thinning must be at least 0 and below 1, found {thinning}")
         self.thinning, self.recompute = thinning, recompute
-        self.save_hyperparameters(logger=False)
 
     def build(self, spec: Spec) -> None:
         d = self.width
@@ -101,10 +99,10 @@ class HyMaTE(ICUModule):
             self.temperature = nn.Parameter(torch.ones(self.heads, 1, 1))
         self.pool = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 1, bias=False))
         self.static = nn.Sequential(nn.Linear(len(spec.statics), 2 * d), nn.Tanh(), nn.Linear(2 * d, d), nn.Tanh())
-        self.head = nn.Linear(2 * d, 1)
+        self.head = nn.Linear(2 * d, spec.outputs)
 
     def forward(self, batch: Triplets) -> Tensor:
-        """Logits (B,) from ``Triplets``."""
+        """Logits from ``Triplets``: (B,), or (B, K) for K labels."""
         return self.head(self.represent(batch)).squeeze(-1)
 
     def represent(self, batch: Triplets) -> Tensor:
@@ -149,7 +147,8 @@ class HyMaTE(ICUModule):
 
     def _by_variable(self, x: Tensor, variable: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Mean, maximum, last and number of each variable's observations, joined (ours): (B, V, D), and which variables occur (B, V)."""
-        count, width, variables = len(x), x.shape[-1], len(self.spec.variables)
+        count, width, variables, precision = len(x), x.shape[-1], len(self.spec.variables), x.dtype
+        x = x.float()  # bfloat16 cannot count beyond 256
         slot = (
             torch.arange(count, device=x.device)[:, None] * (variables + 1) + variable * real
         )  # padding goes to slot 0 of its sample
@@ -157,11 +156,12 @@ class HyMaTE(ICUModule):
         number = x.new_zeros(slots).index_add(0, slot, torch.ones_like(slot, dtype=x.dtype))
         mean = x.new_zeros(slots, width).index_add(0, slot, tokens) / number.clamp(min=1)[:, None]
         most = torch.full_like(mean, -torch.inf).scatter_reduce(0, slot[:, None].expand_as(tokens), tokens, "amax")
-        place = torch.arange(len(slot), device=x.device)
-        last = tokens[place.new_zeros(slots).scatter_reduce(0, slot, place, "amax")]
+        position = torch.arange(len(slot), device=x.device)
+        last = tokens[position.new_zeros(slots).scatter_reduce(0, slot, position, "amax")]
         pooled = torch.cat([mean, most, last, number.log1p()[:, None]], -1).view(count, variables + 1, -1)[:, 1:]
         present = (number > 0).view(count, -1)[:, 1:]
-        return self.of_variable(pooled.masked_fill(~present[..., None], 0)).to(x.dtype) * present[..., None], present
+        pooled = pooled.masked_fill(~present[..., None], 0).to(self.of_variable.weight.dtype)
+        return self.of_variable(pooled).to(precision) * present[..., None], present
 
     def _attend(self, x: Tensor, real: Tensor) -> Tensor:
         """Multi-head attention (B, M, D) among the M items, or among the channels; padded items are not attended to."""

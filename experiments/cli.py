@@ -6,38 +6,25 @@ import inspect
 import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-VERBS = {
-    "synthesize": "write raw files of a simulated hospital system, shaped as MIMIC-IV or eICU",
-    "prepare": "extract raw tables, show who is left after each rule and what was charted",
-    "train": "train a model and score it; --finetune EICU also transfers it",
-    "sweep": "search hyper-parameters of train with many processes, on one machine or several",
-    "evaluate": "score a checkpoint on any hospital system",
-    "finetune": "transfer a checkpoint: zero-shot score, fine-tuning, score",
-    "predict": "write probabilities for patients whose outcome is unknown",
-    "explain": "show which variables the predictions of a HyMaTE model rest on, and test that",
-}
-HELP = "usage: ehr VERB [options]\n\nPrediction from ICU records.\n\n" + "".join(
-    f"  {v:<12}{text}\n" for v, text in VERBS.items()
-)
-HELP += "\nOptions come from flags over a YAML file (-c FILE). `ehr VERB --help` explains them, `--print_config` shows them filled in.\n"
-HELP += "`ehr train --model.help Fusion` and `ehr train --data.help EICU` explain those of a model and of a hospital system.\n"
-HELP += "Start with: ehr train -c experiments/configs/demo.yaml --finetune SyntheticEICU\n"
+from experiments import help, mistakes
+
 FROM_CHECKPOINT = ("evaluate", "predict", "explain")  # verbs whose data default to those of the checkpoint
 OURS = (  # arguments of lightning.Trainer that are not offered: ``run.fit`` sets them, or they would break --resume
-    *("logger", "callbacks", "default_root_dir", "plugins", "profiler", "enable_progress_bar", "enable_model_summary"),
+    *("default_root_dir", "plugins", "profiler", "enable_progress_bar", "enable_model_summary", "overfit_batches"),
     *("enable_checkpointing", "num_sanity_val_steps", "max_time", "fast_dev_run", "inference_mode", "model_registry"),
     *("reload_dataloaders_every_n_epochs", "barebones"),
 )
 WITHOUT_TORCH = ("synthesize", "prepare")  # verbs that know of hospitals, but of no data modules
 OF_TRIALS = {"data", "trainer", "monitor"}  # arguments of ``sweep`` that its trials have too
+OF_FILES = ("root", "sets", "systems", "stays", "simulation_seed")  # options of the data that choose files
 NO_MEMORY = "out of memory: lower --data.batch_size"
 
 
@@ -45,12 +32,29 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one verb; a user's mistake ends with one message and exit status 2, without a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
+        print(help.overview(), end="")
+        return
+    if arguments[0] == "--version":
+        print(f"ehr {metadata.version('ehr')}")
+        return
+    if arguments[0].startswith("--completion"):
+        shell = arguments[0].partition("=")[2] or next(iter(arguments[1:]), "")
+        if shell not in ("bash", "zsh"):
+            _stop(f"--completion {shell}: expected bash or zsh, as in: source <(ehr --completion bash)")
+        print(help.completion(shell), end="")
         return
     verb, rest = arguments[0], arguments[1:]
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, 1)
-        _stop(f"unknown verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"choose among {', '.join(VERBS)}"))
+    if verb not in help.VERBS:
+        near = difflib.get_close_matches(verb, help.VERBS, 1)
+        choose = f"did you mean {near[0]}?" if near else f"choose among {', '.join(help.VERBS)}"
+        _stop(
+            f"unknown verb {verb!r}; {choose}"
+            if not verb.startswith("-")
+            else f"expected a verb before {verb}: {choose}"
+        )
+    if {"-h", "--help"} & set(rest):
+        print(help.screen(verb), end="")
+        return
     guarded(lambda: _run(verb, rest), f"ehr {verb} --help")
 
 
@@ -64,7 +68,7 @@ def guarded(command: Callable[[], None], help: str) -> None:
     except KeyboardInterrupt:
         _stop("interrupted; the same command continues, with --resume where it was training", 130)
     except (ValueError, FileNotFoundError) as error:
-        _stop(str(error))
+        _stop(str(error) if _raised_here(error) else f"{error} (EHR_TRACEBACK=1 shows where in the code)")
     except PermissionError as error:
         _stop(f"no permission for {error.filename or error}: choose another folder or change its rights")
     except (NotADirectoryError, FileExistsError, IsADirectoryError) as error:
@@ -87,15 +91,31 @@ def guarded(command: Callable[[], None], help: str) -> None:
         raise
 
 
+def _raised_here(error: BaseException) -> bool:
+    """Whether an error is a message of ours, and not one of a library's that came this far."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = Path(trace.tb_frame.f_code.co_filename).resolve() if trace is not None else Path()
+    return trace is None or (
+        Path(__file__).resolve().parents[1] in where.parents
+        and "site-packages" not in str(where.relative_to(Path(__file__).resolve().parents[1]))
+    )
+
+
 def _run(verb: str, arguments: list[str]) -> None:
-    values = configured(verb, arguments)
-    getattr(_verbs(verb), verb)(**values)
+    if "--help-all" in arguments:
+        make_parser(verb, arguments).print_help()
+        return
+    getattr(_verbs(verb), verb)(**configured(verb, arguments))
 
 
 def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
     """What the command line says, as the arguments of the verb's function: models and data are made, ``config`` is all of it as YAML."""
     import logging
     import warnings
+
+    from jsonargparse import namespace_to_dict
 
     for noise in (
         "does not have many workers",
@@ -107,6 +127,9 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
         "`srun` command is available",
     ):
         warnings.filterwarnings("ignore", f".*{noise}.*")
+    _print_remarks()
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # last, for classes of the user's own such as --model mymodels.GRU
     arguments = _ordered(arguments)
     if verb in FROM_CHECKPOINT:
         inherited = _data_of_checkpoint(arguments)
@@ -119,7 +142,7 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
         and any(n.startswith("--data.") for n in names)
         and not {"--data", "-c", "--config"} & set(names)
     ):
-        arguments = ["--data=EICU", *arguments]  # the default of ``verbs.finetune``, whose arguments these are
+        arguments = ["--data=EICU", *arguments]  # the default of ``finetune``, whose arguments these are
     own = set(inspect.signature(getattr(_verbs(verb), verb)).parameters)
     with _data_modules_hidden() if verb in WITHOUT_TORCH else nullcontext():
         parser = make_parser(verb, arguments)
@@ -129,17 +152,40 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
         kept = configuration.clone()
         for transient in {"config", "resume"} | (own - OF_TRIALS if verb == "sweep" else set()):
             kept.pop(transient, None)
-        said = parser.dump(kept, skip_validation=True)
+        text = parser.dump(kept, skip_validation=True) if "config" in own else ""
+        trainer = configuration.pop("trainer", None)
         made = parser.instantiate(configuration)
     values = {name: value for name, value in vars(made).items() if name in own}
-    if "trainer" in own:
-        values |= {"trainer": configuration.trainer.as_dict(), "config": said}
+    if "trainer" in own and trainer is not None:
+        values["trainer"] = {k: v for k, v in namespace_to_dict(trainer).items() if v is not None}
+    if "config" in own:
+        values["config"] = text
+    if verb == "train" and values["name"] is None and (files := _files(arguments)):
+        from experiments.train import default_name
+
+        values["name"] = default_name(Path(files[-1]).stem, values["seed"])
     return values
 
 
+def _print_remarks() -> None:
+    """What the packages log for people goes where everything else is printed."""
+    import logging
+
+    from rich.markup import escape
+
+    from experiments.files import console
+
+    class Printed(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.print(f"[yellow]{escape(record.getMessage())}[/]", soft_wrap=True, highlight=False)
+
+    for package in ("datamodules", "ehrmodels"):
+        logger = logging.getLogger(package)
+        logger.handlers = [Printed(logging.WARNING)]
+
+
 def _verbs(verb: str) -> ModuleType:
-    files = {"synthesize": "prepare", "prepare": "prepare", "explain": "explain", "sweep": "sweep.command"}
-    return importlib.import_module(f"experiments.{files.get(verb, 'verbs')}")
+    return importlib.import_module("experiments.sweep.command" if verb == "sweep" else f"experiments.{verb}")
 
 
 def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
@@ -159,8 +205,8 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
             options = [
                 option for action in parser._actions for option in action.option_strings
             ]  # ``self`` may be that of a class
-            classes = {name: kinds for name, kinds in _classes(trained).items() if f"--{name}" in options}
-            _stop(f"{_explain(message, arguments, options, classes)}\nsee: ehr {verb} --help")
+            classes = {name: kinds for name, kinds in mistakes.classes(trained).items() if f"--{name}" in options}
+            _stop(f"{mistakes.explain(message, arguments, options, classes)}\nsee: ehr {verb} --help")
 
         def parse_args(self, args: Any = None, *more: Any, **others: Any) -> Any:  # type: ignore[override]
             named = _hospitals(sys.argv[1:] if args is None else args) if verb in WITHOUT_TORCH else args
@@ -180,15 +226,11 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
 
         if verb != "sweep":
             parser.add_argument("--resume", action="store_true", help="Continue a run that was interrupted.")
-        parser.add_class_arguments(lightning.Trainer, "trainer", skip=set(OURS), instantiate=False)
-        parser.set_defaults(
-            {
-                "trainer.devices": 1,
-                "trainer.max_epochs": 30,
-                "trainer.gradient_clip_val": 1.0,
-                "trainer.use_distributed_sampler": False,
-            }
-        )
+        from experiments.settings import TRAINER_DEFAULTS
+
+        ours_too = {*OURS, "max_epochs"} if verb == "finetune" else set(OURS)  # it has --epochs
+        parser.add_class_arguments(lightning.Trainer, "trainer", skip=ours_too, instantiate=False)
+        parser.set_defaults({f"trainer.{k}": v for k, v in TRAINER_DEFAULTS.items() if k not in ours_too})
     return parser
 
 
@@ -196,6 +238,20 @@ def _description(doc: str, verb: str) -> str:
     hints = [] if verb == "synthesize" else [f"`ehr {verb} --data.help MIMICIV` lists the options of the data"]
     hints += [f"`ehr {verb} --model.help Fusion` those of the model"] if verb in ("train", "sweep") else []
     return "\n\n".join([doc.split("Args:")[0].strip(), ", ".join(hints) + "." * bool(hints)])
+
+
+def _config_file(name: str) -> str:
+    """A YAML file, or one of those that are shipped, by its name."""
+    path = Path(name)
+    shipped = Path(__file__).parent / "configs" / f"{path.stem}.yaml"
+    if path.exists() or not shipped.exists() or path.suffix not in ("", ".yaml"):
+        return name
+    return str(shipped)
+
+
+def _files(arguments: Sequence[str]) -> list[str]:
+    """The YAML files among ordered arguments."""
+    return [a.partition("=")[2] for a in arguments if a.startswith("--config=")]  # as ``_ordered`` writes them
 
 
 def _ordered(arguments: list[str]) -> list[str]:
@@ -212,6 +268,9 @@ def _ordered(arguments: list[str]) -> list[str]:
         place = (
             first if name in ("-c", "--config") else second if name in ("--data", "--model", "--finetune") else others
         )
+        if place is first:
+            place.append(f"--config={_config_file(value if equals else next(rest, ''))}")
+            continue
         place.append(argument)
         if place is not others and not equals:
             place.extend(list(itertools.islice(rest, 1)))
@@ -249,110 +308,29 @@ def _data_modules_hidden() -> Iterator[None]:
 
 def _data_of_checkpoint(arguments: list[str]) -> list[str]:
     """``--data`` flags that repeat the data of the checkpoint; with another ``--data.root`` the choice of files is left open."""
-    given: dict[str, str] = {}
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, equals, value = argument.partition("=")
-        given[name] = value if equals else following
-    if "--data" in given or "--ckpt" not in given:
-        return []
-    from ehrmodels.base import read_checkpoint
+    import yaml
 
-    data = read_checkpoint(Path(given["--ckpt"]))["ehr"]["data"]
-    keep = {name: value for name, value in data["arguments"].items() if value is not None}
-    if "--data.root" in given:
-        keep = {name: value for name, value in keep.items() if name not in ("root", "sets", "systems")}
+    written: dict[str, Any] = {}
+    for file in _files(arguments):
+        try:
+            content = yaml.safe_load(Path(file).read_text())
+        except (OSError, yaml.YAMLError):
+            continue  # the parser says so
+        written |= {f"--{name}": value for name, value in content.items()} if isinstance(content, dict) else {}
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        name, equals, value = argument.partition("=")
+        written[name] = value if equals else following
+    if "--data" in written or "--ckpt" not in written:
+        return []
+    from experiments.evaluate import data_of
+
+    kind, keep = data_of(str(written["--ckpt"]))
+    if "--data.root" in written:
+        keep = {name: value for name, value in keep.items() if name not in OF_FILES}
     return [
-        f"--data={data['class']}",
+        f"--data={kind}",
         *(f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in keep.items()),
     ]
-
-
-def _classes(function: Callable[..., Any]) -> dict[str, dict[str, list[str]]]:
-    """Option of a verb that takes a model or data -> the classes that it may be -> their arguments."""
-    import inspect
-    import typing
-
-    from datamodules.hospitals.base import Hospital
-
-    bases: tuple[Any, ...] = (Hospital,)
-    if "torch" in sys.modules:  # else the verb knows of no model and no data module
-        from datamodules.module import ICUDataModule
-        from ehrmodels.base import ICUModule
-
-        bases = (ICUModule, ICUDataModule, Hospital)
-
-    def below(base: Any) -> list[type]:
-        return [c for derived in base.__subclasses__() for c in (derived, *below(derived))]
-
-    def parameters(kind: type) -> list[str]:
-        ours = [c for c in kind.__mro__ if "__init__" in vars(c) and issubclass(c, bases)]
-        return [p for p in dict.fromkeys(p for c in ours for p in inspect.signature(c).parameters) if p != "kwargs"]
-
-    hints = typing.get_type_hints(function)
-    found: dict[str, dict[str, list[str]]] = {}
-    for name, hint in hints.items():
-        base = next((h for h in (hint, *typing.get_args(hint)) if h in bases), None)
-        if base is not None:
-            found[name] = {kind.__name__: parameters(kind) for kind in below(base)}
-    return found
-
-
-def _explain(
-    message: str, arguments: Sequence[str], options: list[str], classes: dict[str, dict[str, list[str]]]
-) -> str:
-    """The parser's message in the words of the command line, with the nearest option where one was misspelt."""
-    message = " ".join(message.split())
-    of_classes = [
-        f"--{option}.{p}" for option, kinds in classes.items() for parameters in kinds.values() for p in parameters
-    ]
-    known = list(dict.fromkeys([*options, *of_classes]))
-    flags = [a.split("=")[0] for a in arguments if a.startswith("--")]
-
-    def written(key: str) -> str:
-        """The flag as the user wrote it, where the parser names only the last part of it."""
-        return next(
-            (f for f in flags if f == f"--{key}"), next((f for f in flags if f.endswith(f".{key}")), f"--{key}")
-        )
-
-    if wrong := re.search(r"unrecognized arguments: (.*)|[Oo]ption '([\w.]+)'", message):
-        said = (wrong[1] or wrong[2]).split()[0].split("=")[0]
-        if wrong[1] and not said.startswith("-"):
-            return f"{said!r} is not understood: expected only flags, such as --data NAME"
-        group = re.search(r"Group '([\w.]+)'", message)
-        flag = said if wrong[1] else written(f"{group[1]}.{said}" if group and not said.startswith(group[1]) else said)
-        near = difflib.get_close_matches(flag, known, 1, 0.6)
-        if flag not in flags:  # from a YAML file, where the parser says only the last part
-            last = list(dict.fromkeys(k.lstrip("-").rsplit(".", 1)[-1] for k in known))
-            near = difflib.get_close_matches(said.rsplit(".", 1)[-1], last, 1, 0.6)
-        what = f"unknown option {flag}" if flag in flags else f"unknown key {said!r} in the YAML file"
-        return what + (f"; did you mean {near[0]}?" if near else "")
-    if missing := re.search(r"arguments are required: (.*)", message):
-        return f"missing {' and '.join(f'--{name.strip()}' for name in missing[1].split(','))}"
-    if wrong := re.search(r"[Kk]ey \"([\w.]+)\": (.*)", message):
-        key, reason = wrong[1], wrong[2]
-        value = re.search(
-            r"(?:Got value|Given value|import path string|not import-able|Unable to import): ?(.*)", reason
-        )
-        choose = f"choose among {', '.join(classes.get(key, ()))}"
-        nested = next((f for f in flags if f.startswith(f"--{key}.")), "")
-        if key in classes and nested and f"--{key}" not in flags and ("NestedArg" in reason or "is abstract" in reason):
-            return f"{nested} is given without --{key}; {choose}"
-        if key in classes and value:
-            lower = {name.lower(): name for name in classes[key]}
-            near = difflib.get_close_matches(value[1].lower(), lower, 1, 0.5)
-            return f"--{key} {value[1]} is not known; " + (f"did you mean {lower[near[0]]}?" if near else choose)
-        if key in classes and "is abstract" in reason:
-            return f"--{key} names no concrete class; {choose}"
-        kinds = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\](?=\.| |$))", reason)
-        if kinds and value:
-            expected = [
-                literal.replace("'", "") or {"NoneType": "null", "str": "text"}.get(kind, kind)
-                for kind, literal in kinds
-            ]
-            return f"{written(key)}: expected {' or '.join(dict.fromkeys(expected))}, found {value[1]}"
-        if "does not exist" in reason:
-            return f"--{key}: {reason}"
-    return message.replace("Problems parsing config:", "the YAML file cannot be read:")
 
 
 def _stop(message: str, status: int = 2) -> NoReturn:

@@ -19,7 +19,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from lightning.fabric.utilities import rank_zero as fabric_rank_zero
 from lightning.pytorch.utilities import rank_zero
 
-from ehrmodels.base import several
+from ehrmodels.base import is_distributed
 from experiments import files
 
 ENDED = "another process of this training ended; the same command with --resume continues"
@@ -34,7 +34,7 @@ GONE = re.compile(
 
 
 @contextmanager
-def joined(trainer: dict[str, Any]) -> Iterator[None]:
+def distributed_run(trainer: dict[str, Any]) -> Iterator[None]:
     """Train as one of the processes that the trainer's arguments ask for; all but the first print nothing and write no file.
 
     Lightning, torchrun and SLURM each run the whole command once a process. A process that notices that another is gone ends
@@ -149,18 +149,23 @@ def environment(trainer: dict[str, Any]) -> list[Any]:
     return [SLURMEnvironment(auto_requeue=False)]  # slurm.sh does that, and last.ckpt is all it takes
 
 
-def everyone(value: Any) -> list[Any]:
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process among those that train together, and how many they are."""
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def all_gather(value: Any) -> list[Any]:
     """The values of all processes, in their order, in all of them."""
-    if not several():
+    if not is_distributed():
         return [value]
     values = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 
 
-def agreed(value: bool) -> bool:
+def broadcast(value: bool) -> bool:
     """What the first process says."""
-    if not several():
+    if not is_distributed():
         return value
     said = torch.tensor(float(value), device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
     torch.distributed.broadcast(said, 0)
@@ -169,7 +174,7 @@ def agreed(value: bool) -> bool:
 
 def end_with_sigterm() -> None:
     """Let SIGTERM end this process as Ctrl-C does: Lightning's answer is to wait for the others, which may never come."""
-    if several():
+    if is_distributed():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

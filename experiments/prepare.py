@@ -1,10 +1,9 @@
-"""The verbs that make data, ``ehr synthesize`` and ``ehr prepare``: apart from the others, so that they start without torch."""
+"""``ehr prepare``: raw tables to a cohort, who is left after each rule, and what was charted. Starts without torch."""
 
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import polars as pl
 from rich.console import Console
@@ -16,33 +15,6 @@ from datamodules.hospitals.base import Hospital
 from datamodules.store import Store
 from experiments import files, report
 from experiments.files import console
-
-
-def synthesize(
-    out: str, system: Literal["MIMICIV", "EICU"] = "MIMICIV", stays: int = 2000, seed: int = 0, extra_rows: int = 0
-) -> None:
-    """Write raw files of a simulated hospital system, shaped as MIMIC-IV or eICU publish theirs.
-
-    Args:
-        out: New folder for the files.
-        system: Whose layout, units and habits of charting.
-        stays: Number of ICU stays.
-        seed: The same seed writes the same files.
-        extra_rows: Further rows in the largest table, to try out speed and memory.
-    """
-    from datamodules.simulate import write
-
-    with progress() as step:
-        write(
-            system,
-            Path(out),
-            stays,
-            seed,
-            extra_rows,
-            progress=lambda done, all: step(f"{stays} simulated stays", done, all),
-        )
-    data = f"--data Synthetic{system} --data.root {out}"
-    console.print(f"wrote {out}\nnext: ehr prepare {data}", soft_wrap=True)
 
 
 def prepare(data: Hospital, out: str | None = None, compare_definitions: bool = False) -> None:

@@ -64,7 +64,7 @@ def test_processes_divide_the_batches_of_one(world: int, by_length: bool, seed: 
     mine = [set(b.tolist()) for b in whole]
     if count % (8 * world) >= world or count % (8 * world) == 0 or count < 8 * world:
         assert mine == one
-    else:  # a last batch of fewer samples than processes has joined the one before it
+    else:  # a last batch of fewer samples than processes has distributed_run the one before it
         assert len(mine) == len(one) - 1
 
 
@@ -130,7 +130,7 @@ def test_gradients_of_uneven_parts_average_to_that_of_the_whole(
     drawn = place
     expected, gradient = step(pieces[0])
     told: list[torch.Tensor] = []
-    monkeypatch.setattr(base, "several", lambda: True)
+    monkeypatch.setattr(base, "is_distributed", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(base, "add_up", lambda values: told.append(values.clone()) or values)
     for piece in pieces[1:]:
@@ -201,7 +201,7 @@ def test_tasks_of_one_device_are_independent(task: Callable[[int, int], None], m
     ):
         distributed._place({"devices": 2, "accelerator": "cpu"})
     assert rank_zero_only.rank == 3
-    with distributed.joined({"devices": "1"}):
+    with distributed.distributed_run({"devices": "1"}):
         assert not files.console.quiet
         assert rank_zero_only.rank == 0
 

@@ -22,13 +22,17 @@ class Hospital(ABC):
     The raw files are extracted once into a store in ``cache`` and memory-mapped afterwards; splits are by patient and
     depend on nothing but ``seed`` and the patient's id.
 
+    Options that are left out are those of ``defaults`` or, where a trained model reads the data, those that it was
+    trained with; one that is given and contradicts the model is refused (``agreement``).
+
     Args:
         root: Folder with the publisher's files.
-        task: What is predicted: death before hospital discharge, death within the next 24 hours, or onset of sepsis.
-        hours: Hours from ICU admission to the (first) prediction.
+        task: What is predicted: death before hospital discharge (default), death within the next 24 hours, or onset of
+            sepsis.
+        hours: Hours from ICU admission to the (first) prediction; default: 24.
         window: Hours of history that a model sees; default: the same as ``hours`` (24 for predictions every hour).
         rolling: With mortality_24h, predict every hour from ``hours`` on instead of once.
-        lead: With sepsis_onset, hours before the onset from which on the label is 1.
+        lead: With sepsis_onset, hours before the onset from which on the label is 1; default: 6.
         after_onset: With sepsis_onset, go on predicting (label 1) after the onset; else those hours leave the risk set.
         sepsis: Keep only stays whose Sepsis-3 is known before the (first) prediction.
         definition: Definition of Sepsis-3; default: mimic_code on MIMIC-IV, eicu on eICU. `ehr prepare
@@ -38,12 +42,12 @@ class Hospital(ABC):
         min_age: Youngest age in years.
         first_stay: Keep only each patient's first ICU stay.
         min_icu_hours: Shortest ICU stay in hours, such as 30 (YAIB); a stay must reach the prediction in any case.
-        treatment: Let models see treatment and its response (infusion rates, ventilation, FiO2, urine); false removes
-            these variables, to measure what they are worth.
-        statics: Features known at admission: any of age, sex, unit, admit_minute, such as age,sex.
-        split_by: Keep the patients ("patient") or whole hospitals ("hospital") of train, val and test apart; with the
-            latter a patient's stays outside the hospital of the first one are left out.
-        seed: Seed of the split.
+        treatment: Let models see treatment and its response (infusion rates, ventilation, FiO2, urine), as is the
+            default; false removes these variables, to measure what they are worth.
+        statics: Features known at admission: any of age, sex, unit, admit_minute (default: all), such as age,sex.
+        split_by: Keep the patients ("patient", the default) or whole hospitals ("hospital") of train, val and test
+            apart; with the latter a patient's stays outside the hospital of the first one are left out.
+        seed: Seed of the split; default: 0.
         cache: Folder for extracted stores; default: $EHR_CACHE or .cache in the current folder.
     """
 
@@ -53,40 +57,66 @@ class Hospital(ABC):
     definitions: ClassVar[
         dict[str, Definition]
     ] = {}  # of Sepsis-3, the default first; empty where the data cannot tell
+    defaults: ClassVar[dict[str, Any]] = {
+        "task": "mortality_hospital", "hours": 24, "window": None, "rolling": False, "lead": 6, "after_onset": False,
+        "sepsis": False, "treatment": True, "statics": list(STATICS), "split_by": "patient", "seed": 0,
+    }  # fmt: skip  # of the options that a trained model has, too
+    published_ids = True  # the same patient_id is the same patient in every copy of the data
 
     def __init__(
         self,
         root: str,
-        task: TaskName = "mortality_hospital",
-        hours: int = 24,
+        task: TaskName | None = None,
+        hours: int | None = None,
         window: int | None = None,
-        rolling: bool = False,
-        lead: int = 6,
-        after_onset: bool = False,
-        sepsis: bool = False,
+        rolling: bool | None = None,
+        lead: int | None = None,
+        after_onset: bool | None = None,
+        sepsis: bool | None = None,
         definition: str | None = None,
         sofa: Switches | None = None,
         labs: Literal["drawn", "stored"] = "drawn",
         min_age: float = 18,
         first_stay: bool = True,
         min_icu_hours: float = 0,
-        treatment: bool = True,
+        treatment: bool | None = None,
         statics: list[str] | str | None = None,
-        split_by: Literal["patient", "hospital"] = "patient",
-        seed: int = 0,
+        split_by: Literal["patient", "hospital"] | None = None,
+        seed: int | None = None,
         cache: str | None = None,
         **others: Any,
     ):
         super().__init__(**others)
         self.root = Path(root)
-        self.task = Task(task, hours, window, rolling, sepsis, lead, after_onset)
+        statics = statics.split(",") if isinstance(statics, str) else statics
+        options = {
+            "task": task, "hours": hours, "window": window, "rolling": rolling, "lead": lead,
+            "after_onset": after_onset, "sepsis": sepsis, "treatment": treatment, "statics": statics,
+            "split_by": split_by, "seed": seed,
+        }  # fmt: skip
+        self.stated = {name: value for name, value in options.items() if value is not None}
+        self.take({**Hospital.defaults, **self.defaults, **self.stated})
         self.definition = definition or next(iter(self.definitions), "")
         self.sofa = sofa or Switches()
         self.labs, self.min_age, self.first_stay, self.min_icu_hours = labs, min_age, first_stay, min_icu_hours
-        self.treatment = treatment
-        self.statics = statics.split(",") if isinstance(statics, str) else list(STATICS if statics is None else statics)
+        self.cache = cache
+
+    def take(self, options: dict[str, Any]) -> None:
+        """Set the options of ``defaults``."""
+        fields = ("hours", "window", "rolling", "sepsis", "lead", "after_onset")
+        self.task = Task(options["task"], **{name: options[name] for name in fields})
+        self.treatment, self.statics = options["treatment"], options["statics"]
         check_statics(self.statics)
-        self.split_by, self.seed, self.cache = split_by, seed, cache
+        self.split_by, self.seed = options["split_by"], options["seed"]
+        if self.seed < 0:
+            raise ValueError(f"--data.seed must be at least 0, found {self.seed}")
+
+    def options(self) -> dict[str, Any]:
+        """The options of ``defaults`` as they are now."""
+        fields = ("hours", "window", "rolling", "sepsis", "lead", "after_onset")
+        of_task = {"task": self.task.name, **{name: getattr(self.task, name) for name in fields}}
+        others = {name: getattr(self, name) for name in ("treatment", "statics", "split_by", "seed")}
+        return of_task | others
 
     # ---- the six methods -------------------------------------------------------------------------------------------
 

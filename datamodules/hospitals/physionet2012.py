@@ -4,7 +4,7 @@ death."""
 import io
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -38,16 +38,16 @@ class PhysioNet2012(Hospital):
     """
 
     name = "PhysioNet2012"
+    defaults: ClassVar[dict[str, Any]] = {"hours": HOURS}
 
     def __init__(
         self,
         root: str = "data/physionet2012",
         sets: str | None = None,
-        hours: int = HOURS,
         min_age: float = 0,
         **kwargs: Any,
     ):
-        super().__init__(root, hours=hours, min_age=min_age, **kwargs)
+        super().__init__(root, min_age=min_age, **kwargs)
         self.sets = archives.letters(sets, "abc", "sets")
         if self.seed != 0 or self.split_by != "patient":
             raise ValueError("PhysioNet2012 has the split of published work: leave out --data.seed and --data.split_by")

@@ -4,7 +4,7 @@ sepsis label."""
 import io
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -13,7 +13,6 @@ from datamodules.dictionary import CONCEPT, mapping
 from datamodules.hospitals import archives
 from datamodules.hospitals.base import Hospital, Tables
 from datamodules.schema import STAYS, as_events, conform
-from datamodules.tasks import TaskName
 
 SOURCES = ("training_set{}.zip", "training_set{}", "training_{}", "training_{}.zip")
 LABEL_LEAD = 6 * 60  # the publisher's label turns 1 six hours before the onset
@@ -23,25 +22,24 @@ STATIC = ("Age", "Gender", "Unit1", "Unit2", "HospAdmTime", "ICULOS")
 class PhysioNet2019(Hospital):
     """PhysioNet/CinC Challenge 2019: onset of sepsis, predicted at the end of every hour in the ICU.
 
+    By default from hour 1 on, and with ``after_onset``, as the challenge does.
+
     Args:
         root: Folder with the publisher's files.
         systems: Letters of the hospital systems that are read, such as A or A,B; default: all that are in the folder.
-        after_onset: Go on predicting (label 1) after the onset, as the challenge does.
     """
 
     name = "PhysioNet2019"
+    defaults: ClassVar[dict[str, Any]] = {"task": "sepsis_onset", "hours": 1, "after_onset": True}
 
     def __init__(
         self,
         root: str = "data/physionet2019",
         systems: str | None = None,
-        task: TaskName = "sepsis_onset",
-        hours: int = 1,
         min_age: float = 0,
-        after_onset: bool = True,
         **kwargs: Any,
     ):
-        super().__init__(root, task=task, hours=hours, min_age=min_age, after_onset=after_onset, **kwargs)
+        super().__init__(root, min_age=min_age, **kwargs)
         self.systems = archives.letters(systems, "AB", "systems")
 
     def sources(self) -> dict[str, Path]:

@@ -35,6 +35,7 @@ class Tables(Hospital):
     """
 
     name = "Tables"
+    published_ids = False
     raw_tables = ("stays", "events")
 
     def __init__(self, root: str = "data/tables", **kwargs: Any):

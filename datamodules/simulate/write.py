@@ -7,6 +7,7 @@ seed gives the same bytes.
 """
 
 import gzip
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ import polars as pl
 from datamodules.simulate import eicu, headers, mimiciv, patient
 from datamodules.simulate.habits import EICU_FIRST_STAY, MIMICIV_FIRST_STAY, Add, Hospitals
 from datamodules.simulate.patient import CaseMix, Patients
+
+RECORD = "simulation.json"  # beside the tables: what they were written with
 
 
 class Simulated(NamedTuple):
@@ -103,6 +106,7 @@ def write(
                 simulated.chunk(patients, hospitals, base, extra, _source(system, seed, 2, base), files.add)
                 if progress is not None:
                     progress(after, stays)
+        (temporary / RECORD).write_text(json.dumps({"system": system, "stays": stays, "seed": seed}) + "\n")
         temporary.replace(folder)  # an empty folder of that name is replaced
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,188 @@
+"""``ehr evaluate``: a checkpoint on any hospital system. Also the predictions that every other verb scores."""
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from datamodules import hospitals, module
+from datamodules.hospitals.base import Split
+from datamodules.module import ICUDataModule
+from ehrmodels import ICUModule, load
+from ehrmodels.base import is_distributed
+from ehrmodels.checkpoint import read
+from ehrmodels.kinds import threshold
+from experiments import distributed, figures, files, metrics, report
+from experiments.files import console, save, write_json, write_parquet
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def evaluate(
+    ckpt: str,
+    out: str,
+    data: ICUDataModule | None = None,
+    model: type[ICUModule] | None = None,
+    device: Device = "auto",
+) -> dict[str, Any]:
+    """Score a checkpoint on a split of any hospital system.
+
+    Nothing is fitted: scaler, variables and threshold are those of the checkpoint. Options of the data that belong to the model
+    (task, hours, window, statics, treatment, and on the same hospital system the split) are taken from it; one that contradicts
+    it is refused. Writes ``metrics.json`` (``auroc``, ``auprc``, ... each with ``value``, ``low``, ``high``; ``n``,
+    ``n_positive``), ``predictions.parquet`` (``stay_id, patient_id, minute, target, probability, split``) and ``report.png``.
+
+    Args:
+        ckpt: Checkpoint, such as runs/NAME/best.ckpt.
+        out: Folder for the results.
+        data: Hospital system; default: the one that the checkpoint was trained on. --data.split chooses train, val, test or all.
+        model: Class of the checkpoint's model, where it is your own.
+        device: Where to compute; auto: on the GPU where there is one.
+
+    Returns:
+        What ``metrics.json`` holds.
+    """
+    folder = Path(out)
+    if (folder / "last.ckpt").exists():
+        raise ValueError(f"{folder} holds a training run, whose results would be lost; choose another --out")
+    network, data = opened(ckpt, data, model)
+    predictions = predict_split(network, data, data.split, device)
+    result = {
+        **metrics.score(predictions, network.threshold),
+        "split": data.split,
+        "operating_point": network.operating_point,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_parquet(predictions, folder / "predictions.parquet")
+    written = {**result, "data": data.name, "checkpoint": str(ckpt)}
+    write_json(written, folder / "metrics.json")
+    report.show({data.name: result}, console)
+    title = f"{Path(ckpt).parent.name}: {network.spec.task['name']}"
+    figures.draw({data.name: predictions}, {data.name: result}, folder / "report.png", title)
+    console.print(f"wrote metrics.json, predictions.parquet and report.png to {folder}", soft_wrap=True)
+    return written
+
+
+def opened(
+    ckpt: str | Path, data: ICUDataModule | None, model: type[ICUModule] | None, labelled: bool = True
+) -> tuple[ICUModule, ICUDataModule]:
+    """A checkpoint's model, and the data set up as it reads them.
+
+    Args:
+        ckpt: the checkpoint.
+        data: hospital system; None: that of the checkpoint.
+        model: class of the model, where it is none of ``ehrmodels``.
+        labelled: False: outcomes are not needed.
+    """
+    network = load(ckpt, model)
+    if data is None:
+        kind, arguments = data_of(ckpt)
+        data = getattr(module, kind)(**arguments)
+    data.labelled, data.view = labelled, network.view
+    data.adopt(network.spec, network.facts.get("trained_on"))
+    data.prepare_data()
+    data.setup()
+    return network, data
+
+
+def data_of(ckpt: str | Path) -> tuple[str, dict[str, Any]]:
+    """Class and arguments of the data that a checkpoint was trained on; nothing is imported for it.
+
+    Raises:
+        ValueError: it does not say, or names a class that is none of ``datamodules``.
+    """
+    data = read(ckpt)["ehr"].get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("arguments"), dict):
+        raise ValueError(f"{ckpt} does not say which data it was trained on: give --data NAME --data.root FOLDER")
+    kind = str(data["class"]).rpartition(".")[2]
+    if data["class"] not in hospitals.__all__:
+        raise ValueError(
+            f"{ckpt} was trained on {data['class']}, which is none of {', '.join(hospitals.__all__)}: name the data with "
+            "--data and --data.root"
+        )
+    return kind, {k: v for k, v in data["arguments"].items() if v is not None and k not in module.OF_MACHINE}
+
+
+def resolved(device: Device) -> torch.device:
+    """The device of ``--device``.
+
+    Raises:
+        ValueError: it is cuda and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; leave it out, or give cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def predict_split(
+    model: ICUModule, data: ICUDataModule, split: Split, device: Device | torch.device = "auto"
+) -> pl.DataFrame:
+    """Score every sample of a split once; processes that have trained together share the work.
+
+    Returns:
+        ``stay_id, patient_id, minute, target, probability, split``, one row a sample, sorted by stay and minute; ``minute``
+        is the prediction time since ICU admission; ``target`` is NaN where unknown.
+    """
+    chosen, data.split, data.view = data.split, split, model.view
+    data.setup()
+    data.rank, data.world = distributed.rank_and_world() if is_distributed() else (0, 1)
+    place = device if isinstance(device, torch.device) else resolved(device)
+    model.to(place).eval()
+    rows, probabilities = [np.zeros(0, np.int64)], [np.zeros(0)]  # a process may have no batch
+    loader = data.predict_dataloader()
+    with torch.inference_mode():
+        for batch in track(
+            loader,
+            f"scoring {split}",
+            console=Console(stderr=True),
+            transient=True,
+            disable=len(loader) < 50 or not sys.stderr.isatty() or console.quiet,
+        ):
+            row, probability = model.predict_step(type(batch)(*(t.to(place) for t in batch)), 0)
+            rows.append(row.cpu().numpy())
+            probabilities.append(probability.cpu().numpy())
+    data.split = chosen
+    shares = distributed.all_gather((np.concatenate(rows), np.concatenate(probabilities)))
+    every_row, every_probability = (np.concatenate(parts) for parts in zip(*shares, strict=True))
+    table = data.samples[every_row].with_columns(probability=every_probability)
+    target = pl.col("target").cast(pl.Float64).fill_null(float("nan"))
+    columns = ["stay_id", "patient_id", "minute", target, "probability", "split"]
+    return table.select(columns).sort("stay_id", "minute")
+
+
+def conclude(
+    folder: Path, data: ICUDataModule, stopped: str, device: Device | torch.device, model: type[ICUModule]
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Score ``best.ckpt``: choose the threshold on val and write it into the checkpoint, then measure val and the data's split."""
+    best = folder / "best.ckpt"
+    network = load(best, model)
+    validation = predict_split(network, data, "val", device)
+    labelled = validation.filter(pl.col("target").is_not_nan())
+    network.threshold = threshold(
+        labelled["probability"].to_torch(), labelled["target"].to_torch(), network.operating_point
+    )
+    checkpoint = read(best)
+    checkpoint["ehr"]["threshold"] = network.threshold
+    save(checkpoint, best)
+    distributed.all_gather(None)  # the others read the checkpoint again
+    about = {"operating_point": network.operating_point, "stopped": stopped}
+    scored, split = validation, "val"
+    if data.split != "val":
+        if len(data.rows(data.split)):
+            scored, split = predict_split(network, data, data.split, device), data.split
+        else:
+            console.print(
+                f"[yellow]no stay of these data is in split {data.split!r}: the validation split is shown instead[/]"
+            )
+    both = pl.concat([validation, scored]).unique(["stay_id", "minute"], maintain_order=True)
+    write_parquet(both, folder / "predictions.parquet")
+    result: dict[str, Any] = {"val": {**metrics.score(validation, network.threshold), "split": "val", **about}}
+    if split != "val":
+        result[split] = {**metrics.score(scored, network.threshold), "split": split, **about}
+    files.write_json(result, folder / "metrics.json")
+    return scored, result[split]

@@ -1,0 +1,174 @@
+"""Training itself: the trainer with its callbacks, what is refused beforehand, and why it stopped."""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning
+import polars as pl
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import Logger
+
+from datamodules.module import ICUDataModule
+from ehrmodels.base import ICUModule
+from experiments import distributed
+from experiments.files import console
+from experiments.resume import Epochs, Files, Report
+from experiments.run_directory import precision
+from experiments.settings import TRAINER_DEFAULTS
+
+MONITORS = {"val_auroc_auprc": "max", "val_auroc": "max", "val_auprc": "max", "val_loss": "min"}
+
+
+class Recipe(NamedTuple):
+    """How to train: arguments of lightning.Trainer, the seed, what chooses the best epoch and stops, and how often to save."""
+
+    trainer: dict[str, Any]
+    seed: int
+    monitor: str
+    patience: int
+    checkpoint_minutes: float
+
+
+class Trial(NamedTuple):
+    """What a training run is told when it is a trial of a sweep.
+
+    ``report`` is called with (epoch, metrics) after every epoch; what it raises ends the training.
+    """
+
+    study: str
+    number: int
+    params: dict[str, Any]
+    report: Report
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what cannot train, before anything is read.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    trainer, seed, monitor, patience, minutes = recipe
+    if monitor not in MONITORS:
+        raise ValueError(f"--monitor {monitor} is not known; choose among {', '.join(MONITORS)}")
+    if not minutes >= 0:
+        raise ValueError(f"--checkpoint_minutes must be at least 0, found {minutes}")
+    if patience < 0:
+        raise ValueError(f"--patience must be at least 0, found {patience}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, found {seed}")
+    epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps", -1)
+    if epochs is not None and (epochs == 0 or epochs < -1):
+        raise ValueError(f"--trainer.max_epochs must be at least 1, found {epochs}")
+    if epochs == -1 and steps == -1:
+        raise ValueError(
+            "--trainer.max_epochs -1 has no end, and the learning rate falls to 0 over the training: give a number of "
+            "epochs, or --trainer.max_steps"
+        )
+    if steps == 0 or steps < -1:
+        raise ValueError(f"--trainer.max_steps must be at least 1, found {steps}")
+    for name in ("limit_train_batches", "limit_val_batches"):
+        limit = trainer.get(name)
+        if limit is not None and not limit > 0:
+            use = "train on" if "train" in name else "choose the best epoch and the threshold from"
+            raise ValueError(f"--trainer.{name} {limit} leaves nothing to {use}: give more than 0")
+    if trainer.get("overfit_batches"):
+        raise ValueError(
+            "--trainer.overfit_batches is not supported: it would validate on training samples; use "
+            "--trainer.limit_train_batches"
+        )
+    if trainer.get("accumulate_grad_batches", 1) < 1:
+        raise ValueError(
+            f"--trainer.accumulate_grad_batches must be at least 1, found {trainer['accumulate_grad_batches']}"
+        )
+
+
+def fit(
+    folder: Path,
+    model: ICUModule,
+    data: ICUDataModule,
+    recipe: Recipe,
+    logger: Any,
+    report: Report | None = None,
+) -> lightning.Trainer:
+    """Train ``model`` on ``data``, continuing from ``last.ckpt`` where there is one; leaves ``best.ckpt`` and ``metrics.csv``.
+
+    ``last.ckpt`` is written after every epoch, and within an epoch every ``checkpoint_minutes``. The random numbers of an epoch
+    depend on the seed, the epoch and the process alone, and a checkpoint within an epoch holds where they are, so a run that was
+    killed and continued ends at the same weights as an unbroken one.
+    """
+    trainer, seed, monitor, patience, minutes = recipe
+    trainer = {**TRAINER_DEFAULTS, **trainer}
+    model.train()  # ``load`` gives it in evaluation mode, in which fine-tuning would go without dropout
+    last = folder / "last.ckpt"
+    epochs = Epochs(folder / "metrics.csv", seed, last, minutes, report)
+    best = ModelCheckpoint(folder, "best", monitor=monitor, mode=MONITORS[monitor], enable_version_counter=False)
+    newest = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
+    own = _made(list[Callback], trainer.pop("callbacks", None) or [])
+    stop = [EarlyStopping(monitor, mode=MONITORS[monitor], patience=patience, strict=False)]
+    if any(isinstance(c, EarlyStopping) for c in own):
+        stop = []
+    callbacks: list[Callback] = [epochs, *stop, best, newest, *own]
+    bars = (sys.stderr.isatty() or sys.stdout.isatty()) and not console.quiet
+    if bars and not any(isinstance(c, RichProgressBar) for c in own):
+        callbacks.append(RichProgressBar(leave=False))
+    loggers = _made(list[Logger] | bool, trainer.pop("logger", None) or [])
+    if logger is not None:
+        loggers = [logger, *(loggers if isinstance(loggers, list) else [])]
+    arguments = {
+        **trainer,
+        "precision": precision(trainer),
+        "logger": loggers or False,
+        "callbacks": callbacks,
+        "default_root_dir": trainer.get("default_root_dir") or str(folder),
+        "enable_progress_bar": bars or any(isinstance(c, RichProgressBar) for c in own),
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
+    fitting = lightning.Trainer(**arguments, plugins=[Files(), *distributed.environment(trainer)])
+    data.rank, data.world = fitting.global_rank, fitting.world_size
+    data.order_seed, (data.order_epoch, data.order_start) = seed, epochs.position(data.world)
+    distributed.watch_launcher(fitting.strategy.launcher)
+    try:
+        fitting.fit(model, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from stopped
+    if not (folder / "best.ckpt").exists():
+        raise ValueError(
+            f"training ended without a checkpoint: {monitor} was never a number. Was there a validation "
+            "(--trainer.max_steps, --trainer.check_val_every_n_epoch, --trainer.val_check_interval), and is there a sample in its split?"
+        )
+    return fitting
+
+
+def why_stopped(folder: Path, monitor: str, trainer: dict[str, Any]) -> str:
+    """A sentence on how long a run was trained, why it stopped, and which epoch is kept."""
+    rows = pl.read_csv(folder / "metrics.csv")
+    ranked = rows.drop_nulls(monitor).sort(monitor, descending=MONITORS[monitor] == "max", maintain_order=True)
+    best = ranked.row(0, named=True)
+    done, most = len(rows), trainer.get("max_epochs")
+    if most is not None and done >= most > 0:
+        reason = "all that --trainer.max_epochs allows" if most != 1 else "as --trainer.max_epochs says"
+    elif trainer.get("max_steps", -1) > 0:
+        reason = "as --trainer.max_steps says"
+    else:
+        since = int(rows["epoch"][-1]) - int(best["epoch"])
+        reason = f"{monitor} had not become better for {since} epochs"
+    return f"trained {done} epoch{'s' * (done != 1)}, {reason}; kept: epoch {int(best['epoch'])}, {monitor} {best[monitor]:.4f}"
+
+
+def _made(kind: Any, value: Any) -> Any:
+    """Callbacks or loggers from what a configuration says of them; objects are taken as they are."""
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, bool) or not any(isinstance(v, dict | str) for v in values):
+        return value if isinstance(value, bool) else values
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--x", type=kind)
+    described = [v for v in values if isinstance(v, dict | str)]
+    try:
+        made = parser.instantiate(parser.parse_object({"x": described})).x
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--trainer.logger or --trainer.callbacks: {error}") from error
+    return [*(v for v in values if not isinstance(v, dict | str)), *made]

@@ -1,0 +1,113 @@
+"""What ``ehr --help`` and ``ehr VERB --help`` print, read from the verbs' docstrings without importing them, so at once."""
+
+import ast
+import re
+import shutil
+import textwrap
+from pathlib import Path
+
+VERBS = {
+    "synthesize": "write raw files of a simulated hospital system, shaped as MIMIC-IV or eICU",
+    "prepare": "extract raw tables, show who is left after each rule and what was charted",
+    "train": "train a model and score it; --finetune EICU also transfers it",
+    "sweep": "search hyper-parameters of train with many processes, on one machine or several",
+    "evaluate": "score a checkpoint on any hospital system",
+    "finetune": "transfer a checkpoint: zero-shot score, fine-tuning, score",
+    "predict": "write probabilities for patients whose outcome is unknown",
+    "explain": "show which variables the predictions of a HyMaTE model rest on, and test that",
+}
+EXAMPLES = {
+    "synthesize": "ehr synthesize --out data/synthetic-mimiciv --stays 5000",
+    "prepare": "ehr prepare --data MIMICIV --data.root data/mimiciv --out tables",
+    "train": "ehr train -c fusion_mimiciv --name icu --finetune EICU",
+    "sweep": "ehr sweep -c sweep_demo --workers 2",
+    "evaluate": "ehr evaluate --ckpt runs/icu/best.ckpt --data EICU --out scores",
+    "finetune": "ehr finetune --ckpt runs/icu/best.ckpt --data.root data/eicu",
+    "predict": "ehr predict --ckpt runs/icu/best.ckpt --data.root data/new --out risk.csv",
+    "explain": "ehr explain --ckpt runs/hymate/best.ckpt --out explained",
+}
+TRAINER = {  # the arguments of lightning.Trainer that matter
+    "trainer.max_epochs": "Most epochs; default: 30.",
+    "trainer.devices": "Processes of this machine, a GPU each where there are any; default: 1.",
+    "trainer.precision": "Such as 32-true or bf16-mixed; default: bf16-mixed on a GPU.",
+}
+HIDDEN = ("trainer", "trial", "config")
+
+
+def overview() -> str:
+    """The verbs, and where to begin."""
+    verbs = "".join(
+        textwrap.fill(text, _width(), initial_indent=f"  {verb:<12}", subsequent_indent=" " * 14) + "\n"
+        for verb, text in VERBS.items()
+    )
+    end = [
+        "Options come from flags over a YAML file (-c FILE, or -c NAME of a shipped one). `ehr VERB --help` explains them, "
+        "`--print_config` shows them filled in; `ehr train --model.help Fusion` and `--data.help EICU` explain those of a "
+        "model and of a hospital system.",
+        "Shell completion: source <(ehr --completion bash). Version: ehr --version.",
+        "Start with: ehr train -c demo --finetune SyntheticEICU",
+    ]
+    tail = "\n".join(textwrap.fill(line, _width()) for line in end)
+    return f"usage: ehr VERB [options]\n\nPrediction from ICU records.\n\n{verbs}\n{tail}\n"
+
+
+def screen(verb: str) -> str:
+    """The options of a verb that matter, a line or two each."""
+    text, options = _documented(verb)
+    lines = [f"usage: ehr {verb} [-c FILE] [options]", "", textwrap.fill(text, _width()), ""]
+    if verb in ("train", "finetune", "sweep"):
+        options |= {k: v for k, v in TRAINER.items() if not (verb == "finetune" and k == "trainer.max_epochs")}
+    for name, about in options.items():
+        lines.append(
+            textwrap.fill(about, _width(), initial_indent=f"  --{name:<22} ", subsequent_indent=" " * 27)
+            if len(name) < 22
+            else f"  --{name}\n" + textwrap.fill(about, _width(), initial_indent=" " * 27, subsequent_indent=" " * 27)
+        )
+    more = [] if verb == "synthesize" else [f"ehr {verb} --data.help MIMICIV   options of the data"]
+    if verb in ("train", "sweep"):
+        more.append(f"ehr {verb} --model.help Fusion   options of the model")
+    if verb == "sweep":
+        more.append("and every option of `ehr train`")
+    lines += ["", *more, f"ehr {verb} --help-all   everything", "", f"example: {EXAMPLES[verb]}", ""]
+    return "\n".join(lines)
+
+
+def completion(shell: str) -> str:
+    """A script for the shell that completes verbs, flags and files."""
+    cases = "\n".join(
+        f'    {verb}) words="{" ".join(f"--{o}" for o in [*_documented(verb)[1], "config", "help", "help-all"])}" ;;'
+        for verb in VERBS
+    )
+    bash = f"""_ehr() {{
+  local words="{" ".join(VERBS)}"
+  if [ "$COMP_CWORD" -gt 1 ]; then
+    words=""
+    case "${{COMP_WORDS[1]}}" in
+{cases}
+    esac
+  fi
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _ehr ehr
+"""
+    return bash if shell == "bash" else f"autoload -U +X bashcompinit && bashcompinit\n{bash}"
+
+
+def _documented(verb: str) -> tuple[str, dict[str, str]]:
+    """First paragraph of a verb's docstring, and option -> first sentence on it."""
+    path = Path(__file__).parent / ("sweep/command.py" if verb == "sweep" else f"{verb}.py")
+    functions = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == verb]
+    doc = ast.get_docstring(functions[0]) or ""
+    arguments = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", doc, re.M | re.S)
+    options: dict[str, str] = {}
+    for line in (arguments[1] if arguments else "").splitlines():
+        if entry := re.match(r"    (\w+): (.*)", line):
+            options[entry[1]] = entry[2]
+        elif options and line.strip():
+            options[next(reversed(options))] += f" {line.strip()}"
+    first = " ".join(doc.split("\n\n")[0].split())
+    return first, {name: re.split(r"(?<=[.])\s", about)[0] for name, about in options.items() if name not in HIDDEN}
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size((100, 24)).columns, 100) - 1
