@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from datamodules.contract import Spec, Triplets
 from ehrmodels.base import ICUModule, in_range
+from ehrmodels.kernels import exporting
 from ehrmodels.mamba import Mamba
 
 WINDOW = 2048  # observations that attend to one another; longer stays are attended to in windows of this length
@@ -147,7 +148,7 @@ class HyMaTE(ICUModule):
 
     def _by_variable(self, x: Tensor, variable: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Mean, maximum, last and number of each variable's observations, joined (ours): (B, V, D), and which variables occur (B, V)."""
-        count, width, variables, precision = len(x), x.shape[-1], len(self.spec.variables), x.dtype
+        count, width, variables, precision = x.shape[0], x.shape[-1], len(self.spec.variables), x.dtype
         x = x.float()  # bfloat16 cannot count beyond 256
         slot = (
             torch.arange(count, device=x.device)[:, None] * (variables + 1) + variable * real
@@ -156,7 +157,7 @@ class HyMaTE(ICUModule):
         number = x.new_zeros(slots).index_add(0, slot, torch.ones_like(slot, dtype=x.dtype))
         mean = x.new_zeros(slots, width).index_add(0, slot, tokens) / number.clamp(min=1)[:, None]
         most = torch.full_like(mean, -torch.inf).scatter_reduce(0, slot[:, None].expand_as(tokens), tokens, "amax")
-        position = torch.arange(len(slot), device=x.device)
+        position = torch.arange(slot.shape[0], device=x.device)
         last = tokens[position.new_zeros(slots).scatter_reduce(0, slot, position, "amax")]
         pooled = torch.cat([mean, most, last, number.log1p()[:, None]], -1).view(count, variables + 1, -1)[:, 1:]
         present = (number > 0).view(count, -1)[:, 1:]
@@ -166,7 +167,8 @@ class HyMaTE(ICUModule):
     def _attend(self, x: Tensor, real: Tensor) -> Tensor:
         """Multi-head attention (B, M, D) among the M items, or among the channels; padded items are not attended to."""
         count, items, width = x.shape
-        if self.attention != "channel" and items > WINDOW:
+        traced = exporting()  # the number of items is free then, and windows are told by a mask instead of by a shape
+        if self.attention != "channel" and not traced and items > WINDOW:
             _warn_long(items)
             padding = -items % WINDOW
             x, real = F.pad(x, (0, 0, 0, padding)).view(-1, WINDOW, width), F.pad(real, (0, padding)).view(-1, WINDOW)
@@ -178,10 +180,13 @@ class HyMaTE(ICUModule):
             weight = torch.softmax(self.temperature * (q.transpose(2, 3) @ k), -1)
             out = v @ weight.transpose(2, 3)
         else:
-            some = real | (
-                torch.arange(real.shape[1], device=x.device) == 0
-            )  # nothing at all to attend to would be no number
-            out = F.scaled_dot_product_attention(q, k, v, some[:, None, None, :])
+            position = torch.arange(real.shape[1], device=x.device)
+            seen = (real | (position == 0))[:, None, None, :]  # nothing at all to attend to would be no number
+            if traced:
+                window = position // WINDOW
+                first = position % WINDOW == 0  # of each window, for the same reason
+                seen = (seen | first) & (window[:, None] == window)
+            out = F.scaled_dot_product_attention(q, k, v, seen)
         return out.transpose(1, 2).flatten(2).reshape(count, -1, width)[:, :items]
 
 

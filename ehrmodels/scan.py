@@ -13,13 +13,7 @@ nothing under- or overflows however strong the decay is. States are float32 what
 Shape letters: B samples, L steps, D channels, N states a channel, G groups of channels that share B and C (1 in Mamba), T steps a chunk.
 """
 
-import importlib
-import logging
 import math
-import os
-from collections.abc import Sequence
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,9 +21,10 @@ from torch import Tensor
 from torch._higher_order_ops import scan as scan_operator
 from torch.nn import functional as F
 
+from ehrmodels.kernels import exporting, kernel_for
+
 CHUNK = 2**19  # elements of a chunk's states: the two to three such float32 buffers (2 MiB each) stay in the cache
 LOG2E = math.log2(math.e)
-log = logging.getLogger(__name__)
 
 
 def selective_scan(
@@ -76,7 +71,7 @@ def selective_scan(
         "a gradient through the last state": return_last_state
         and torch.is_grad_enabled(),  # the kernel would take it for 0
     }
-    kernel = _kernel(
+    kernel = kernel_for(
         "selective_scan_cuda",
         "mamba_ssm.ops.selective_scan_interface",
         u,
@@ -97,7 +92,7 @@ def selective_scan(
     b, c = (t.contiguous() if t.shape[2] == groups else t.repeat_interleave(groups // t.shape[2], 2) for t in (b, c))
     a = A.to(wide).unflatten(0, (groups, -1)).transpose(1, 2).contiguous()  # (G, N, D / G)
     x5, step5 = (t.unflatten(2, (groups, -1)).contiguous() for t in (x, step))  # (L, B, G, D / G)
-    if torch.compiler.is_exporting():
+    if exporting():
         y, last = _exported(x5, step5, a, b, c)
     else:
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x5, step5, a, b, c))
@@ -175,7 +170,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
             f"expected x (B, D, L), weight (D, K), bias (D,), found {tuple(x.shape)}, {tuple(weight.shape)}, {None if bias is None else tuple(bias.shape)}"
         )
     beyond = {"float64": x.dtype == torch.float64, "a width other than 2, 3 or 4": weight.shape[1] not in (2, 3, 4)}
-    kernel = _kernel("causal_conv1d_cuda", "causal_conv1d", x, [what for what, asked in beyond.items() if asked])
+    kernel = kernel_for("causal_conv1d_cuda", "causal_conv1d", x, [what for what, asked in beyond.items() if asked])
     if kernel is not None:
         x = x if x.shape[1] % 8 == 0 else x.contiguous()  # it reads (B, L, D) in memory only for such D
         return kernel.causal_conv1d_fn(
@@ -186,47 +181,11 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
         weight.to(wide),
         torch.zeros(len(weight), dtype=wide, device=x.device) if bias is None else bias.to(wide),
     )
-    if torch.compiler.is_exporting():
+    if exporting():
         y = F.conv1d(F.pad(x.to(wide), (weight.shape[1] - 1, 0)), weight[:, None], given, groups=len(weight))
     else:
         y = _convolve(_time_major(x, wide).contiguous(), weight, given).permute(1, 2, 0)
     return (F.silu(y) if activation else y).to(x.dtype)
-
-
-# ---- choice of the kernel ---------------------------------------------------------------------------------------------------
-
-
-def _kernel(extension: str, interface: str, x: Tensor, beyond: Sequence[str] = ()) -> ModuleType | None:
-    """The module ``interface`` for tensors on CUDA where its compiled ``extension`` imports; None: use PyTorch.
-
-    ``beyond`` names what is asked for that the kernel cannot do.
-    """
-    wanted = os.environ.get("EHR_SCAN", "")
-    if wanted not in ("", "cuda", "torch"):
-        raise ValueError(f"EHR_SCAN={wanted} is not known; expected cuda or torch, or leave it unset")
-    if wanted == "torch" or (not x.is_cuda and wanted != "cuda") or torch.compiler.is_exporting():
-        return None
-    module: ModuleType | None = None
-    if not x.is_cuda:
-        reason = f"the tensors are on {x.device.type}"
-    elif beyond:
-        reason = f"it cannot do {', '.join(beyond)}"
-    else:
-        module, reason = _found(extension, interface)
-    if module is None and wanted == "cuda":
-        raise RuntimeError(f"EHR_SCAN=cuda, but {extension} cannot be used: {reason}; EHR_SCAN=torch does without")
-    return module
-
-
-@cache
-def _found(extension: str, interface: str) -> tuple[ModuleType | None, str]:
-    """The interface, or why not: mamba_ssm may import where its Mamba-1 kernel was not built, so the kernel is asked for first."""
-    try:
-        importlib.import_module(extension)
-        return importlib.import_module(interface), ""
-    except ImportError as error:
-        log.warning("%s is not used (%s): PyTorch does its work, more slowly", extension, error)
-        return None, f"{error} (`make gpu-check` builds it)"
 
 
 # ---- the scan ---------------------------------------------------------------------------------------------------------------
@@ -446,7 +405,8 @@ def _check(
             and width % given.shape[1] == 0
             and (batch, states, steps) == (given.shape[0], *given.shape[2:])
         )
-        if not grouped and given.shape not in ((width, states), (batch, states, steps)):
+        plain = given.shape == ((width, states) if given.ndim == 2 else (batch, states, steps))
+        if not grouped and not plain:
             raise ValueError(
                 f"expected {name} ({batch}, {states}, {steps}), ({batch}, G, {states}, {steps}) or ({width}, {states}), found {tuple(given.shape)}"
             )
@@ -454,7 +414,7 @@ def _check(
 
 def _time_major(t: Tensor, wide: torch.dtype) -> Tensor:
     """(B, D, L) as (L, B, D): as one matrix, whose transposition torch does by blocks, several times faster than that of three axes."""
-    if t.is_contiguous():
+    if not exporting() and t.is_contiguous():
         return t.to(wide).flatten(0, 1).t().contiguous().unflatten(1, t.shape[:2])
     return t.permute(2, 0, 1).to(wide)
 

@@ -235,7 +235,9 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
 
 
 def _description(doc: str, verb: str) -> str:
-    hints = [] if verb == "synthesize" else [f"`ehr {verb} --data.help MIMICIV` lists the options of the data"]
+    hints = (
+        [] if verb in ("synthesize", "export") else [f"`ehr {verb} --data.help MIMICIV` lists the options of the data"]
+    )
     hints += [f"`ehr {verb} --model.help Fusion` those of the model"] if verb in ("train", "sweep") else []
     return "\n\n".join([doc.split("Args:")[0].strip(), ", ".join(hints) + "." * bool(hints)])
 

@@ -15,6 +15,7 @@ VERBS = {
     "finetune": "transfer a checkpoint: zero-shot score, fine-tuning, score",
     "predict": "write probabilities for patients whose outcome is unknown",
     "explain": "show which variables the predictions of a HyMaTE model rest on, and test that",
+    "export": "write a checkpoint as ONNX or torch.export, for programs without this package",
 }
 EXAMPLES = {
     "synthesize": "ehr synthesize --out data/synthetic-mimiciv --stays 5000",
@@ -25,6 +26,7 @@ EXAMPLES = {
     "finetune": "ehr finetune --ckpt runs/icu/best.ckpt --data.root data/eicu",
     "predict": "ehr predict --ckpt runs/icu/best.ckpt --data.root data/new --out risk.csv",
     "explain": "ehr explain --ckpt runs/hymate/best.ckpt --out explained",
+    "export": "ehr export --ckpt runs/icu/best.ckpt --out icu.onnx",
 }
 TRAINER = {  # the arguments of lightning.Trainer that matter
     "trainer.max_epochs": "Most epochs; default: 30.",
@@ -63,7 +65,7 @@ def screen(verb: str) -> str:
             if len(name) < 22
             else f"  --{name}\n" + textwrap.fill(about, _width(), initial_indent=" " * 27, subsequent_indent=" " * 27)
         )
-    more = [] if verb == "synthesize" else [f"ehr {verb} --data.help MIMICIV   options of the data"]
+    more = [] if verb in ("synthesize", "export") else [f"ehr {verb} --data.help MIMICIV   options of the data"]
     if verb in ("train", "sweep"):
         more.append(f"ehr {verb} --model.help Fusion   options of the model")
     if verb == "sweep":
