@@ -24,7 +24,7 @@ from datamodules.module import ICUDataModule
 from ehrmodels.base import ICUModule, Mean, load, read_checkpoint, several
 from experiments import distributed
 from experiments.files import console, save, write_json, write_parquet, write_text
-from experiments.report import choose_threshold, score
+from experiments.metrics import choose_threshold, score
 
 MONITORS = {"val_auroc_auprc": "max", "val_auroc": "max", "val_auprc": "max", "val_loss": "min"}
 

@@ -15,7 +15,7 @@ from datamodules.module import EICU, ICUDataModule
 from ehrmodels.base import ICUModule, load, read_checkpoint
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast
-from experiments import distributed, files, report, run
+from experiments import distributed, figures, files, metrics, report, run
 from experiments.files import console
 from experiments.run import MONITORS
 
@@ -110,7 +110,8 @@ def train(
             end_log(_values(data.split, result))
         if finetune is None:
             report.show({data.name: result}, console)
-            report.draw({data.name: predictions}, folder / "report.png")
+            title = f"{folder.name}: {data.task.label.text}"
+            figures.draw({data.name: predictions}, {data.name: result}, folder / "report.png", title)
             console.print(
                 f"picture: {folder / 'report.png'}\nnext: ehr evaluate --ckpt {folder / 'best.ckpt'} --data NAME --data.root FOLDER",
                 soft_wrap=True,
@@ -150,7 +151,7 @@ def evaluate(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
     model = load(Path(ckpt))
     data.adopt(model.spec)
     predictions = run.predict(model, data, data.split)
-    result = report.score(predictions, model.facts.get("threshold", 0.5))
+    result = metrics.score(predictions, model.facts.get("threshold", 0.5))
     folder.mkdir(parents=True, exist_ok=True)
     files.write_parquet(predictions, folder / "predictions.parquet")
     files.write_json(
@@ -158,7 +159,8 @@ def evaluate(ckpt: str, out: str, data: ICUDataModule | None = None) -> None:
     )
     name = f"{data.name} {data.split}"
     report.show({name: result}, console)
-    report.draw({name: predictions}, folder / "report.png")
+    title = f"{Path(ckpt).parent.name}: {data.task.label.text}"
+    figures.draw({name: predictions}, {name: result}, folder / "report.png", title)
     console.print(f"wrote metrics.json, predictions.parquet and report.png to {folder}", soft_wrap=True)
 
 
@@ -253,7 +255,7 @@ def _transfer(
         soft_wrap=True,
     )
     zero = run.predict(model, target, target.split)
-    rows[f"{target.name} zero-shot"] = (zero, report.score(zero, threshold))
+    rows[f"{target.name} zero-shot"] = (zero, metrics.score(zero, threshold))
     files.write_parquet(zero, folder / "zero_shot.parquet")
     files.write_json(rows[f"{target.name} zero-shot"][1], folder / "zero_shot.json")
     if not (folder / "metrics.json").exists():
@@ -285,7 +287,7 @@ def _transfer(
             }
         )
     report.show({name: result for name, (_, result) in rows.items()}, console)
-    gap = report.difference(zero, rows[f"{target.name} fine-tuned"][0])
+    gap = metrics.difference(zero, rows[f"{target.name} fine-tuned"][0])
     files.write_json(gap, folder / "difference.json")
     said = ", ".join(
         f"{m.upper()} {g['value']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})"
@@ -293,7 +295,8 @@ def _transfer(
         if g["low"] is not None
     )
     console.print(f"fine-tuned less zero-shot, on the same patients: {said}", soft_wrap=True)
-    report.draw({name: table for name, (table, _) in rows.items()}, folder / "report.png")
+    tables, results = {k: v[0] for k, v in rows.items()}, {k: v[1] for k, v in rows.items()}
+    figures.draw(tables, results, folder / "report.png", f"{folder.name}: {target.task.label.text}")
     console.print(
         f"picture: {folder / 'report.png'}\nnext: ehr predict --ckpt {folder / 'best.ckpt'} --data.root FOLDER --out predictions.parquet",
         soft_wrap=True,
