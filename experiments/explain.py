@@ -20,7 +20,7 @@ from datamodules.contract import Triplets, unlabelled
 from datamodules.module import ICUDataModule
 from ehrmodels.base import load
 from ehrmodels.hymate import HyMaTE, chosen, sums
-from experiments import files, report
+from experiments import figures, files, report
 from experiments.files import console
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of a stay's observations that the deletion test leaves out
@@ -166,7 +166,7 @@ def _without(batch: Triplets, importance: Tensor, share: float) -> Triplets:
 def _draw_cohort(variables: pl.DataFrame, deletion: pl.DataFrame, title: str, path: Path) -> None:
     """Bars of the fusion weight of variables beside how often they are charted, and the deletion test."""
     top = variables.head(SHOWN).reverse()
-    with report.figure(path, (13, 5.2)) as figure:
+    with figures.figure(path, (13, 5.2)) as figure:
         bars, curve = figure.subplots(1, 2, width_ratios=(1.3, 1))
         place = np.arange(len(top))
         bars.barh(place + 0.2, top["weight"], 0.38, label="share of fusion weight")
@@ -201,7 +201,7 @@ def _draw_stay(one: Triplets, result: pl.DataFrame, model: HyMaTE, stay: str, ho
     when, which = (one.time[0].numpy() + 1) * hours / 2, one.variable[0].numpy()
     target = float(one.target[0])
     outcome = "outcome unknown" if np.isnan(target) else f"outcome {'yes' if target else 'no'}"
-    with report.figure(path, (13, 5.2)) as figure:
+    with figures.figure(path, (13, 5.2)) as figure:
         events, weights, parts = figure.subplots(1, 3, width_ratios=(2.2, 1, 1), sharey=True)
         place = np.arange(len(top))
         for k, variable in enumerate(top["variable"]):

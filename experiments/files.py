@@ -3,13 +3,49 @@
 import io
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 from rich.console import Console
 
-console = Console(width=None if sys.stdout.isatty() else 160)
+
+class _Console(Console):
+    """A console that can write what it prints to a file as well."""
+
+    log_path: Path | None = None
+
+    @contextmanager
+    def logging_to(self, path: Path) -> Iterator[None]:
+        """Append every line that is printed meanwhile to ``path``, without colour; a quiet console writes nothing.
+
+        A line that cannot be written, as on a full disk, is missing there: no training ends for its log.
+        """
+        self.log_path = path
+        try:
+            yield
+        finally:
+            self.log_path = None
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """Print as ``rich`` does."""
+        super().print(*objects, **how)
+        if self.log_path is None or self.quiet:
+            return
+        plain = Console(file=io.StringIO(), width=self.width, force_terminal=False, color_system=None)
+        plain.print(*objects, **how)
+        lines = plain.file.getvalue()  # type: ignore[attr-defined]
+        with (
+            suppress(OSError),
+            self.log_path.open("a", encoding="utf-8") as file,
+        ):  # anew each time: a run may last for days
+            file.write(lines)
+
+
+UNLIMITED = 10_000  # characters: in a pipe or a file nothing is wrapped
+console = _Console(width=None if sys.stdout.isatty() else UNLIMITED)
 
 
 def write(path: Path, content: bytes) -> None:

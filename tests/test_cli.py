@@ -17,8 +17,8 @@ import yaml
 from datamodules import EICU, MIMICIV, ICUDataModule, PhysioNet2012, PhysioNet2019, SyntheticEICU, SyntheticMIMICIV
 from ehrmodels.base import ICUModule, read_checkpoint
 from ehrmodels.fusion import Fusion
-from experiments import report
 from experiments.cli import VERBS, main, make_parser
+from experiments.metrics import METRICS
 from experiments.sweep import command as sweep
 
 CONFIGS = sorted((Path(__file__).parents[1] / "experiments" / "configs").glob("*.yaml"))
@@ -288,7 +288,7 @@ def test_synthesize_then_prepare_from_another_folder(
 
 
 def scores(result: dict[str, Any]) -> None:
-    for metric in report.METRICS:
+    for metric in METRICS:
         assert set(result[metric]) == {"value", "low", "high"}
         if result[metric]["value"] is not None and result[metric]["low"] is not None:
             assert result[metric]["low"] <= result[metric]["high"]

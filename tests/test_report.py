@@ -1,228 +1,208 @@
-"""Scores: against torchmetrics, against numbers worked out by hand, and intervals against a loop that really draws patients."""
+"""Tables at every width, with and without a terminal: nothing is cut and no number is broken; and the log of what is printed."""
 
+import fcntl
+import io
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
-import torch
-from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_roc
+from rich.console import Console
 
 from experiments import report
+from experiments.files import UNLIMITED, _Console
+from experiments.metrics import METRICS, text
+
+WIDTHS = [40, 47, 60, 80, 120, UNLIMITED]
+LABELS = ["AUROC", "AUPRC", "Brier", "sensitivity", "specificity", "PPV", "NPV", "alerts/100 stays"]
+NAMES = ["SyntheticMIMICIV (source)", "SyntheticEICU zero-shot", "SyntheticEICU fine-tuned", "PhysioNet2012 test"]
 
 
-def table(target: Any, probability: Any, patient: Any = None, stay: Any = None) -> pl.DataFrame:
-    count = len(target)
-    patient = np.arange(count) if patient is None else np.asarray(patient)
-    return pl.DataFrame(
-        {
-            "stay_id": np.asarray(patient if stay is None else stay),
-            "patient_id": patient.astype(str),
-            "minute": np.full(count, 1440),
-            "target": np.asarray(target, float),
-            "probability": np.asarray(probability, float),
-        }
-    )
-
-
-def simulated(
-    rng: np.random.Generator, patients: int, rows: int = 1, ties: int = 0, spread: float = 1.0
-) -> pl.DataFrame:
-    """``rows`` rows a patient, correlated within the patient; ``ties`` > 0 rounds probabilities to that many levels."""
-    risk = np.repeat(rng.normal(size=patients), rows)
-    target = (rng.normal(size=len(risk)) * 0.7 + risk > 1).astype(float)
-    p = 1 / (1 + np.exp(1 - spread * risk - 0.5 * rng.normal(size=len(risk))))
-    return table(target, np.round(p * ties) / ties if ties else p, np.repeat(np.arange(patients), rows))
-
-
-@pytest.mark.parametrize("ties", [0, 40, 4, 1])
-@pytest.mark.parametrize("seed", range(5))
-def test_ranking_metrics_equal_torchmetrics(ties: int, seed: int) -> None:
-    rows = simulated(np.random.default_rng(seed), 400, ties=ties)
-    p, y = torch.tensor(rows["probability"].to_numpy()), torch.tensor(rows["target"].to_numpy()).long()
-    result = report.score(rows, 0.5, replicates=0)
-    assert result["auroc"]["value"] == pytest.approx(float(binary_auroc(p, y)), abs=1e-6)
-    assert result["auprc"]["value"] == pytest.approx(float(binary_average_precision(p, y)), abs=1e-6)
-
-
-def test_order_of_rows_does_not_matter() -> None:
-    rows = simulated(np.random.default_rng(0), 150, rows=3, ties=20)
-    forth, back = report.score(rows, 0.3, 50), report.score(rows.reverse(), 0.3, 50)
-    for name in report.METRICS:
-        assert forth[name]["value"] == pytest.approx(back[name]["value"], abs=1e-12)
-        assert forth[name]["low"] == pytest.approx(back[name]["low"], abs=1e-12)
-
-
-def test_metrics_of_a_small_table_by_hand() -> None:
-    # sorted: 0.9 + | 0.8 - | 0.7 + 0.7 - | 0.4 - | 0.2 + | 0.1 - 0.1 -      threshold 0.7: 2 true, 2 false alerts
-    rows = table(
-        [0, 1, 0, 1, 0, 1, 0, 0],
-        [0.8, 0.9, 0.4, 0.7, 0.7, 0.2, 0.1, 0.1],
-        patient=[1, 1, 2, 2, 3, 3, 4, 4],
-        stay=[10, 10, 20, 20, 30, 30, 41, 42],
-    )
-    result = report.score(rows, 0.7, replicates=0)
-    assert {k: v for k, v in result.items() if k not in report.METRICS} == {
-        "n": 8,
-        "n_positive": 3,
-        "n_patients": 4,
-        "n_stays": 5,
-        "threshold": 0.7,
+def result(k: int, **more: Any) -> dict[str, Any]:
+    """Every number is another one."""
+    numbers = {
+        name: {"value": 0.5 + k / 10 + j / 100, "low": 0.401 + k / 10 + j / 100, "high": 0.602 + k / 10 + j / 100}
+        for j, name in enumerate(METRICS)
     }
-    value = {name: result[name]["value"] for name in report.METRICS}
-    assert value["sensitivity"] == pytest.approx(2 / 3)
-    assert value["specificity"] == pytest.approx(3 / 5)
-    assert value["ppv"] == pytest.approx(2 / 4)
-    assert value["npv"] == pytest.approx(3 / 4)
-    assert value["brier"] == pytest.approx((0.64 + 0.01 + 0.16 + 0.09 + 0.49 + 0.64 + 0.01 + 0.01) / 8)
-    assert value["alerts_per_100_stays"] == pytest.approx(100 * 4 / 5)
-    # positives above each negative, a tie half: 0.9 beats 5; 0.7 beats 3 and ties 1; 0.2 beats 2
-    assert value["auroc"] == pytest.approx((5 + 3.5 + 2) / 15)
-    assert value["auprc"] == pytest.approx(1 / 3 * 1 + 1 / 3 * 2 / 4 + 1 / 3 * 3 / 6)
-    # threshold: recall, precision: 0.9: 1/3, 1; 0.8: 1/3, 1/2; 0.7: 2/3, 1/2; 0.4: 2/3, 2/5; 0.2: 1, 1/2
-    assert value["min_re_pr"] == pytest.approx(1 / 2)
+    numbers["alerts_per_100_stays"] = {"value": 140.1 + k, "low": 130.2 + k, "high": 150.3 + k}
+    return {**numbers, "n": 1600 + k, "n_positive": 250 + k, "threshold": 0.1 + k / 100, **more}
 
 
-def test_no_alert_has_no_positive_predictive_value() -> None:
-    result = report.score(table([1, 0, 0], [0.3, 0.2, 0.1]), 0.9, replicates=0)
-    assert result["ppv"]["value"] is None
-    assert result["sensitivity"]["value"] == 0
-    assert result["specificity"]["value"] == 1
-    assert result["npv"]["value"] == pytest.approx(2 / 3)
+def printed(width: int, show: Callable[[Console], None], terminal: bool = True) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    show(console)
+    lines = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, lines.splitlines())) <= width
+    assert "…" not in lines
+    return lines
 
 
-@pytest.mark.parametrize(
-    ("target", "null", "known"),
-    [
-        (0.0, ("auroc", "auprc", "min_re_pr", "sensitivity"), {"specificity": 0.5, "npv": 1.0, "ppv": 0.0}),
-        (1.0, ("auroc", "specificity"), {"sensitivity": 0.5, "npv": 0.0, "ppv": 1.0, "auprc": 1.0}),
-    ],
+def words(lines: str) -> str:
+    return " ".join(lines.split())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_number_of_every_result_is_there(width: int, count: int) -> None:
+    results = {name: result(k) for k, name in enumerate(NAMES[:count])}
+    lines = printed(width, lambda console: report.show(results, console))
+    for k, r in enumerate(results.values()):
+        for name, metric in METRICS.items():
+            assert (text(name, r) in lines) == (metric.label is not None), name
+        for number in (f"{1600 + k:,}", f"{250 + k} ({(250 + k) / (1600 + k) * 100:.1f} %)", f"{0.1 + k / 100:.3g}"):
+            assert number in lines
+    labels = [line[:16].strip() for line in lines.splitlines()]
+    assert [label for label in labels if label in LABELS] == LABELS * labels.count("AUROC")
+    assert all(word in words(lines) for name in results for word in name.split())
+
+
+def test_three_results_stand_side_by_side_on_eighty_columns() -> None:
+    results = {name: result(k) for k, name in enumerate(NAMES[:3])}
+    lines = printed(80, lambda console: report.show(results, console)).splitlines()
+    (auroc,) = (line for line in lines if line.startswith("AUROC"))
+    assert [cell.strip() for cell in auroc.split("  ")][-3:] == [
+        "0.500 (0.401-0.602)",
+        "0.600 (0.501-0.702)",
+        "0.700 (0.601-0.802)",
+    ]
+
+
+def test_what_a_result_may_say_besides() -> None:
+    stopped = "no better val_auroc for 10 epochs"
+    results = {
+        "source": result(0, split="val", operating_point="Youden", stopped=stopped, n_stays=900, n_patients=1600),
+        "other": result(1, threshold=None, n_positive=29),
+    }
+    results["other"]["ppv"] = {"value": None, "low": None, "high": None}
+    rows = {
+        line[:17].strip(): line[17:].split()
+        for line in printed(UNLIMITED, lambda console: report.show(results, console)).splitlines()
+    }
+    assert rows["split"] == ["val", "-"]
+    assert rows["stays"] == ["900", "-"] and "patients" not in rows
+    assert rows["threshold"] == ["0.1", "none", "in", "this", "checkpoint"]
+    assert rows["operating point"] == ["Youden", "-"]
+    assert rows["PPV"][-1] == "-" and "None" not in str(rows)
+    lines = printed(60, lambda console: report.show(results, console))
+    assert f"source: {stopped}" in words(lines)
+    assert "fewer than 30 positives or negatives (other)" in words(lines)
+    alone = printed(60, lambda console: report.show({"source": results["source"]}, console))
+    assert stopped in alone and f"source: {stopped}" not in alone and "fewer" not in alone
+
+
+ATTRITION = pl.DataFrame(
+    {
+        "rule": ["all ICU stays", "hospital outcome and time of death known, and the stay lasts to the prediction"],
+        "stays": [1_234_567, 1_000_000],
+        "patients": [234_567, 200_000],
+        "hospital_deaths": [12_345, 10_000],
+    }
 )
-def test_one_class_only(target: float, null: tuple[str, ...], known: dict[str, float]) -> None:
-    result = report.score(table([target] * 4, [0.9, 0.8, 0.2, 0.1]), 0.5, replicates=20)
-    for name in null:
-        assert result[name] == {"value": None, "low": None, "high": None}
-    for name, value in known.items():
-        assert result[name]["value"] == value
-    assert result["n_positive"] == 4 * target
+DEFINITIONS = pl.DataFrame(
+    {"definition": ["mimic_code", "norepinephrine_equivalent_change"]}
+    | {f"suspected_mortality_{k}": [1_234_560 + k, 7_654_320 + k] for k in range(9)}
+)
 
 
-def test_rows_without_a_target_are_left_out() -> None:
-    rows = simulated(np.random.default_rng(3), 60)
-    unknown = table([float("nan")] * 30, np.linspace(0, 1, 30), patient=np.arange(500, 530))
-    missing = unknown.with_columns(target=pl.lit(None, pl.Float64))
-    assert report.score(pl.concat([unknown, rows, missing]), 0.4, 20) == report.score(rows, 0.4, 20)
-    assert report.choose_threshold(pl.concat([unknown, rows])) == report.choose_threshold(rows)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("table", [ATTRITION, DEFINITIONS], ids=["attrition", "definitions"])
+def test_a_table_is_printed_whole(width: int, table: pl.DataFrame) -> None:
+    lines = printed(width, lambda console: report.print_table(table, "a title", console))
+    assert lines.startswith("a title\n")
+    for column in table.columns[1:]:
+        assert all(f"{value:,}" in lines.split() for value in table[column])
+    for value in table[table.columns[0]]:
+        parts = value.split() if width >= 60 else []
+        assert all(part in lines for part in parts)
+    assert all(word in lines for word in " ".join(table.columns[1:]).replace("_", " ").split())
 
 
-def test_nothing_to_score_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"no row with a known outcome.*ehr predict"):
-        report.score(table([float("nan")], [0.5]), 0.5)
+def test_without_a_terminal_a_row_is_a_line() -> None:
+    for table in (ATTRITION, DEFINITIONS):
+        lines = printed(UNLIMITED, lambda console, t=table: report.print_table(t, "a title", console), terminal=False)  # type: ignore[misc]
+        rows = [line for line in lines.splitlines() if line.strip()][3:]
+        assert [row.split("  ")[0] for row in rows] == table[table.columns[0]].to_list()
+        assert all(f"{v:,}" in row for row, values in zip(rows, table.rows(), strict=True) for v in values[1:])
 
 
-def test_intervals_equal_a_loop_that_draws_patients() -> None:
-    rows = simulated(np.random.default_rng(7), 120, rows=4)
-    result = report.score(rows, 0.3, replicates=2000)
-    rng = np.random.default_rng(99)
-    by_patient = [part for _, part in rows.group_by("patient_id", maintain_order=True)]
-    numbers = [(p["target"].to_numpy(), p["probability"].to_numpy()) for p in by_patient]
-    drawn: dict[str, list[float]] = {"auroc": [], "brier": [], "sensitivity": [], "ppv": []}
-    for _ in range(2000):
-        chosen = [numbers[i] for i in rng.integers(len(numbers), size=len(numbers))]
-        y, p = (np.concatenate(c) for c in zip(*chosen, strict=True))
-        rank = (
-            np.argsort(np.argsort(p, kind="stable"), kind="stable") + 1
-        )  # copies of a row tie: a hundredth of the pairs at most
-        positives = y.sum()
-        drawn["auroc"].append(
-            (rank[y == 1].sum() - positives * (positives + 1) / 2) / (positives * (len(y) - positives))
-        )
-        drawn["brier"].append(np.mean((p - y) ** 2))
-        drawn["sensitivity"].append(np.mean(p[y == 1] >= 0.3))
-        drawn["ppv"].append(np.mean(y[p >= 0.3]))
-    for name, values in drawn.items():
-        width = result[name]["high"] - result[name]["low"]
-        low, high = np.percentile(values, [2.5, 97.5])
-        assert result[name]["low"] == pytest.approx(low, abs=0.1 * width), name
-        assert result[name]["high"] == pytest.approx(high, abs=0.1 * width), name
+def test_brackets_are_no_markup() -> None:
+    table = pl.DataFrame({"unit": ["[red]", "[/]"], "rows": [1, 2]})
+    assert "[red]" in printed(60, lambda console: report.print_table(table, "[bold]", console))
 
 
-def test_intervals_respect_patients() -> None:
-    """Copies of the same row add no information: the interval must not shrink as if they did."""
-    single = simulated(np.random.default_rng(1), 150)
-    copied = pl.concat([single] * 9)
-    one, nine = report.score(single, 0.3, 400)["auroc"], report.score(copied, 0.3, 400)["auroc"]
-    assert nine["value"] == pytest.approx(one["value"])
-    assert nine["high"] - nine["low"] == pytest.approx(one["high"] - one["low"], rel=0.15)
+# ---- the console ----------------------------------------------------------------------------------------------------------
+
+PRINT = "from experiments.files import console; print(console.width); console.print('word ' * 60)"
 
 
-def test_intervals_cover_the_truth() -> None:
-    """Over repeated data sets with rows correlated within patients, about 95 % of the intervals hold the true value."""
-    truth = report.score(simulated(np.random.default_rng(123), 100_000), 0.3, 0)
-    hits = {"auroc": 0, "brier": 0, "sensitivity": 0}
-    trials = 250
-    for seed in range(trials):
-        result = report.score(simulated(np.random.default_rng(1000 + seed), 150, rows=3), 0.3, replicates=200)
-        for name in hits:
-            hits[name] += result[name]["low"] <= truth[name]["value"] <= result[name]["high"]
-    for name, count in hits.items():
-        assert 0.90 <= count / trials <= 0.985, (name, count / trials)
-
-
-@pytest.mark.parametrize("ties", [0, 12])
-def test_threshold_is_that_of_the_largest_youden_index(ties: int) -> None:
-    rows = simulated(np.random.default_rng(11), 300, ties=ties)
-    p, y = rows["probability"].to_numpy(), rows["target"].to_numpy()
-    false, true, thresholds = binary_roc(torch.tensor(p), torch.tensor(y).long())
-    chosen = report.choose_threshold(rows)
-    assert chosen == pytest.approx(float(thresholds[torch.argmax(true - false)]))
-    result = report.score(rows, chosen, 0)
-    assert result["sensitivity"]["value"] + result["specificity"]["value"] - 1 == pytest.approx(
-        float((true - false).max()), abs=1e-6
+def test_width_is_that_of_the_terminal() -> None:
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 67, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    subprocess.run(
+        [sys.executable, "-c", PRINT], stdin=child, stdout=child, env=environment | {"TERM": "xterm"}, check=True
     )
-    assert report.choose_threshold(table([0, 0], [0.2, 0.3])) == 0.5
+    os.close(child)
+    lines = os.read(parent, 10_000).decode().splitlines()
+    os.close(parent)
+    assert lines[0] == "67"
+    assert len(lines) > 4
 
 
-def test_draw_writes_a_picture(tmp_path: Path) -> None:
-    rows = simulated(np.random.default_rng(5), 300)
-    one_class = table([0, 0, float("nan")], [0.1, 0.2, 0.3])
-    report.draw({"all": rows, "one class only": one_class}, tmp_path / "report.png")
-    content = (tmp_path / "report.png").read_bytes()
-    assert content.startswith(b"\x89PNG\r\n")
-    assert len(content) > 10_000
-    assert [p.name for p in tmp_path.iterdir()] == ["report.png"]
-    report.draw({"one class only": one_class}, tmp_path / "empty.png")
-    assert (tmp_path / "empty.png").read_bytes().startswith(b"\x89PNG")
+def test_without_a_terminal_nothing_wraps() -> None:
+    done = subprocess.run([sys.executable, "-c", PRINT], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 2
 
 
-def test_show_marks_what_is_too_few(capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
-    few = report.score(simulated(np.random.default_rng(5), 60), 0.5, 20)
-    report.show({"few": few, "none": report.score(table([0, 0], [0.1, 0.2]), 0.5, 20)}, Console(width=200))
-    said = capsys.readouterr().out
-    assert "fewer than 30 positives or negatives (few, none)" in said
-    assert f"{few['auroc']['value']:.3f}" in said
-
-
-def test_difference_is_paired() -> None:
-    """Against itself: exactly 0; a better score on the same patients: above 0; other samples are refused."""
-    rng = np.random.default_rng(0)
-    target = (rng.random(600) < 0.3).astype(float)
-    base = pl.DataFrame(
-        {"patient_id": [str(i % 400) for i in range(600)], "stay_id": range(600), "minute": 1440, "target": target}
+def test_log_holds_what_is_printed_without_colour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    console, path = _Console(width=50, force_terminal=True, color_system="standard"), tmp_path / "run.log"
+    path.write_text("before\n")
+    with console.logging_to(path):
+        console.print("[yellow]few[/] positives in", tmp_path.name, highlight=False)
+        console.print("a sentence that is longer than the console is wide, ä", soft_wrap=True)
+        report.show({"source": result(0)}, console)
+    console.print("after")
+    shown, log = capsys.readouterr().out, path.read_text(encoding="utf-8")
+    assert "\x1b[" in shown and "\x1b[" not in log
+    assert log.startswith(
+        f"before\nfew positives in {tmp_path.name}\na sentence that is longer than the console is wide, ä\n"
     )
-    noise = rng.normal(size=600)
-    weak = base.with_columns(probability=1 / (1 + np.exp(-(target + 2 * noise))))
-    strong = base.with_columns(probability=1 / (1 + np.exp(-(2 * target + 2 * noise)))).sample(
-        fraction=1, shuffle=True, seed=1
-    )
-    same = report.difference(weak, weak.reverse(), replicates=200)
-    assert same["auroc"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    better = report.difference(weak, strong, replicates=200)
-    assert 0 < better["auroc"]["low"] < better["auroc"]["value"] < better["auroc"]["high"]
-    expected = report.score(strong, 0.5, 0)["auroc"]["value"] - report.score(weak, 0.5, 0)["auroc"]["value"]
-    assert better["auroc"]["value"] == pytest.approx(expected)
-    with pytest.raises(ValueError, match="same samples"):
-        report.difference(weak, strong.head(10))
+    assert text("auroc", result(0)) in log
+    assert "after" not in log
+
+
+def test_a_quiet_console_logs_nothing(tmp_path: Path) -> None:
+    console = _Console(quiet=True)
+    with console.logging_to(tmp_path / "run.log"):
+        console.print("one of several processes")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+def test_a_full_disk_ends_no_training(capsys: pytest.CaptureFixture[str]) -> None:
+    console = _Console(width=80)
+    with console.logging_to(Path("/dev/full")):
+        console.print("epoch 1")
+    assert capsys.readouterr().out == "epoch 1\n"
+
+
+def test_a_folder_that_is_gone_ends_no_training(tmp_path: Path) -> None:
+    console = _Console(width=80)
+    with console.logging_to(tmp_path / "gone" / "run.log"):
+        console.print("epoch 1")
+
+
+def test_logging_ends_with_an_error(tmp_path: Path) -> None:
+    console = _Console(width=80)
+    with pytest.raises(KeyboardInterrupt), console.logging_to(tmp_path / "run.log"):
+        console.print("epoch 1")
+        raise KeyboardInterrupt
+    console.print("after")
+    assert (tmp_path / "run.log").read_text() == "epoch 1\n"

@@ -32,7 +32,7 @@ from ehrmodels.base import load, read_checkpoint
 from ehrmodels.hymate import HyMaTE
 from experiments import files, run
 from experiments.files import console
-from experiments.report import score
+from experiments.metrics import score
 
 HERE = Path(__file__).parents[1] / "results"
 STAYS, KILLED_STAYS = 3000, 600

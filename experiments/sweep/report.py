@@ -9,8 +9,8 @@ import yaml
 from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from experiments.figures import figure
 from experiments.files import console, write, write_text
-from experiments.report import figure
 from experiments.sweep.study import Study, value
 
 
