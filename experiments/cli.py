@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from experiments.settings import TRAINER_DEFAULTS
+
 VERBS = {
     "synthesize": "write raw files of a simulated hospital system, shaped as MIMIC-IV or eICU",
     "prepare": "extract raw tables, show who is left after each rule and what was charted",
@@ -181,14 +183,7 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
         if verb != "sweep":
             parser.add_argument("--resume", action="store_true", help="Continue a run that was interrupted.")
         parser.add_class_arguments(lightning.Trainer, "trainer", skip=set(OURS), instantiate=False)
-        parser.set_defaults(
-            {
-                "trainer.devices": 1,
-                "trainer.max_epochs": 30,
-                "trainer.gradient_clip_val": 1.0,
-                "trainer.use_distributed_sampler": False,
-            }
-        )
+        parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
     return parser
 
 
