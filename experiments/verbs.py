@@ -1,8 +1,5 @@
 """What ``ehr`` does: one plain typed function a verb; its docstring is its ``--help``."""
 
-import os
-import sys
-import uuid
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +12,7 @@ from datamodules.module import EICU, ICUDataModule
 from ehrmodels.base import ICUModule, load, read_checkpoint
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast
-from experiments import distributed, files, report, run
+from experiments import distributed, files, report, run, tracking
 from experiments.files import console
 from experiments.run import MONITORS
 
@@ -65,6 +62,7 @@ def train(
     """
     folder = Path(runs) / (name or f"{data.name}-{type(model).__name__}-{seed}".lower())
     recipe = run.Recipe(trainer, seed, monitor, patience, checkpoint_minutes)
+    tracking.check(wandb)
     with distributed.joined(trainer), run.opened(folder, config, resume, "--name"):
         if not model.supervised and (monitor != "val_loss" or finetune is not None):
             raise ValueError(
@@ -97,17 +95,17 @@ def train(
             soft_wrap=True,
         )
         if not (folder / "metrics.json").exists():
-            logger = _logger(wandb, folder, config, monitor, [data.name, type(model).__name__], trial)
+            logger = tracking.logger(wandb, folder, config, monitor, [data.name, type(model).__name__], trial)
             run.fit(folder, model, data, recipe, logger, trial and trial.report)
         if not model.supervised:
-            files.write_json(
-                {"val_loss": pl.read_csv(folder / "metrics.csv")["val_loss"].min()}, folder / "metrics.json"
-            )
+            loss = pl.read_csv(folder / "metrics.csv")["val_loss"].min()
+            files.write_json({"val_loss": loss}, folder / "metrics.json")
+            tracking.end({"val_loss": loss})
             console.print(f"next: ehr train -c FILE --init_from {folder / 'best.ckpt'}", soft_wrap=True)
             return
         predictions, result = run.conclude(folder, data)
         if wandb is not None:
-            end_log(_values(data.split, result))
+            tracking.end(tracking.scores(data.split, result))
         if finetune is None:
             report.show({data.name: result}, console)
             report.draw({data.name: predictions}, folder / "report.png")
@@ -193,6 +191,7 @@ def finetune(
     data = data or EICU()
     folder = Path(out) if out else Path(ckpt).parent / f"finetune-{data.name}"
     load(Path(ckpt))
+    tracking.check(wandb)
     with distributed.joined(trainer), run.opened(folder, config, resume, "--out"):
         recipe = run.Recipe(trainer, seed, "val_auroc_auprc", 5, checkpoint_minutes)
         _transfer(Path(ckpt), data, folder, recipe, learning_rate, epochs, wandb, config, {})
@@ -273,15 +272,15 @@ def _transfer(
             model,
             target,
             recipe,
-            _logger(wandb, folder, config, recipe.monitor, [target.name, type(model).__name__, "finetune"]),
+            tracking.logger(wandb, folder, config, recipe.monitor, [target.name, type(model).__name__, "finetune"]),
         )
     rows[f"{target.name} fine-tuned"] = run.conclude(folder, target)
     if wandb is not None:
-        end_log(
+        tracking.end(
             {
                 k: v
                 for stage in ("zero-shot", "fine-tuned")
-                for k, v in _values(stage, rows[f"{target.name} {stage}"][1]).items()
+                for k, v in tracking.scores(stage, rows[f"{target.name} {stage}"][1]).items()
             }
         )
     report.show({name: result for name, (_, result) in rows.items()}, console)
@@ -350,74 +349,6 @@ def _check_validation(data: ICUDataModule) -> None:
             f"the validation split of {data.root} has {int(target.sum())} positives among {len(target)} samples: both outcomes are needed to "
             "choose the best epoch and the threshold; give more stays or another --data.seed"
         )
-
-
-def _logger(
-    wandb: Literal["offline", "online"] | None,
-    folder: Path,
-    config: str,
-    monitor: str,
-    tags: list[str],
-    trial: run.Trial | None = None,
-) -> Any:
-    """Weights & Biases' run of this directory: its id is kept there, so that a resumed training goes on in the same run."""
-    if (
-        wandb is None or os.environ.get("WANDB_MODE") == "disabled" or console.quiet
-    ):  # quiet: not the first of several processes
-        return None
-    try:
-        import wandb as library
-        import yaml
-        from lightning.pytorch.loggers import WandbLogger
-    except ImportError as error:
-        raise ValueError(
-            "--wandb needs the package wandb: install it with pip install 'ehr[wandb]', or leave --wandb out"
-        ) from error
-    library.finish()
-    identity = folder / "wandb_id"
-    if not identity.exists():
-        files.write_text(identity, uuid.uuid4().hex[:16])
-    about: dict[str, Any] = {"name": folder.name, "job_type": "train", "tags": tags}
-    values = yaml.safe_load(config)
-    if trial is not None:
-        about = {
-            "name": f"{trial.study}/{folder.name}",
-            "job_type": "trial",
-            "tags": [*tags, trial.study],
-            "group": trial.study,
-        }
-        swept = {
-            name.replace(".", "_"): value for name, value in trial.params.items()
-        }  # names that a parallel-coordinates plot takes
-        values |= {"trial": trial.number, **swept}
-    settings = library.Settings(console="off", save_code=False, silent=True)
-    began = library.init(
-        project="ehr",
-        id=identity.read_text(),
-        resume="allow",
-        mode=wandb,
-        dir=folder,
-        config=values,
-        settings=settings,
-        **about,
-    )
-    step = "trainer/global_step"
-    began.define_metric(step)
-    began.define_metric("*", step_metric=step, step_sync=True)
-    began.define_metric(monitor, step_metric=step, step_sync=True, summary=MONITORS[monitor])
-    return WandbLogger(experiment=began)
-
-
-def end_log(summary: dict[str, Any], failed: bool = False) -> None:
-    """Close the open run of Weights & Biases, where there is one, with these entries in its summary."""
-    if (library := sys.modules.get("wandb")) is not None and library.run is not None:
-        library.run.summary.update(summary)
-        library.finish(exit_code=int(failed))
-
-
-def _values(name: str, metrics: dict[str, Any]) -> dict[str, float]:
-    """Scores without their intervals, under names such as test/auroc."""
-    return {f"{name}/{m}": v["value"] for m, v in metrics.items() if isinstance(v, dict)}
 
 
 assert set(MONITORS) == set(Monitor.__args__)  # type: ignore[attr-defined]

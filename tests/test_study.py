@@ -14,7 +14,8 @@ import pytest
 from optuna.trial import TrialState
 
 from experiments.benchmarks.check_sweep import programs, server
-from experiments.sweep.study import ATTEMPTS, Study, distributions
+from experiments.sweep.space import distributions
+from experiments.sweep.study import ATTEMPTS, Study
 
 SPACE: dict[str, Any] = {
     "model.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
@@ -150,7 +151,7 @@ def test_progress_and_intention_do_not_count_as_attempts(study: Callable[[], Stu
         if epoch % 2:
             one.report(trial, epoch, 0.5)
         else:
-            one.spare(trial)
+            one.release_without_penalty(trial)
         die(one)
     assert study().trials()[0].state == TrialState.RUNNING
 
@@ -159,7 +160,7 @@ def test_a_study_with_other_settings_is_refused(
     study: Callable[[], Study], storage: str, request: pytest.FixtureRequest
 ) -> None:
     study()
-    with pytest.raises(ValueError, match=r"begun with another config:\n  -patience: 3\n  \+patience: 4\n"):
+    with pytest.raises(ValueError, match=r"begun with another config:\n  --patience: 3 there, 4 here\n"):
         Study(request.node.name, storage, {**SETTINGS, "config": "patience: 4\n"})
 
 

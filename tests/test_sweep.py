@@ -23,8 +23,8 @@ from ehrmodels.base import load
 from experiments import verbs
 from experiments.benchmarks.check_sweep import workers
 from experiments.cli import main
-from experiments.sweep import command as sweep
 from experiments.sweep import report as sweep_report
+from experiments.sweep import worker
 from experiments.sweep.study import Study
 
 LINE = "sweep --model Fusion --model.width 8 --data SyntheticMIMICIV --data.root {} --runs {} --trainer.max_epochs 3 --name s --trials 4"
@@ -121,10 +121,10 @@ def test_how_a_trial_ends(
     one = Study("s", str(tmp_path / "study.journal"), SETTINGS)
     trial = claimed(one, 1)
     if leaves is None:
-        sweep.attempt(one, trial, "s", tmp_path, os.getppid())
+        worker.attempt(one, trial, "s", tmp_path, os.getppid())
     else:
         with pytest.raises(leaves):
-            sweep.attempt(one, trial, "s", tmp_path, os.getppid())
+            worker.attempt(one, trial, "s", tmp_path, os.getppid())
     ended = one.trials()[0]
     assert ended.state == state and ended.user_attrs.get("reason") == reason
     assert yaml.safe_load(ended.user_attrs["config"])["model"]["init_args"]["width"] == trial.params["model.width"]
@@ -260,7 +260,7 @@ def test_same_command_shows_the_summary_again_and_more_trials_go_on(
     main(["sweep", "-c", str(path), "--trials", "5"])
     assert "5 trials" in capsys.readouterr().out and (swept / "best.yaml").read_bytes() == before
     began: list[int] = []
-    monkeypatch.setattr(sweep._Workers, "run", lambda self, study: began.append(self.order["trials"]))
+    monkeypatch.setattr(worker.Workers, "run", lambda self, study: began.append(self.order["trials"]))
     main(["sweep", "-c", str(path), "--trials", "9"])
     assert began == [9]
 
