@@ -96,7 +96,7 @@ def logger(
     except wandb.errors.Error as error:
         if not began_before:
             shutil.rmtree(records, ignore_errors=True)
-        raise ValueError(f"--wandb {mode} is not possible: {error}; or take --wandb offline") from error
+        raise ValueError(f"--wandb {mode} is not possible: {error}; mend that, or take --wandb offline") from error
     write_text(identity, opened.id)
     opened.define_metric("epoch")
     opened.define_metric("*", step_metric="epoch", step_sync=True)

@@ -112,9 +112,7 @@ def _draw(
     rows = -(-len(parameters) // columns)
     with figure(path, (16, 4 + 3.2 * rows)) as drawn:
         upper, lower = drawn.subfigures(2, 1, height_ratios=[4, 3.2 * rows])
-        drawn.suptitle(
-            f"{name}: {len(trials)} trials, {len(complete)} complete, {len(pruned)} pruned (outliers at the edge)"
-        )
+        drawn.suptitle(f"{name}: {len(complete)} complete trials, {len(pruned)} pruned (outliers at the edge)")
         history, epochs, *shares = upper.subplots(1, 3 if importance else 2)
         _draw_history(history, complete, pruned, limits, better)
         history.set(title="History", xlabel="trial", ylabel=monitor, ylim=limits)
@@ -124,8 +122,10 @@ def _draw(
         _draw_epochs(epochs, top, color="C1", linewidth=2, markersize=4, label=f"trial {top.number}")
         epochs.set(title="Epochs (grey: pruned)", xlabel="epoch", ylabel=monitor)
         epochs.legend(fontsize=8)
-        for axis in (history, epochs):
+        last = max((e for t in (*complete, *pruned) for e in t.intermediate_values), default=0)
+        for axis, greatest in ((history, len(trials) - 1), (epochs, last)):
             axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set_xlim(-0.5, greatest + 0.5)
         for axis in shares:
             names = list(importance)[::-1]
             axis.barh(names, [importance[n] for n in names], color="C2")
