@@ -26,7 +26,8 @@ class Scorer(nn.Module):
     def forward(self, static: Tensor, *tensors: Tensor) -> Tensor:
         unknown = static.new_full(static.shape[:1], torch.nan)
         row = torch.zeros_like(unknown, dtype=torch.int64)
-        batch: Any = (Grid if self.view == "grid" else Triplets)(static, *tensors, unknown, row)
+        view: Any = Grid if self.view == "grid" else Triplets
+        batch = view(static, *tensors, unknown, row)
         return self.kind.prediction(self.model(batch), self.pos_weight).float()
 
 

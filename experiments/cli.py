@@ -23,7 +23,7 @@ OURS = (  # arguments of lightning.Trainer that are not offered: ``run.fit`` set
     *("reload_dataloaders_every_n_epochs", "barebones"),
 )
 WITHOUT_TORCH = ("synthesize", "prepare")  # verbs that know of hospitals, but of no data modules
-OF_TRIALS = {"data", "trainer", "monitor"}  # arguments of ``sweep`` that its trials have too
+OF_TRIALS = {"model", "data", "trainer", "monitor"}  # arguments of ``sweep`` that its trials have too
 OF_FILES = ("root", "sets", "systems", "stays", "simulation_seed")  # options of the data that choose files
 NO_MEMORY = "out of memory: lower --data.batch_size"
 
@@ -160,10 +160,9 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
         values["trainer"] = {k: v for k, v in namespace_to_dict(trainer).items() if v is not None}
     if "config" in own:
         values["config"] = text
-    if verb == "train" and values["name"] is None and (files := _files(arguments)):
-        from experiments.train import default_name
-
-        values["name"] = default_name(Path(files[-1]).stem, values["seed"])
+    if verb in ("train", "sweep") and values["name"] is None and (files := _files(arguments)):
+        seed = values.get("seed", 0)
+        values["name"] = f"{Path(files[-1]).stem}-{seed}" if seed else Path(files[-1]).stem
     return values
 
 

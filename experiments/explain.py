@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from datamodules.contract import Triplets, unlabelled
 from datamodules.module import ICUDataModule
-from ehrmodels.base import load
+from ehrmodels import load
 from ehrmodels.hymate import HyMaTE, chosen, sums
 from experiments import figures, files, report
 from experiments.files import console

@@ -94,6 +94,7 @@ def transfer(
     recipe = recipe._replace(trainer={**recipe.trainer, "max_epochs": epochs}, monitor=MONITOR, patience=PATIENCE)
     check(recipe)
     check_operating_point(operating_point)
+    tracking.check(wandb)
     if learning_rate is not None and not learning_rate >= 0:
         raise ValueError(f"the learning rate of fine-tuning must be at least 0, found {learning_rate}")
     options = {name: value for name, value in recipe.trainer.items() if name != "max_epochs"}
@@ -126,7 +127,7 @@ def transfer(
         stopped = why_stopped(folder, recipe.monitor, recipe.trainer)
         scored[f"{target.name} fine-tuned"] = conclude(folder, target, stopped, device, model)
         after, result = scored[f"{target.name} fine-tuned"]
-        tracking.finish(
+        tracking.end(
             tracking.scores("zero-shot", scored[f"{target.name} zero-shot"][1]) | tracking.scores("fine-tuned", result)
         )
         results = {name: scores for name, (_, scores) in scored.items()}

@@ -67,11 +67,12 @@ def train(
         Name of each result -> its scores, as in ``metrics.json``.
     """
     trainer = dict(trainer or {})
-    folder = Path(runs) / (name or default_name(f"{data.name}-{type(model).__name__}", seed))
+    folder = Path(runs) / (name or f"{data.name}-{type(model).__name__}{f'-{seed}' if seed else ''}".lower())
     monitor = monitor or ("val_auroc_auprc" if model.supervised else "val_loss")
     recipe = Recipe(trainer, seed, monitor, patience, checkpoint_minutes)
     check(recipe)
     check_operating_point(operating_point)
+    tracking.check(wandb)
     if name is not None and Path(name).name != name:
         raise ValueError(f"--name {name} must be the name of one folder; --runs says where it lies")
     if not model.supervised and (monitor != "val_loss" or finetune is not None):
@@ -142,7 +143,7 @@ def _train(
         console.print(f"{stopped}\nnext: ehr train -c FILE --init_from {folder / 'best.ckpt'}", soft_wrap=True)
         return None
     predictions, result = conclude(folder, data, stopped, device, type(model))
-    tracking.finish(tracking.scores(result["split"], result))
+    tracking.end(tracking.scores(result["split"], result))
     if trial is None:
         report.show({data.name: result}, console)
         title = f"{folder.name}: {data.spec.task['name']}"
@@ -152,8 +153,3 @@ def _train(
             soft_wrap=True,
         )
     return predictions, result
-
-
-def default_name(what: str, seed: int) -> str:
-    """Name of a run that was not named."""
-    return f"{what}-{seed}".lower() if seed else what.lower()

@@ -14,7 +14,8 @@ import pytest
 from optuna.trial import TrialState
 
 from experiments.benchmarks.check_sweep import programs, server
-from experiments.sweep.study import ATTEMPTS, Study, distributions
+from experiments.sweep.space import distributions
+from experiments.sweep.study import ATTEMPTS, Study
 
 SPACE: dict[str, Any] = {
     "model.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True},
@@ -150,7 +151,7 @@ def test_progress_and_intention_do_not_count_as_attempts(study: Callable[[], Stu
         if epoch % 2:
             one.report(trial, epoch, 0.5)
         else:
-            one.spare(trial)
+            one.release_without_penalty(trial)
         die(one)
     assert study().trials()[0].state == TrialState.RUNNING
 
@@ -159,8 +160,78 @@ def test_a_study_with_other_settings_is_refused(
     study: Callable[[], Study], storage: str, request: pytest.FixtureRequest
 ) -> None:
     study()
-    with pytest.raises(ValueError, match=r"begun with another config:\n  -patience: 3\n  \+patience: 4\n"):
+    with pytest.raises(ValueError, match=r"begun with another config:\n  --patience: 3 there, 4 here\n"):
         Study(request.node.name, storage, {**SETTINGS, "config": "patience: 4\n"})
+
+
+def test_settings_that_change_no_result_are_the_same_study(tmp_path: Path) -> None:
+    """Also an option that a release adds, and one that is as it is by default."""
+    for config in ("seed: 0\n", "seed: 0\nruns: elsewhere\npatience: 10\n", "trainer: {max_epochs: 30}\n"):
+        Study("s", str(tmp_path / "study.journal"), {**SETTINGS, "config": config})
+
+
+# ---- repeated configurations -------------------------------------------------------------------------------------------------
+
+ONE_CHOICE = {**SETTINGS, "space": {"model.width": [8]}}
+
+
+@pytest.mark.parametrize(
+    ("state", "result", "value", "reason"),
+    [
+        (TrialState.COMPLETE, TrialState.COMPLETE, 0.7, None),
+        (TrialState.PRUNED, TrialState.PRUNED, None, "same configuration as trial 0"),
+        (TrialState.FAIL, TrialState.PRUNED, None, "same configuration as trial 0"),
+        (TrialState.RUNNING, TrialState.PRUNED, None, "same configuration as trial 0"),
+    ],
+)
+def test_a_configuration_is_not_trained_twice(
+    state: TrialState, result: TrialState, value: float | None, reason: str | None, tmp_path: Path
+) -> None:
+    storage = str(tmp_path / "study.journal")
+    with Study("s", storage, ONE_CHOICE) as first, Study("s", storage, ONE_CHOICE) as second:
+        trial = claimed(first, 4)
+        trial.set_user_attr("run", "runs/s/trial-0000")
+        if state != TrialState.RUNNING:
+            first.end(trial, state, 0.7 if state == TrialState.COMPLETE else None)
+        assert second.claim(4) is None  # the other three have ended meanwhile
+        others = second.trials()[1:]
+        assert [t.state for t in others] == [result] * 3 and [t.value for t in others] == [value] * 3
+        assert all(t.user_attrs["repeats"] == 0 and t.user_attrs.get("reason") == reason for t in others)
+        assert all(t.user_attrs.get("run") == (value and "runs/s/trial-0000") for t in others)
+        assert second.finished(4) == (state != TrialState.RUNNING)
+
+
+def test_a_repeat_that_lost_its_process_is_not_trained_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = str(tmp_path / "study.journal")
+    with Study("s", storage, ONE_CHOICE) as first:
+        first.end(claimed(first, 2), TrialState.COMPLETE, 0.7)
+        monkeypatch.setattr(first, "_ended_as_repeat", lambda *_: False)  # killed just before it
+        claimed(first, 2)
+    with Study("s", storage, ONE_CHOICE) as second:
+        assert second.claim(2) is None and second.trials()[1].user_attrs["repeats"] == 0
+
+
+def test_repeats_of_failures_are_no_sign_of_life(tmp_path: Path) -> None:
+    space = {"model.width": [1, 2, 3, 4, 5, 6]}
+    with (
+        Study("s", str(tmp_path / "study.journal"), {**SETTINGS, "space": space}) as one,
+        pytest.raises(ValueError, match="the first 5 trials all failed"),
+    ):
+        while trial := one.claim(200):
+            one.end(trial, TrialState.FAIL, reason="no such column")
+    assert any("repeats" in t.user_attrs for t in one.trials())
+
+
+@pytest.mark.parametrize(("direction", "best"), [("max", 0.8), ("min", 0.6)])
+def test_infinity_is_never_the_best(direction: str, best: float, tmp_path: Path) -> None:
+    one = Study("s", str(tmp_path / "study.journal"), {**SETTINGS, "direction": direction})
+    for value in (0.6, float("inf"), 0.8, float("-inf")):
+        trial = claimed(one, 4)
+        one.report(trial, 0, value)
+        one.report(trial, 1, float("nan"))
+        one.end(trial, TrialState.COMPLETE, value)
+    assert one.best(one.trials()).value == best  # type: ignore[union-attr]
+    assert one.trials()[1].intermediate_values == {}
 
 
 def test_first_trials_that_all_fail_end_the_study(study: Callable[[], Study]) -> None:

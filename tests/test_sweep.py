@@ -23,8 +23,9 @@ from ehrmodels.base import load
 from experiments import verbs
 from experiments.benchmarks.check_sweep import workers
 from experiments.cli import main
-from experiments.sweep import command as sweep
 from experiments.sweep import report as sweep_report
+from experiments.sweep import worker
+from experiments.sweep.space import check_names
 from experiments.sweep.study import Study
 
 LINE = "sweep --model Fusion --model.width 8 --data SyntheticMIMICIV --data.root {} --runs {} --trainer.max_epochs 3 --name s --trials 4"
@@ -47,6 +48,7 @@ LINE = "sweep --model Fusion --model.width 8 --data SyntheticMIMICIV --data.root
         ),
         ("{model.dropout: [[1]]}", "--space model.dropout: choices must be numbers, words, true, false or null"),
         ("{}", "--space is empty"),
+        ("{monitor: [val_loss]}", "--space monitor cannot be searched: trials are compared by one metric"),
     ],
 )
 def test_bad_space(space: str, message: str, mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +75,58 @@ def test_bad_sweep(more: str, message: str, mimic: Path, tmp_path: Path, capsys:
         [*LINE.format(mimic, tmp_path / "runs").split(), "--space", "{model.width: [8]}", *more.split()], capsys
     )
     assert message in said and "secret" not in said
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ("monitor", "one metric"),
+        ("name runs config resume", "where each trial lies"),
+        ("wandb", "the same for all trials"),
+        ("seed", "a lucky seed is no setting"),
+        ("finetune finetune_epochs finetune-learning-rate finetune.hours", "fine-tune what the sweep has found"),
+        ("data data.class_path data.task data.init_args.task", "one sweep for each"),
+        ("data.split data.split_by data.seed data.init_args.seed data.sets data.root data.cache", "the same patients"),
+        (
+            "data.hours data.window data.rolling data.lead data.after_onset data.sepsis data.definition",
+            "which patients",
+        ),
+        (
+            "data.sofa data.sofa.gcs_intubated data.min_age data.first_stay data.min_icu_hours data.labs",
+            "which patients",
+        ),
+        ("trainer.devices trainer.num_nodes trainer.strategy", "one trial runs on one device"),
+        ("trainer.logger trainer.callbacks", "the training sets it itself"),
+        ("trainer.limit_val_batches trainer.overfit_batches", "the same patients"),
+    ],
+)
+def test_what_must_not_be_searched(names: str, reason: str) -> None:
+    for name in names.split():
+        with pytest.raises(ValueError, match=f"--space {name} cannot be searched: .*{reason}"):
+            check_names({name: [1]})
+
+
+def test_what_may_be_searched() -> None:
+    names = ["model", "model.width", "data.batch_size", "data.treatment", "trainer.max_epochs", "patience"]
+    check_names(dict.fromkeys(names))
+
+
+# ---- the processes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_command_reads_the_last_error_of_its_own_workers(tmp_path: Path) -> None:
+    (tmp_path / "worker-elsewhere-1-0.log").write_text("ehr: what another command's worker said\n")
+    workers = worker.Workers({"folder": str(tmp_path)}, 1)
+    workers.log(0).write_text("a line\nehr: no such folder\n")
+    workers.processes[0] = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
+    workers.processes[0].wait()
+    with pytest.raises(ValueError, match=r"^no such folder$"):
+        workers._replace_lost()
+
+
+def test_cores_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+    assert worker._cores() == os.cpu_count()
 
 
 # ---- one trial ---------------------------------------------------------------------------------------------------------------
@@ -121,13 +175,32 @@ def test_how_a_trial_ends(
     one = Study("s", str(tmp_path / "study.journal"), SETTINGS)
     trial = claimed(one, 1)
     if leaves is None:
-        sweep.attempt(one, trial, "s", tmp_path, os.getppid())
+        worker.attempt(one, trial, "s", tmp_path, os.getppid())
     else:
         with pytest.raises(leaves):
-            sweep.attempt(one, trial, "s", tmp_path, os.getppid())
+            worker.attempt(one, trial, "s", tmp_path, os.getppid())
     ended = one.trials()[0]
     assert ended.state == state and ended.user_attrs.get("reason") == reason
     assert yaml.safe_load(ended.user_attrs["config"])["model"]["init_args"]["width"] == trial.params["model.width"]
+
+
+@pytest.mark.parametrize(
+    ("table", "best"),
+    [
+        ("epoch,val_loss\n0,\n1,0.5\n2,\n3,0.4\n", 3),
+        ("epoch,val_loss\n0,nan\n1,0.5\n2,-inf\n", 1),
+        ("epoch,train_loss,val_loss\n0,1.0\n1,0.9,0.5\n", 1),
+        ("epoch,val_loss\n0,\n1,\n", None),
+        ("epoch,train_loss\n0,1.0\n", None),
+    ],
+)
+def test_the_best_epoch_is_one_that_was_validated(table: str, best: int | None, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(table)
+    if best is None:
+        with pytest.raises(ValueError, match="no epoch has a value of val_loss"):
+            worker._best_epoch(tmp_path / "metrics.csv", "val_loss")
+    else:
+        assert worker._best_epoch(tmp_path / "metrics.csv", "val_loss")["epoch"] == best
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------------------
@@ -209,7 +282,7 @@ def test_best_is_reproduced_by_train(swept: Path, tmp_path: Path) -> None:
 
 
 def test_weights_and_biases_has_one_run_a_trial(swept: Path) -> None:
-    """Read back with the library's own reader."""
+    """Read back with the library's own reader: also a trial that lost its process has one record of all its epochs."""
     pytest.importorskip("wandb")
     logs: dict[str, list[Path]] = {}
     for path in sorted(swept.rglob("*.wandb")):
@@ -217,7 +290,8 @@ def test_weights_and_biases_has_one_run_a_trial(swept: Path) -> None:
     assert set(logs) == {f"trial-{i:04d}" for i in range(5)}
     ids = set()
     for name, paths in logs.items():
-        records = [r for path in paths for r in _inspected(path)]  # a trial that lost its process has a file of each
+        assert len(paths) == 1
+        records = _inspected(paths[0])
         runs = [r["run"] for r in records if "run" in r]
         ids |= {run["run_id"] for run in runs}
         assert {(run["run_group"], run["job_type"]) for run in runs} == {("s", "trial")}
@@ -226,8 +300,10 @@ def test_weights_and_biases_has_one_run_a_trial(swept: Path) -> None:
         assert summary["config"]["trial"] == int(name[-4:]) and "model_learning_rate" in summary["config"]
         epochs = swept / name / "metrics.csv"
         if epochs.exists():
-            curve = {r["history"]["item"].get("val_auroc_auprc") for r in records if "history" in r}
-            assert set(pl.read_csv(epochs)["val_auroc_auprc"]) <= curve
+            history = [r["history"]["item"] for r in records if "history" in r]
+            curve = {item["_step"]: item["val_auroc_auprc"] for item in history if "val_auroc_auprc" in item}
+            assert len(history) == len(curve)
+            assert curve == dict(pl.read_csv(epochs).select("epoch", "val_auroc_auprc").iter_rows())
     assert len(ids) == 5
     raw = b"".join(path.read_bytes() for paths in logs.values() for path in paths)
     assert b"stay_id" not in raw and b"patient_id" not in raw
@@ -260,9 +336,23 @@ def test_same_command_shows_the_summary_again_and_more_trials_go_on(
     main(["sweep", "-c", str(path), "--trials", "5"])
     assert "5 trials" in capsys.readouterr().out and (swept / "best.yaml").read_bytes() == before
     began: list[int] = []
-    monkeypatch.setattr(sweep._Workers, "run", lambda self, study: began.append(self.order["trials"]))
+    monkeypatch.setattr(worker.Workers, "run", lambda self, study: began.append(self.order["trials"]))
     main(["sweep", "-c", str(path), "--trials", "9"])
     assert began == [9]
+
+
+def test_epochs_without_validation_and_repeated_configurations(
+    mimic: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = "--trainer.check_val_every_n_epoch 2 --trainer.max_epochs 4 --trials 3 --space {model.width:[8]}"
+    main([*LINE.format(mimic, tmp_path).split(), *more.replace(":", ": ", 1).split(maxsplit=7)])
+    assert "2 repeated another's configuration and were not trained again" in capsys.readouterr().out
+    table = pl.read_csv(tmp_path / "s" / "trials.csv")
+    assert table["repeats"].to_list() == [None, 0, 0] and table["state"].to_list() == ["complete"] * 3
+    epochs = pl.read_csv(tmp_path / "s" / "trial-0000" / "metrics.csv")["val_auroc_auprc"]
+    assert table["val_auroc_auprc"].unique().to_list() == [epochs.max()]
+    assert table["epochs"].to_list() == [2, 0, 0] and table["run"].n_unique() == 1
+    assert {p.name for p in (tmp_path / "s").glob("trial-*")} == {"trial-0000"}
 
 
 def test_workers_end_with_the_command(mimic: Path, trained: Path, tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def named(spec: Spec) -> dict[str, nn.Module]:
     }
     for model in models.values():
         if isinstance(model, ICUModule):
-            model.start(spec, 1.0)
+            model.initialise(spec, 1.0)
         model.train()
     return models
 

@@ -348,7 +348,7 @@ def whole_model(scans: dict[str, Scan], count: int = 32, events: int = 600, roun
         length,
     )
     model = HyMaTE(width=64, layers=3, state=16)
-    model.start(spec, 1.0)
+    model.initialise(spec, 1.0)
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
     taken: dict[str, list[float]] = {OURS: [], PSCAN: []}
     training_step(model, optimizer, batch)

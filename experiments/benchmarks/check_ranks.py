@@ -28,9 +28,11 @@ import torch
 from datamodules import simulate
 from datamodules.contract import Spec, Triplets
 from datamodules.module import SyntheticMIMICIV
-from ehrmodels.base import load, read_checkpoint
+from ehrmodels import load
+from ehrmodels.checkpoint import read
 from ehrmodels.hymate import HyMaTE
-from experiments import files, run
+from experiments import files
+from experiments.evaluate import predict_split
 from experiments.files import console
 from experiments.metrics import score
 
@@ -158,7 +160,7 @@ def agreement(folder: Path) -> Iterator[dict[str, Any]]:
                 column: _largest(pl.read_csv(one / "metrics.csv")[column] - pl.read_csv(other / "metrics.csv")[column])
                 for column in ("train_loss", "val_loss", "val_auroc", "val_auprc")
             }
-            mine, yours = (read_checkpoint(r / "last.ckpt")["state_dict"] for r in (one, other))
+            mine, yours = (read(r / "last.ckpt")["state_dict"] for r in (one, other))
             differences["weights"] = max(float((mine[k] - yours[k]).abs().max()) for k in mine)
             differences |= {f"test {m}": abs(_test(one, m) - _test(other, m)) for m in ("auroc", "auprc")}
             yield {
@@ -218,9 +220,9 @@ def scoring(folder: Path) -> Iterator[dict[str, Any]]:
 def _score(checkpoint: str, root: str, out: str) -> None:
     torch.distributed.init_process_group("gloo")
     files.console.quiet = torch.distributed.get_rank() > 0
-    model, data = load(Path(checkpoint)), SyntheticMIMICIV(root)
+    model, data = load(checkpoint), SyntheticMIMICIV(root)
     data.adopt(model.spec)
-    files.write_parquet(run.predict(model, data, "all"), Path(out))
+    files.write_parquet(predict_split(model, data, "all"), Path(out))
     torch.distributed.destroy_process_group()
 
 
@@ -330,7 +332,7 @@ def _kill(folder: Path, line: str, victim: str | int, chance: random.Random, sec
         if time.monotonic() > limit:
             raise RuntimeError(f"ehr {line}: a process was left after kill -9 of process {victim}")
         time.sleep(0.05)
-    checkpoint = read_checkpoint(next(folder.glob("runs/*/last.ckpt")))
+    checkpoint = read(next(folder.glob("runs/*/last.ckpt")))
     within = checkpoint["callbacks"]["_Epochs"]["within"]
     return f"{checkpoint['epoch']}.{within['batch']}" if within else f"{checkpoint['epoch'] + 1}.0"
 
@@ -364,7 +366,7 @@ def _same(one: Path, other: Path) -> str:
         if (one / n).read_bytes() != (other / n).read_bytes()
     ]
     for name in ("best.ckpt", "last.ckpt"):
-        mine, yours = (read_checkpoint(run / name)["state_dict"] for run in (one, other))
+        mine, yours = (read(run / name)["state_dict"] for run in (one, other))
         if list(mine) != list(yours) or not all(torch.equal(mine[k], yours[k]) for k in mine):
             wrong.append(name)
     return f"DIFFERENT: {', '.join(wrong)}" if wrong else "bitwise equal"
@@ -400,7 +402,7 @@ def _step(stays: int, length: int, flag: int) -> None:
     names = [f"v{i}" for i in range(60)]
     ones, zeros = [1.0] * 60, [0.0] * 60
     model = HyMaTE(width=64, layers=4, attention="variable", recompute=bool(flag))
-    model.start(
+    model.initialise(
         Spec(
             names,
             [""] * 60,

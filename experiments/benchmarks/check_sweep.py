@@ -22,7 +22,7 @@ import polars as pl
 import yaml
 from optuna.storages.journal import JournalFileBackend
 
-from experiments import cli, run, verbs
+from experiments import cli, fit, train
 from experiments.files import console, write_text
 from experiments.sweep.study import Study
 
@@ -199,7 +199,7 @@ def plain(folder: Path, trials: int) -> None:
 
         place = [f"--runs={folder}", f"--name=plain-{trial.number}", "--data.split=val"]
         values = cli.configured("train", ["-c", str(folder / "train.yaml"), *flags, *place])
-        verbs.train(**values, trial=run.Trial("plain", trial.number, trial.params, report))
+        train.train(**values, trial=fit.Trial("plain", trial.number, trial.params, report))
         return max(pl.read_csv(folder / f"plain-{trial.number}" / "metrics.csv")["val_auroc_auprc"].to_list())
 
     study.optimize(objective, n_trials=trials)

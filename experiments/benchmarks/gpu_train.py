@@ -167,7 +167,7 @@ def train(
     model, target = make(), data.targets("train")
     data.view = model.view
     assert data.spec is not None
-    model.start(data.spec, float((len(target) - target.sum()) / target.sum()))
+    model.initialise(data.spec, data.positive_weight())
     meter = Meter(device)
     with scanning(column), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning asks for more workers
