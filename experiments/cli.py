@@ -115,8 +115,6 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
     import logging
     import warnings
 
-    from jsonargparse import namespace_to_dict
-
     for noise in (
         "does not have many workers",
         "number of training batches",
@@ -157,7 +155,7 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
         made = parser.instantiate(configuration)
     values = {name: value for name, value in vars(made).items() if name in own}
     if "trainer" in own and trainer is not None:
-        values["trainer"] = {k: v for k, v in namespace_to_dict(trainer).items() if v is not None}
+        values["trainer"] = {k: v for k, v in trainer.as_dict().items() if v is not None}
     if "config" in own:
         values["config"] = text
     if verb in ("train", "sweep") and values["name"] is None and (files := _files(arguments)):

@@ -118,7 +118,8 @@ def explain(
                 literal.replace("'", "") or {"NoneType": "null", "str": "text"}.get(kind, kind)
                 for kind, literal in kinds
             ]
-            return f"{written(key)}: expected {' or '.join(dict.fromkeys(expected))}, found {value[1]}"
+            expected = [kind for kind in dict.fromkeys(expected) if kind != "null"] or expected
+            return f"{written(key)}: expected {' or '.join(expected)}, found {value[1]}"
         if "does not exist" in reason:
             return f"--{key}: {reason}"
     if wrong := re.search(r"class_path '([\w.]+)': (.*)", message):

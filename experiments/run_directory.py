@@ -5,10 +5,11 @@ lines say on which code, device and data. ``run.log`` holds all that was printed
 """
 
 import inspect
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,7 @@ from experiments import settings
 from experiments.files import console, write_text
 
 LOCK_SECONDS = 8  # a killed command's loader processes hold its lock for so long
-FILES = ("config.yaml", "environment.txt", "metrics.csv", "wandb_id", "run.log", "run.lock")
+FILES = ("config.yaml", "environment.txt", "metrics.csv", "wandb_id", "run.log")
 
 
 def configuration(
@@ -96,18 +97,18 @@ def opened(folder: Path, config: dict[str, Any], resume: bool, option: str, verb
     if console.quiet:  # one of several processes; the first has the directory
         yield
         return
-    began = not folder.exists()
     with _alone(folder, option):
+        _take_up(folder, config, resume, option, verb)
+        log = folder / "run.log"
         try:
-            _take_up(folder, config, resume, option, verb)
-            with console.logging_to(folder / "run.log"):
+            with console.logging_to(log):
                 yield
         except Exception as error:
-            if began or not (trained(folder) or (folder / "config.yaml").exists()):
+            if trained(folder):
+                with suppress(OSError), log.open("a") as file:
+                    file.write(f"ehr: {error}\n")
+            else:
                 _remove(folder)
-            elif (folder / "run.log").exists():
-                with (folder / "run.log").open("a") as log:
-                    log.write(f"{error}\n")
             raise
 
 
@@ -115,7 +116,8 @@ def _take_up(folder: Path, config: dict[str, Any], resume: bool, option: str, ve
     path = folder / "config.yaml"
     if path.exists():
         stored = yaml.safe_load(path.read_text())
-        unequal = settings.differences(stored if isinstance(stored, dict) else {}, config, verb)
+        stored = stored if isinstance(stored, dict) else {}
+        unequal = settings.differences(_from_here(stored), _from_here(config), verb)
         if unequal:
             raise ValueError(
                 f"{folder} holds a run with another configuration ({path}):\n{settings.told(unequal)}\n"
@@ -136,6 +138,13 @@ def _take_up(folder: Path, config: dict[str, Any], resume: bool, option: str, ve
     python = [f"python=={platform.python_version()}", f"platform: {platform.platform()}"]
     write_text(folder / "environment.txt", "\n".join([*python, *packages]) + "\n")
     write_text(path, _yaml(config, {"code": code(), "device": device_name()}))
+
+
+def _from_here(config: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint of a configuration as seen from its run directory, which may have been moved together with it."""
+    if "ckpt" not in config or "out" not in config:
+        return config
+    return {**config, "ckpt": os.path.relpath(config["ckpt"], config["out"])}
 
 
 def record(folder: Path, facts: dict[str, Any]) -> None:
@@ -187,6 +196,10 @@ def _alone(folder: Path, option: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if not (folder / "config.yaml").exists():  # nothing of ours is here
+            (folder / "run.lock").unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _remove(folder: Path) -> None:
@@ -195,8 +208,6 @@ def _remove(folder: Path) -> None:
         return
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def _yaml(config: dict[str, Any], facts: dict[str, Any]) -> str:

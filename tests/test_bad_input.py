@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 import torch
 
-from ehrmodels.base import read_checkpoint
+from ehrmodels.checkpoint import read
 from experiments.cli import main
 from experiments.files import save
 
@@ -323,14 +323,14 @@ def test_test_split_with_one_outcome_is_scored_as_far_as_possible(root: Path, ou
 
 
 def variables(path: Path) -> None:
-    content = read_checkpoint(path)
+    content = read(path)
     for name in ("variables", "units", "center", "scale"):
         content["ehr"]["spec"][name] = content["ehr"]["spec"][name][:-1]
     save(content, path)
 
 
 def renamed(path: Path) -> None:
-    content = read_checkpoint(path)
+    content = read(path)
     content["ehr"]["spec"]["variables"][0] = "haert_rate"
     save(content, path)
 

@@ -15,9 +15,11 @@ import torch
 import yaml
 
 from datamodules import EICU, MIMICIV, ICUDataModule, PhysioNet2012, PhysioNet2019, SyntheticEICU, SyntheticMIMICIV
-from ehrmodels.base import ICUModule, read_checkpoint
+from ehrmodels.base import ICUModule
+from ehrmodels.checkpoint import read
 from ehrmodels.fusion import Fusion
-from experiments.cli import VERBS, main, make_parser
+from experiments.cli import main, make_parser
+from experiments.help import VERBS
 from experiments.metrics import METRICS
 from experiments.sweep import command as sweep
 
@@ -324,7 +326,7 @@ def test_train_writes_a_whole_run(trained: Path) -> None:
             "val_auprc",
             "val_auroc_auprc",
         }
-        facts = read_checkpoint(folder / "best.ckpt")["ehr"]
+        facts = read(folder / "best.ckpt")["ehr"]
         assert facts["threshold"] == metrics["val"]["threshold"] == metrics["test"]["threshold"]
         assert facts["seed"] == 0
     assert "torch==" in (trained / "environment.txt").read_text()
@@ -333,7 +335,7 @@ def test_train_writes_a_whole_run(trained: Path) -> None:
 def test_split_hash_and_probabilities_of_train_and_val_do_not_overlap(trained: Path, mimic: Path) -> None:
     data = SyntheticMIMICIV(str(mimic))
     data.setup()
-    assert read_checkpoint(trained / "best.ckpt")["ehr"]["split_hash"] == data.split_hash()
+    assert read(trained / "best.ckpt")["ehr"]["split_hash"] == data.split_hash()
     held = pl.read_parquet(trained / "predictions.parquet").join(
         data.samples.select("stay_id", true="split"), on="stay_id"
     )
@@ -408,7 +410,7 @@ def test_finetune_takes_eicu_when_only_its_root_is_given(
 
 def test_predict_scores_every_stay_unless_told_otherwise(trained: Path, tmp_path: Path) -> None:
     """New patients belong to no split: with the data of the checkpoint, with named data and with another root, all are scored."""
-    source = read_checkpoint(trained / "best.ckpt")["ehr"]["data"]["arguments"]["root"]
+    source = read(trained / "best.ckpt")["ehr"]["data"]["arguments"]["root"]
     table = tmp_path / "risk.parquet"
     sizes = []
     for data in ("", f"--data.root {source}", f"--data MIMICIV --data.root {source}", "--data.split test"):
@@ -432,7 +434,7 @@ def test_predict_needs_no_outcomes(trained: Path, mimic: Path, tmp_path: Path) -
     both = known.join(new_table, on=["stay_id", "minute"], suffix="_new")
     assert both.height == known.height
     assert both["probability"].equals(both["probability_new"], check_names=False)
-    threshold = read_checkpoint(trained / "best.ckpt")["ehr"]["threshold"]
+    threshold = read(trained / "best.ckpt")["ehr"]["threshold"]
     assert new_table["alert"].equals(new_table["probability"] >= threshold, check_names=False)
 
 
@@ -444,7 +446,7 @@ def test_zero_shot_and_fine_tuned_are_scored_on_the_same_patients(trained: Path,
     assert zero.select(same).equals(tuned.select(same))
     assert set(zero["split"]) == {"test"}
     assert not zero["probability"].equals(tuned["probability"])
-    source, target = (read_checkpoint(f / "best.ckpt")["ehr"] for f in (trained, folder))
+    source, target = (read(f / "best.ckpt")["ehr"] for f in (trained, folder))
     assert source["spec"] == target["spec"]  # scaler, variables, task
     assert source["pos_weight"] == target["pos_weight"]
     assert target["data"]["class"] == "SyntheticEICU"
@@ -479,7 +481,7 @@ def test_finetune_from_a_checkpoint(
     folder = trained / "finetune-SyntheticEICU"  # `train --finetune` is the same thing
     for name in ("zero_shot.parquet", "predictions.parquet"):
         assert pl.read_parquet(tmp_path / "ft" / name).equals(pl.read_parquet(folder / name))
-    one, two = read_checkpoint(tmp_path / "ft" / "last.ckpt"), read_checkpoint(folder / "last.ckpt")
+    one, two = read(tmp_path / "ft" / "last.ckpt"), read(folder / "last.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(one["state_dict"].values(), two["state_dict"].values(), strict=True))
     assert (tmp_path / "ft" / "config.yaml").exists()
     said = refused(f"finetune --ckpt {trained / 'best.ckpt'} --data SyntheticEICU --data.root {eicu}", capsys)
@@ -488,10 +490,10 @@ def test_finetune_from_a_checkpoint(
 
 def test_fine_tuning_uses_dropout(trained: Path) -> None:
     """Without dropout, which a loaded model has turned off, the training loss of each epoch would repeat exactly at rate 0."""
-    source = read_checkpoint(trained / "best.ckpt")
+    source = read(trained / "best.ckpt")
     assert source["ehr"]["arguments"]["dropout"] > 0
-    from ehrmodels.base import load
-    from experiments import run
+    from ehrmodels import load
+    from experiments import fit
 
     seen = []
 
@@ -508,11 +510,11 @@ def test_fine_tuning_uses_dropout(trained: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning.Trainer", lambda **_: Spy())
         with pytest.raises(Stop):
-            run.fit(
+            fit.fit(
                 trained / "nowhere",
                 load(trained / "best.ckpt"),
                 SyntheticEICU(),
-                run.Recipe({}, 0, "val_loss", 1, 10.0),
+                fit.Recipe({}, 0, "val_loss", 1, 10.0),
                 None,
             )
     assert seen == [True]
@@ -540,14 +542,15 @@ def test_hourly_task_end_to_end(mimic: Path, tmp_path: Path) -> None:
     assert (table["minute"] % 60 == 0).all()
     assert table["minute"].min() == 12 * 60
     assert table["stay_id"].n_unique() < len(table) / 5
-    assert read_checkpoint(tmp_path / "hourly" / "best.ckpt")["ehr"]["spec"]["statics"] == ["age", "sex"]
+    assert read(tmp_path / "hourly" / "best.ckpt")["ehr"]["spec"]["statics"] == ["age", "sex"]
     assert (tmp_path / "hourly" / "report.png").exists()
 
 
 def test_checkpoint_of_changed_score_switches_loads(trained: Path) -> None:
     """Every argument of the data becomes plain types in a checkpoint."""
-    from datamodules.derive.sofa import Switches
     from experiments.verbs import _description
+
+    from datamodules.derive.sofa import Switches
 
     for data in (
         EICU(sofa=Switches()),
@@ -601,8 +604,9 @@ def test_wandb_disabled_needs_no_package(mimic: Path, tmp_path: Path, monkeypatc
 
 
 def test_classes_offered_are_those_of_the_package() -> None:
-    from experiments.cli import _classes
     from experiments.verbs import train
+
+    from experiments.cli import _classes
 
     offered = _classes(train)
     assert set(offered["model"]) >= {Fusion.__name__}

@@ -20,10 +20,11 @@ from test_resume import same
 
 from datamodules.sampler import BATCH_EVENTS, Batches
 from ehrmodels import base
-from ehrmodels.base import ICUModule, read_checkpoint
+from ehrmodels.base import ICUModule
+from ehrmodels.checkpoint import read
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast
-from experiments import distributed, files, run
+from experiments import distributed, files, resume
 from experiments.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +111,7 @@ def test_gradients_of_uneven_parts_average_to_that_of_the_whole(
 ) -> None:
     torch.manual_seed(0)
     model = kind(width=16, heads=2, dropout=0.0)  # type: ignore[call-arg]
-    model.start(spec(12, 24, 3), 3.0)
+    model.initialise(spec(12, 24, 3), 3.0)
     model.double()
     samples = batch(model, 13)
     samples = type(samples)(*(t.double() if t.is_floating_point() else t for t in samples))
@@ -146,7 +147,7 @@ def test_gradients_of_uneven_parts_average_to_that_of_the_whole(
 def test_weight_decay_and_clipping_do_not_need_the_shape_of_a_parameter() -> None:
     """A strategy that shards the parameters flattens them, and alone knows their norm."""
     model = Fusion(width=16, heads=2)
-    model.start(spec(12, 8, 3), 3.0)
+    model.initialise(spec(12, 8, 3), 3.0)
 
     class Whole:
         clipped = 0.0
@@ -293,7 +294,7 @@ def test_two_processes_do_what_one_does(
             mine, yours = (pl.read_parquet(r / part / "predictions.parquet") for r in (one, other))
             assert mine.drop("probability").equals(yours.drop("probability"))  # every sample once, in the same order
             np.testing.assert_allclose(yours["probability"], mine["probability"], atol=2e-3)
-        assert read_checkpoint(other / "best.ckpt")["ehr"]["threshold"] > 0
+        assert read(other / "best.ckpt")["ehr"]["threshold"] > 0
     same(tmp_path / "lightning" / "runs", tmp_path / "torchrun" / "runs")
 
 
@@ -368,9 +369,9 @@ def test_a_killed_process_ends_the_others_and_training_goes_on_where_it_was(
     until(written, process)
     os.kill(members(tmp_path)[rank], signal.SIGKILL)
     ended(process, tmp_path, status)
-    assert read_checkpoint(last)["callbacks"]["_Epochs"]["within"] is not None
+    assert read(last)["callbacks"]["_Epochs"]["within"] is not None
     with pytest.raises(ValueError, match="was written by a training on 2 processes, this is one on 1: continue"):
-        run._Epochs(tmp_path / "metrics.csv", 0, last, 0, None).position(1)
+        resume.Epochs(tmp_path / "metrics.csv", 0, last, 0, None).position(1)
     if rank == 1:  # once is enough: what is left does not depend on who was killed
         finished(start(command, f"{line} --resume", tmp_path))
         same(request.getfixturevalue("unbroken"), tmp_path / "runs")

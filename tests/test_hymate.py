@@ -22,7 +22,7 @@ from datamodules import MIMICIV, PhysioNet2012
 from datamodules.contract import Spec, Triplets
 from datamodules.dictionary import NAMES
 from datamodules.sampler import Batches
-from ehrmodels.base import load, read_checkpoint
+from ehrmodels.checkpoint import load, read
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast, chosen, forecast_task
 from experiments.cli import main
 from experiments.explain import _without
@@ -35,7 +35,7 @@ SMALL = {"width": 16, "layers": 2, "state": 4, "heads": 2}
 def make(attention: str = "token", kind: type[HyMaTE] = HyMaTE, facts: Spec | None = None, **arguments: Any) -> HyMaTE:
     torch.manual_seed(0)
     model = kind(**{**SMALL, "attention": attention, **arguments})
-    model.start(facts or spec(6, 48, 3), 2.0)
+    model.initialise(facts or spec(6, 48, 3), 2.0)
     return model.eval()
 
 
@@ -408,7 +408,7 @@ def test_forecasting_reads_no_outcome(pretrained: Path, mimic: Path, tmp_path: P
     with gzip.open(other / "hosp" / "admissions.csv.gz", "wb") as file:
         blank.write_csv(file)
     main(f"{command('HyMaTEForecast', other, tmp_path, 'forecast')} --monitor val_loss".split())
-    one, two = (read_checkpoint(folder / "best.ckpt")["state_dict"] for folder in (pretrained, tmp_path / "forecast"))
+    one, two = (read(folder / "best.ckpt")["state_dict"] for folder in (pretrained, tmp_path / "forecast"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=0)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.contract import Batch, Grid, Spec, Triplets
-from ehrmodels.base import ICUModule, load, read_checkpoint
+from ehrmodels.base import ICUModule
+from ehrmodels.checkpoint import load, read
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE
 from experiments.files import save
@@ -93,7 +94,7 @@ def make(name: str, weight: float = 4.0, facts: Spec | None = None, **arguments:
     kind, own = MODELS[name]
     torch.manual_seed(0)
     made = kind(**{**own, **arguments})
-    made.start(facts or spec(), weight)
+    made.initialise(facts or spec(), weight)
     return made
 
 
@@ -367,13 +368,13 @@ def test_damaged_checkpoints_are_refused(checkpoint: Path) -> None:
 
 
 def change(checkpoint: Path, **entries: Any) -> None:
-    content = read_checkpoint(checkpoint)
+    content = read(checkpoint)
     content["ehr"] |= entries
     save(content, checkpoint)
 
 
 def test_checkpoints_of_others_are_refused(checkpoint: Path) -> None:
-    whole = read_checkpoint(checkpoint)
+    whole = read(checkpoint)
     for content in ({"state_dict": {}}, {"ehr": {}}, {"ehr": {}, "state_dict": {}}, [1, 2], torch.zeros(3)):
         torch.save(content, checkpoint)
         with pytest.raises(ValueError, match="not a checkpoint of this framework"):
@@ -400,7 +401,7 @@ def test_weights_of_another_list_of_variables_are_refused(checkpoint: Path) -> N
 
 @pytest.mark.parametrize("missing", ["model", "arguments", "spec", "pos_weight"])
 def test_checkpoint_that_lacks_an_entry_is_refused(checkpoint: Path, missing: str) -> None:
-    content = read_checkpoint(checkpoint)
+    content = read(checkpoint)
     del content["ehr"][missing]
     save(content, checkpoint)
     with pytest.raises(ValueError, match=f"lacks .*{missing}"):

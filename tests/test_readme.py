@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import VERBS, _ordered, make_parser
+from experiments.cli import _ordered, make_parser
+from experiments.help import VERBS
 from experiments.results.tables import PAGES, README, fill
 
 ROOT = Path(__file__).parents[1]

@@ -16,14 +16,14 @@ import polars as pl
 import pytest
 import torch
 
-from ehrmodels.base import load, read_checkpoint
+from ehrmodels.checkpoint import load, read
 from experiments.cli import main
 
 # One process imports everything once; each command runs in a fork of it, which can be killed. Nothing has started a thread yet.
 # A file that is about to be renamed lies there unfinished for longer than usual, so that it can be seen.
 SERVER = """
 import json, os, pathlib, sys, time
-from experiments import verbs
+from experiments import train
 from experiments.cli import main
 rename = pathlib.Path.replace
 pathlib.Path.replace = lambda path, target: (time.sleep(0.02), rename(path, target))[1]
@@ -152,7 +152,7 @@ def same(one: Path, other: Path) -> None:
     assert set(first) == set(second)
     for name in first:
         if name.endswith(".ckpt"):
-            mine, yours = (read_checkpoint(folder / name) for folder in (one, other))
+            mine, yours = (read(folder / name) for folder in (one, other))
             assert mine["ehr"] == yours["ehr"]
             assert mine["epoch"] == yours["epoch"] and mine["global_step"] == yours["global_step"]
             assert list(mine["state_dict"]) == list(yours["state_dict"])
@@ -283,7 +283,7 @@ def test_killed_within_an_epoch(
     for epoch, number in enumerate(times):
         seen.clear()
         assert killed(folders[1], f"{line} --resume", partial(written, number)) == -signal.SIGKILL
-        checkpoint = read_checkpoint(last)
+        checkpoint = read(last)
         assert checkpoint["epoch"] == epoch
         assert checkpoint["callbacks"]["_Epochs"]["within"]["batch"] > 1
     monkeypatch.chdir(folders[1])
@@ -350,7 +350,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
         with pytest.raises(SystemExit):
             main(line.split())
     assert "the disk said: [Errno 28] No space left on device; make room" in capsys.readouterr().err
-    assert read_checkpoint(Path("runs/run/last.ckpt"))["callbacks"]["_Epochs"]["within"]["batch"] > 0
+    assert read(Path("runs/run/last.ckpt"))["callbacks"]["_Epochs"]["within"]["batch"] > 0
     main([*line.split(), "--resume"])
     same(tmp_path / "whole" / "runs", Path("runs"))
 
@@ -376,4 +376,4 @@ def test_a_run_that_had_stopped_early_is_not_trained_further(
         Path("runs/run", name).unlink()
     main([*line.split(), "--resume"])
     same(Path("whole"), Path("runs"))
-    assert read_checkpoint(Path("runs/run/last.ckpt"))["epoch"] == 2
+    assert read(Path("runs/run/last.ckpt"))["epoch"] == 2

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import ehrmodels.kernels
 import ehrmodels.scan
 from ehrmodels.mamba import Mamba
 from ehrmodels.scan import causal_conv1d, selective_scan, selective_scan_reference
@@ -39,9 +40,9 @@ def chunk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Tensor, Tensor], No
 @pytest.fixture
 def found() -> Iterator[None]:
     """No memory of kernels from before the test, nor after it."""
-    ehrmodels.scan._found.cache_clear()
+    ehrmodels.kernels._imported.cache_clear()
     yield
-    ehrmodels.scan._found.cache_clear()
+    ehrmodels.kernels._imported.cache_clear()
 
 
 def inputs(
@@ -501,25 +502,25 @@ def broken(kernel: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_tensors_on_cuda_get_the_kernel_and_others_do_not(kernel: tuple[str, str], installed: ModuleType) -> None:
-    assert ehrmodels.scan._kernel(*kernel, on_cuda) is installed
-    assert ehrmodels.scan._kernel(*kernel, torch.zeros(1)) is None
-    assert ehrmodels.scan._kernel(*kernel, on_cuda) is installed
+    assert ehrmodels.kernels.kernel_for(*kernel, on_cuda) is installed
+    assert ehrmodels.kernels.kernel_for(*kernel, torch.zeros(1)) is None
+    assert ehrmodels.kernels.kernel_for(*kernel, on_cuda) is installed
 
 
 def test_the_kernel_is_not_used_where_that_is_asked_for(
     kernel: tuple[str, str], installed: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EHR_SCAN", "torch")
-    assert ehrmodels.scan._kernel(*kernel, on_cuda) is None
+    assert ehrmodels.kernels.kernel_for(*kernel, on_cuda) is None
     monkeypatch.setenv("EHR_SCAN", "cuda")
-    assert ehrmodels.scan._kernel(*kernel, on_cuda) is installed
+    assert ehrmodels.kernels.kernel_for(*kernel, on_cuda) is installed
 
 
 def test_a_broken_kernel_is_left_out_with_one_warning(
     kernel: tuple[str, str], broken: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert [ehrmodels.scan._kernel(*kernel, on_cuda) for _ in range(2)] == [None, None]
+        assert [ehrmodels.kernels.kernel_for(*kernel, on_cuda) for _ in range(2)] == [None, None]
     (record,) = caplog.records
     assert kernel[0] in record.getMessage() and "undefined symbol" in record.getMessage()
 
@@ -529,7 +530,7 @@ def test_a_broken_kernel_that_is_asked_for_is_an_error(
 ) -> None:
     monkeypatch.setenv("EHR_SCAN", "cuda")
     with pytest.raises(RuntimeError, match=f"{kernel[0]} cannot be used: undefined symbol.*EHR_SCAN=torch"):
-        ehrmodels.scan._kernel(*kernel, on_cuda)
+        ehrmodels.kernels.kernel_for(*kernel, on_cuda)
 
 
 def test_asking_for_the_kernel_on_a_cpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,7 +559,7 @@ def test_the_kernel_gets_every_argument_in_its_place(monkeypatch: pytest.MonkeyP
     fake = SimpleNamespace(selective_scan_fn=lambda *each: ["kernel", selective_scan_reference(*each)])
     monkeypatch.setattr(
         ehrmodels.scan,
-        "_kernel",
+        "kernel_for",
         lambda extension, interface, x, beyond: asked.append(beyond) or (None if beyond else fake),
     )
     name, output = selective_scan(**given, delta_softplus=True)
@@ -584,7 +585,7 @@ def test_the_kernel_of_the_convolution_serves_the_widths_that_it_knows(monkeypat
     fake = SimpleNamespace(
         causal_conv1d_fn=lambda x, weight, bias, activation: asked.append((weight.shape[1], bias, activation)) or x
     )
-    monkeypatch.setattr(ehrmodels.scan, "_kernel", lambda extension, interface, x, beyond: None if beyond else fake)
+    monkeypatch.setattr(ehrmodels.scan, "kernel_for", lambda extension, interface, x, beyond: None if beyond else fake)
     for width in range(1, 7):
         causal_conv1d(torch.zeros(2, 3, 5), torch.zeros(3, width), activation="silu")
     assert asked == [(width, None, "silu") for width in (2, 3, 4)]
@@ -600,7 +601,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return each[0]
 
     fake = SimpleNamespace(selective_scan_fn=keep, causal_conv1d_fn=keep)
-    monkeypatch.setattr(ehrmodels.scan, "_kernel", lambda extension, interface, x, beyond: None if beyond else fake)
+    monkeypatch.setattr(ehrmodels.scan, "kernel_for", lambda extension, interface, x, beyond: None if beyond else fake)
     return calls
 
 
@@ -627,10 +628,10 @@ def test_the_kernel_of_the_convolution_gets_memory_in_an_order_that_it_knows(
 def test_a_kernel_is_not_used_for_what_it_cannot_do(
     kernel: tuple[str, str], installed: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert ehrmodels.scan._kernel(*kernel, on_cuda, ["float64"]) is None
+    assert ehrmodels.kernels.kernel_for(*kernel, on_cuda, ["float64"]) is None
     monkeypatch.setenv("EHR_SCAN", "cuda")
     with pytest.raises(RuntimeError, match="it cannot do float64"):
-        ehrmodels.scan._kernel(*kernel, on_cuda, ["float64"])
+        ehrmodels.kernels.kernel_for(*kernel, on_cuda, ["float64"])
 
 
 # ---- the convolution --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments import cli, settings, verbs
+from experiments import cli, settings
+from experiments.train import train
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,9 @@ def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_what_counts(config: dict[str, Any], key: str, value: Any, text: str) -> None:
-    found = settings.differences(config, changed(config, key, value), verbs.train)
+    found = settings.differences(config, changed(config, key, value), train)
     assert settings.told(found) == text
-    back = settings.differences(changed(config, key, value), config, verbs.train)
+    back = settings.differences(changed(config, key, value), config, train)
     assert back == {key: pair[::-1] for key, pair in found.items()}
 
 
@@ -66,13 +67,13 @@ def test_what_counts(config: dict[str, Any], key: str, value: Any, text: str) ->
 )
 def test_what_does_not_count(config: dict[str, Any], key: str, value: Any) -> None:
     other = changed(config, key, value)
-    assert settings.differences(config, other, verbs.train) == settings.differences(other, config, verbs.train) == {}
+    assert settings.differences(config, other, train) == settings.differences(other, config, train) == {}
 
 
 def test_options_of_another_class_are_not_listed_beside_it(config: dict[str, Any]) -> None:
     other = changed(config, "model", {"class_path": "HyMaTE", "init_args": {"state": 8, "width": 3}})
-    assert set(settings.differences(config, other, verbs.train)) == {"model.class_path"}
-    assert set(settings.differences(config, changed(config, "finetune", ...), verbs.train)) == {"finetune.class_path"}
+    assert set(settings.differences(config, other, train)) == {"model.class_path"}
+    assert set(settings.differences(config, changed(config, "finetune", ...), train)) == {"finetune.class_path"}
 
 
 def test_flat() -> None:

@@ -19,8 +19,8 @@ from optuna.trial import TrialState
 from test_cli import refused
 from test_study import SETTINGS, claimed, eventually
 
-from ehrmodels.base import load
-from experiments import verbs
+from ehrmodels import load
+from experiments import train
 from experiments.benchmarks.check_sweep import workers
 from experiments.cli import main
 from experiments.sweep import report as sweep_report
@@ -164,14 +164,14 @@ def test_how_a_trial_ends(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    @functools.wraps(verbs.train)
+    @functools.wraps(train.train)
     def fails(**_: Any) -> None:
         raise raised
 
     (tmp_path / "train.yaml").write_text(
         yaml.safe_dump({"model": "Fusion", "data": "SyntheticMIMICIV", "trainer": {"max_epochs": 1}})
     )
-    monkeypatch.setattr(verbs, "train", fails)
+    monkeypatch.setattr(train, "train", fails)
     one = Study("s", str(tmp_path / "study.journal"), SETTINGS)
     trial = claimed(one, 1)
     if leaves is None:

@@ -164,7 +164,7 @@ def train(
 ) -> list[Row]:
     """Train a new model; ``found`` gets what ``Meter`` measured; no rows."""
     torch.manual_seed(0)
-    model, target = make(), data.targets("train")
+    model = make()
     data.view = model.view
     assert data.spec is not None
     model.initialise(data.spec, data.positive_weight())

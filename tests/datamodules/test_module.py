@@ -422,7 +422,7 @@ def test_a_scaler_of_large_values_with_small_spread_is_exact(tmp_path: Path) -> 
 
 def test_adopted_scaler_task_and_names_are_kept(tmp_path: Path) -> None:
     given = spec(name="mortality_24h", window=4)
-    toy = module(tmp_path / "t", charted(8), given, hours=20, task="mortality_hospital")
+    toy = module(tmp_path / "t", charted(8), given)
     assert toy.spec == given
     assert toy.task == Task("mortality_24h", HOURS, 4)
     assert set(toy.samples["minute"]) == {60 * HOURS}
