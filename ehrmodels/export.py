@@ -74,4 +74,4 @@ def to_onnx(model: ICUModule, path: str) -> None:
     """Write the model as an ONNX file, with the inputs ``inputs(model.view)`` and the output ``prediction``."""
     names = {"input_names": inputs(model.view), "output_names": ["prediction"]}
     with torch.no_grad():
-        torch.onnx.export(exported(model), (), path, dynamo=True, verbose=False, **names)
+        torch.onnx.export(exported(model), (), path, dynamo=True, verbose=False, external_data=False, **names)
