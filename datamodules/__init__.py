@@ -1,7 +1,7 @@
 """ICU records of a hospital system as a LightningDataModule: ``from datamodules import MIMICIV, EICU``.
 
 Importing this package imports neither torch nor lightning; the data modules do, when they are asked for.
-"""
+"""  # part of ehr: start.py looks for these words
 
 from typing import Any
 

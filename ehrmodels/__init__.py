@@ -1,4 +1,4 @@
-"""Networks for ICU records as LightningModules: ``from ehrmodels import Fusion, HyMaTE``."""
+"""Networks for ICU records as LightningModules: ``from ehrmodels import Fusion, HyMaTE``."""  # part of ehr: start.py looks for these words
 
 from ehrmodels.base import ICUModule
 from ehrmodels.checkpoint import load

@@ -1,4 +1,4 @@
-"""The ``ehr`` command: ``ehr VERB --help``. Nothing heavy is imported before the verb is known."""
+"""The ``ehr`` command: ``ehr VERB --help``. Nothing heavy is imported before the verb is known."""  # part of ehr: start.py looks for these words
 
 import difflib
 import importlib
@@ -144,7 +144,11 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
     own = set(inspect.signature(getattr(_verbs(verb), verb)).parameters)
     with _data_modules_hidden() if verb in WITHOUT_TORCH else nullcontext():
         parser = make_parser(verb, arguments)
-        for name in ("lightning.pytorch", "lightning.fabric", "torch.onnx"):  # imported by now: the import sets another level
+        for name in (
+            "lightning.pytorch",
+            "lightning.fabric",
+            "torch.onnx",
+        ):  # imported by now: the import sets another level
             logging.getLogger(name).setLevel(logging.ERROR)
         configuration = parser.parse_args(arguments)
         kept = configuration.clone()
