@@ -1,14 +1,13 @@
 """Training itself: the trainer with its callbacks, what is refused beforehand, and why it stopped."""
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
 import polars as pl
-from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import Logger
 
 from datamodules.module import ICUDataModule
 from ehrmodels.base import ICUModule
@@ -105,7 +104,7 @@ def fit(
     epochs = Epochs(folder / "metrics.csv", seed, last, minutes, report)
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=MONITORS[monitor], enable_version_counter=False)
     newest = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
-    own = _made(list[Callback], trainer.pop("callbacks", None) or [])
+    own = _made("callbacks", trainer.pop("callbacks", None))
     stop = [EarlyStopping(monitor, mode=MONITORS[monitor], patience=patience, strict=False)]
     if any(isinstance(c, EarlyStopping) for c in own):
         stop = []
@@ -113,13 +112,12 @@ def fit(
     bars = (sys.stderr.isatty() or sys.stdout.isatty()) and not console.quiet
     if bars and not any(isinstance(c, RichProgressBar) for c in own):
         callbacks.append(RichProgressBar(leave=False))
-    loggers = _made(list[Logger] | bool, trainer.pop("logger", None) or [])
-    if logger is not None:
-        loggers = [logger, *(loggers if isinstance(loggers, list) else [])]
+    wanted = trainer.pop("logger", None)
+    loggers = [*([logger] if logger is not None else []), *_made("logger", wanted)]
     arguments = {
         **trainer,
         "precision": precision(trainer),
-        "logger": loggers or False,
+        "logger": loggers or wanted is True,
         "callbacks": callbacks,
         "default_root_dir": trainer.get("default_root_dir") or str(folder),
         "enable_progress_bar": bars or any(isinstance(c, RichProgressBar) for c in own),
@@ -159,16 +157,22 @@ def why_stopped(folder: Path, monitor: str, trainer: dict[str, Any]) -> str:
     return f"trained {done} epoch{'s' * (done != 1)}, {reason}; kept: epoch {int(best['epoch'])}, {monitor} {best[monitor]:.4f}"
 
 
-def _made(kind: Any, value: Any) -> Any:
-    """Callbacks or loggers from what a configuration says of them; objects are taken as they are."""
-    values = value if isinstance(value, list) else [value]
-    if isinstance(value, bool) or not any(isinstance(v, dict | str) for v in values):
-        return value if isinstance(value, bool) else values
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--x", type=kind)
-    described = [v for v in values if isinstance(v, dict | str)]
-    try:
-        made = parser.instantiate(parser.parse_object({"x": described})).x
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--trainer.logger or --trainer.callbacks: {error}") from error
-    return [*(v for v in values if not isinstance(v, dict | str)), *made]
+def _made(what: str, value: Any) -> list[Any]:
+    """Callbacks or loggers from what a configuration says of them; objects are taken as they are.
+
+    Raises:
+        ValueError: a class cannot be imported, as where its package is not installed, or does not take its arguments.
+    """
+    if value is None or isinstance(value, bool):
+        return []
+    made = []
+    for entry in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(entry, dict):
+            made.append(entry)
+            continue
+        module, _, name = entry["class_path"].rpartition(".")
+        try:
+            made.append(getattr(importlib.import_module(module), name)(**(entry.get("init_args") or {})))
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ValueError(f"--trainer.{what} {entry['class_path']}: {error}") from error
+    return made
