@@ -73,7 +73,9 @@ def logger(
 
     wandb.finish()
     identity, records = folder / "wandb_id", folder / "wandb"
-    began_before = records.exists()
+    resumed = identity.exists()
+    if not resumed:
+        write_text(identity, uuid.uuid4().hex[:16])  # before the run, so that no process is killed in between
     values = dict(config)
     about: dict[str, Any] = {"name": folder.name, "job_type": "train", "tags": tags}
     if trial is not None:
@@ -84,7 +86,7 @@ def logger(
     try:
         opened = wandb.init(
             project="ehr",
-            id=identity.read_text() if identity.exists() else uuid.uuid4().hex[:16],
+            id=identity.read_text(),
             resume="allow",
             mode=mode,
             dir=folder,
@@ -93,10 +95,10 @@ def logger(
             **about,
         )
     except wandb.errors.Error as error:
-        if not began_before:
+        if not resumed:
+            identity.unlink()
             shutil.rmtree(records, ignore_errors=True)
         raise ValueError(f"--wandb {mode} is not possible: {error}; mend that, or take --wandb offline") from error
-    write_text(identity, opened.id)
     opened.define_metric("epoch")
     opened.define_metric("*", step_metric="epoch", step_sync=True)
     opened.define_metric(monitor, step_metric="epoch", step_sync=True, summary=MONITORS[monitor])

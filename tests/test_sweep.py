@@ -174,11 +174,17 @@ def test_how_a_trial_ends(
     monkeypatch.setattr(train, "train", fails)
     one = Study("s", str(tmp_path / "study.journal"), SETTINGS)
     trial = claimed(one, 1)
+    order = {
+        "name": "s",
+        "folder": str(tmp_path),
+        "parent": os.getppid(),
+        "terms": {**SETTINGS, "monitor": "val_auroc"},
+    }
     if leaves is None:
-        worker.attempt(one, trial, "s", tmp_path, os.getppid())
+        worker.attempt(one, trial, order)
     else:
         with pytest.raises(leaves):
-            worker.attempt(one, trial, "s", tmp_path, os.getppid())
+            worker.attempt(one, trial, order)
     ended = one.trials()[0]
     assert ended.state == state and ended.user_attrs.get("reason") == reason
     assert yaml.safe_load(ended.user_attrs["config"])["model"]["init_args"]["width"] == trial.params["model.width"]

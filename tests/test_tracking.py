@@ -56,8 +56,6 @@ def test_a_run_that_was_killed_and_resumed_is_one_history(tmp_path: Path) -> Non
     assert [(row["_step"], row["epoch"]) for row in history] == [(0, 0), (1, 1), (2, 2), (3, 3)]
     assert [row["val_auroc"] for row in history] == pytest.approx([0.5, 0.6, 0.7, 0.8])
     assert [row["train_loss"] for row in history] == pytest.approx([1.0, 0.9, 0.8, 0.7])
-    summary = json.loads(inspected("--summary", "--json", str(log)))["summary"]
-    assert summary["val_auroc"]["max"] == pytest.approx(0.8) and summary["test/auroc"] == 0.75
     assert str(record) in done.stdout and f"to send it: wandb sync {tmp_path}/wandb/offline-run-*" in done.stdout
     command = f"{sys.executable} -m {tracking.sync_command(tmp_path)} --dry-run"
     listed = subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stderr

@@ -32,7 +32,7 @@ def sweep(
     workers: int | None = None,
     storage: str | None = None,
     sampler_seed: int = 0,
-    monitor: Monitor = "val_auroc_auprc",
+    monitor: Monitor | None = None,
     config: str | None = None,
 ) -> None:
     """Search the hyper-parameters of ``ehr train``; takes all its flags, which say what every trial starts from.
@@ -54,7 +54,7 @@ def sweep(
         storage: A journal file for the processes of one machine, or postgresql://user@host/database for those of several;
             default: study.journal in the study's folder.
         sampler_seed: Seed of the sampler (TPE).
-        monitor: Validation metric that is optimised and pruned by.
+        monitor: Validation metric that is optimised and pruned by; default: val_auroc_auprc.
         config: What every trial starts from, as YAML; default: made of model, data and trainer.
     """
     trainer = {**TRAINER_DEFAULTS, **(trainer or {})}
@@ -64,7 +64,7 @@ def sweep(
         )
     if trials < 1 or (workers is not None and workers < 1):
         raise ValueError(f"--trials and --workers must be at least 1, found {trials} and {workers}")
-    name = name or "sweep"
+    name, monitor = name or "sweep", monitor or ("val_auroc_auprc" if model.supervised else "val_loss")
     folder = Path(runs) / name
     if config is None:
         config = yaml.safe_dump(run_directory.configuration(model, {"data": data}, trainer, monitor=monitor))
@@ -94,10 +94,12 @@ def sweep(
                 raise ValueError(
                     f"{folder} holds trials of another study, such as {others[0].name}: choose another --name, or delete the folder"
                 )
-            write_text(folder / "train.yaml", config)
+            with study.locked():
+                write_text(folder / "train.yaml", config)
             if not study.finished(trials):
                 Workers(order, workers or max(torch.cuda.device_count(), 1)).run(study)
-            summarise(study, folder, monitor, name)
+            with study.locked():
+                summarise(study, folder, monitor, name)
         if wandb == "offline":
             console.print(
                 f"to send the trials to Weights & Biases: {tracking.sync_command(folder / '*')}", soft_wrap=True

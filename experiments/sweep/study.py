@@ -53,7 +53,7 @@ class Study:
         self._locks, open_storage = connect(storage, name)
         with ExitStack() as opened:
             opened.callback(self._locks.close)
-            with self._locked():
+            with self.locked():
                 store = open_storage()
                 opened.callback(store.remove_session)
                 if isinstance(store, optuna.storages.RDBStorage):
@@ -93,7 +93,8 @@ class Study:
         self._opened.close()
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """Meanwhile no other process draws or ends a trial, nor writes the files of the study."""
         self._locks.acquire(STUDY, wait=True)
         try:
             yield
@@ -129,7 +130,7 @@ class Study:
         Raises:
             ValueError: the first trials all failed.
         """
-        with self._locked():
+        with self.locked():
             while True:
                 trials = self.trials()
                 self._give_up_where_all_failed(trials)
@@ -223,7 +224,7 @@ class Study:
 
     def end(self, trial: Trial, state: TrialState, value: float | None = None, **facts: Any) -> None:
         """Finish a trial of this process; ``facts`` are kept with it."""
-        with self._locked():  # also fails where the connection that holds the trial's lock is gone
+        with self.locked():  # also fails where the connection that holds the trial's lock is gone
             self._end(trial, state, value, **facts)
 
     def _end(self, trial: Trial, state: TrialState, value: float | None = None, **facts: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import optuna
 import polars as pl
 import torch
+import yaml
 from optuna.trial import FrozenTrial, Trial, TrialState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -23,10 +24,19 @@ from experiments import cli, tracking, train
 from experiments.files import console
 from experiments.fit import MONITORS
 from experiments.fit import Trial as Told
+from experiments.run_directory import configuration
 from experiments.sweep.locks import server_lost
 from experiments.sweep.space import flag
 from experiments.sweep.study import Study
 
+NOT_OPTIONS = (
+    "model",
+    "data",
+    "trainer",
+    "finetune",
+    "resume",
+    "trial",
+)  # arguments of ``train`` that are described apart
 RENEW = 75  # exit status of a worker whose device is not to be trusted any more; another process takes its place
 LOSSES = 20  # workers that may be lost without any progress in the study before the sweep gives up
 LAUNCHER_PREFIXES = ("SLURM_", "PMI_", "OMPI_")  # left out of a worker's environment: a trial is a process of its own
@@ -174,33 +184,35 @@ def work(order: dict[str, Any]) -> None:
         while os.getppid() == order["parent"]:
             trial = study.claim(order["trials"])
             if trial is not None:
-                attempt(study, trial, order["name"], Path(order["folder"]), order["parent"])
+                attempt(study, trial, order)
             elif study.finished(order["trials"]):
                 return
             else:
                 time.sleep(1)  # another process may die, and its trial is then ours
 
 
-def attempt(study: Study, trial: Trial, name: str, folder: Path, parent: int) -> None:
+def attempt(study: Study, trial: Trial, order: dict[str, Any]) -> None:
     """Train one trial and say in the study what became of it; goes on where a process before this one left it."""
-    run_name = f"trial-{trial.number:04d}"
+    folder, run_name = Path(order["folder"]), f"trial-{trial.number:04d}"
+    monitor = order["terms"]["monitor"]
     arguments = ["-c", str(folder / "train.yaml"), *(flag(k, v) for k, v in trial.params.items())]
     arguments += [f"--runs={folder}", f"--name={run_name}", "--data.split=val"]
 
     def report(epoch: int, row: dict[str, float]) -> None:
         if (epoch + 1) % every == 0:  # else the row may repeat what an earlier epoch was measured at
             study.report(trial, epoch, row.get(monitor, math.nan))
-        if os.getppid() != parent:
+        if os.getppid() != order["parent"]:
             raise KeyboardInterrupt
 
     try:
         values = cli.configured("train", arguments)
-        monitor, every = values["monitor"], values["trainer"].get("check_val_every_n_epoch") or 1
-        facts = {"seed": values["seed"], "run": str(folder / run_name)}
+        every = values["trainer"].get("check_val_every_n_epoch") or 1
+        others = {name: value for name, value in values.items() if name not in NOT_OPTIONS}
+        config = configuration(values["model"], {"data": values["data"]}, values["trainer"], **others)
+        facts = {"config": yaml.safe_dump(config), "seed": values["seed"], "run": str(folder / run_name)}
         for key, fact in (facts | {"host": platform.node()}).items():
             trial.set_user_attr(key, fact)
-        train.train(**{**values, "resume": True}, trial=Told(name, trial.number, trial.params, report))
-        trial.set_user_attr("config", (folder / run_name / "config.yaml").read_text())
+        train.train(**{**values, "resume": True}, trial=Told(order["name"], trial.number, trial.params, report))
         best = _best_epoch(folder / run_name / "metrics.csv", monitor)
         study.end(trial, TrialState.COMPLETE, best[monitor], metrics=best)
     except optuna.TrialPruned:
