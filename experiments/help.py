@@ -39,7 +39,7 @@ HIDDEN = ("trainer", "trial", "config")
 def overview() -> str:
     """The verbs, and where to begin."""
     verbs = "".join(
-        textwrap.fill(text, _width(), initial_indent=f"  {verb:<12}", subsequent_indent=" " * 14) + "\n"
+        _filled(text, f"  {verb:<12}", 14) + "\n"
         for verb, text in VERBS.items()
     )
     end = [
@@ -49,22 +49,20 @@ def overview() -> str:
         "Shell completion: source <(ehr --completion bash). Version: ehr --version.",
         "Start with: ehr train -c demo --finetune SyntheticEICU",
     ]
-    tail = "\n".join(textwrap.fill(line, _width()) for line in end)
+    tail = "\n".join(_filled(line) for line in end)
     return f"usage: ehr VERB [options]\n\nPrediction from ICU records.\n\n{verbs}\n{tail}\n"
 
 
 def screen(verb: str) -> str:
     """The options of a verb that matter, a line or two each."""
     text, options = _documented(verb)
-    lines = [f"usage: ehr {verb} [-c FILE] [options]", "", textwrap.fill(text, _width()), ""]
+    lines = [f"usage: ehr {verb} [-c FILE] [options]", "", _filled(text), ""]
     if verb in ("train", "finetune", "sweep"):
         options |= {k: v for k, v in TRAINER.items() if not (verb == "finetune" and k == "trainer.max_epochs")}
     for name, about in options.items():
-        lines.append(
-            textwrap.fill(about, _width(), initial_indent=f"  --{name:<22} ", subsequent_indent=" " * 27)
-            if len(name) < 22
-            else f"  --{name}\n" + textwrap.fill(about, _width(), initial_indent=" " * 27, subsequent_indent=" " * 27)
-        )
+        short = len(name) < 22
+        lines += [] if short else [f"  --{name}"]
+        lines.append(_filled(about, f"  --{name:<22} " if short else " " * 27, 27))
     more = [] if verb in ("synthesize", "export") else [f"ehr {verb} --data.help MIMICIV   options of the data"]
     if verb in ("train", "sweep"):
         more.append(f"ehr {verb} --model.help Fusion   options of the model")
@@ -111,5 +109,7 @@ def _documented(verb: str) -> tuple[str, dict[str, str]]:
     return first, {name: re.split(r"(?<=[.])\s", about)[0] for name, about in options.items() if name not in HIDDEN}
 
 
-def _width() -> int:
-    return min(shutil.get_terminal_size((100, 24)).columns, 100) - 1
+def _filled(text: str, start: str = "", indent: int = 0) -> str:
+    """``text`` in lines as wide as the terminal, at most 99 characters."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100) - 1
+    return textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * indent, break_on_hyphens=False)

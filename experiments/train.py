@@ -91,6 +91,12 @@ def train(
         if results is None:
             return {}
         predictions, result = results
+        if finetune is None and trial is None:
+            report.show({data.name: result}, console)
+            console.print(
+                f"picture: {folder / 'report.png'}\nnext: ehr evaluate --ckpt {folder / 'best.ckpt'} --data NAME --data.root FOLDER",
+                soft_wrap=True,
+            )
         if finetune is None:
             return {data.name: result}
         source = {f"{data.name} (source)": (predictions, result)}
@@ -145,11 +151,6 @@ def _train(
     predictions, result = conclude(folder, data, stopped, device, type(model))
     tracking.end(tracking.scores(result["split"], result))
     if trial is None:
-        report.show({data.name: result}, console)
         title = f"{folder.name}: {data.spec.task['name']}"
         figures.draw({data.name: predictions}, {data.name: result}, folder / "report.png", title)
-        console.print(
-            f"picture: {folder / 'report.png'}\nnext: ehr evaluate --ckpt {folder / 'best.ckpt'} --data NAME --data.root FOLDER",
-            soft_wrap=True,
-        )
     return predictions, result

@@ -360,7 +360,9 @@ def test_bad_checkpoints(
     path = Path(shutil.copy(trained / "best.ckpt", tmp_path / "model.ckpt"))
     damage(path)
     data = f" --data SyntheticEICU --data.root {eicu}" if verb == "finetune" else ""
-    assert words.format(p=path) in said_by(f"{verb} --ckpt {path} --out {out / 'new'}{data}", capsys)
+    assert words.format(p=path) in said_by(
+        f"{verb} --ckpt {path} --out {out / ('new.csv' if verb == 'predict' else 'new')}{data}", capsys
+    )
     assert not left(out)
 
 
@@ -419,8 +421,9 @@ def test_no_room_for_a_run(
 
 def test_no_room_for_results(trained: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("evaluate", "predict"):
+        name = "risk.parquet" if verb == "predict" else "scores"
         with largest_file(1_000):
-            said = said_by(f"{verb} --ckpt {trained / 'best.ckpt'} --out {out / verb}", capsys)
+            said = said_by(f"{verb} --ckpt {trained / 'best.ckpt'} --out {out / name}", capsys)
         assert "make room" in said
         assert not left(out)
 

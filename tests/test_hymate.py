@@ -436,10 +436,10 @@ def test_training_goes_on_from_forecasting(pretrained: Path, mimic: Path, tmp_pa
             "--model.attention token",
             "cannot start this model: of_variable.weight has the shape none here and (16, 49) there",
         ),
-        ("--data.seed 1", "was trained with --data.seed 0, these data have 1"),
-        ("--data.hours 24", "was trained with hours of a window 12, these data have 24"),
-        ("--data.statics age", "was trained with static features"),
-        ("--data.treatment false", "was trained with treatment True, these data have False"),
+        ("--data.seed 1", "--data.seed 1, but the model was trained on patients of these data with 0"),
+        ("--data.hours 24", "windows of 24 hours, but the model was trained with 12: add --data.window 12"),
+        ("--data.statics age", "--data.statics age, but the model was trained with age,sex,unit,admit_minute"),
+        ("--data.treatment false", "--data.treatment false, but the model was trained with true"),
     ],
 )
 def test_checkpoints_that_do_not_fit_are_refused(
@@ -453,9 +453,10 @@ def test_checkpoints_that_do_not_fit_are_refused(
 def test_what_forecasting_cannot_do(
     pretrained: Path, mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "set --monitor val_loss" in refused(command("HyMaTEForecast", mimic, tmp_path, "x"), capsys)
+    wrong = f"{command('HyMaTEForecast', mimic, tmp_path, 'x')} --monitor val_auroc"
+    assert "set --monitor val_loss" in refused(wrong, capsys)
     for verb in ("evaluate", "predict", "explain"):
-        said = refused(f"{verb} --ckpt {pretrained / 'best.ckpt'} --out {tmp_path / 'out'}", capsys)
+        said = refused(f"{verb} --ckpt {pretrained / 'best.ckpt'} --out {tmp_path / 'out.csv'}", capsys)
         assert "predicts no outcome: train a HyMaTE from it" in said or "expected a HyMaTE" in said
     assert "no checkpoint" in refused(
         f"{command('HyMaTE', mimic, tmp_path, 'x')} --init_from {tmp_path / 'gone.ckpt'}", capsys
