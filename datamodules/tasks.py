@@ -54,7 +54,7 @@ TASKS: dict[str, Label] = {
         (("hospital outcome and time of death known", _OUTCOME.is_not_null() & (_DEATH.is_not_null() | ~_OUTCOME)),),
     ),
     "sepsis_onset": Label(
-        "sepsis begins within the next hours (``lead``), or has begun",
+        "sepsis begins within the lead time, or has begun",
         "sepsis_minute",
         lambda task: (_ONSET - 60 * task.lead <= _MINUTE).fill_null(False),
         hourly=True,

@@ -135,7 +135,11 @@ class ICUModule(lightning.LightningModule, ABC):
 
     def predict_step(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
         """Row numbers of the samples and their calibrated probabilities, each (B,)."""
-        return batch.row, torch.sigmoid(self(batch).double() - math.log(self.pos_weight or 1.0))
+        return batch.row, self.probability(self(batch))
+
+    def probability(self, logit: Tensor) -> Tensor:
+        """Calibrated probabilities of logits: without the weight that positives had in training."""
+        return torch.sigmoid(logit.double() - math.log(self.pos_weight or 1.0))
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         logit = self(batch)

@@ -5,6 +5,7 @@ leaving out at random.
 """
 
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ from rich.progress import track
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from datamodules.contract import Triplets, unlabelled
+from datamodules.contract import Spec, Triplets, unlabelled
 from datamodules.module import ICUDataModule
+from datamodules.tasks import TASKS
+from datamodules.views import CLIP
 from ehrmodels.base import load
 from ehrmodels.hymate import HyMaTE, chosen, sums
 from experiments import figures, files, report
 from experiments.files import console
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of a stay's observations that the deletion test leaves out
-REPEATS = 5  # random orders
-MOST = 2000  # stays of the deletion test
+REPEATS = 3  # random orders, another for every stay in each
+MOST = 800  # stays of the deletion test, which goes over them once for each share and order
 SHOWN = 15  # variables in a figure
-BAR: Any = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
 
 
 def explain(ckpt: str, out: str, data: ICUDataModule | None = None, stay: str | None = None) -> None:
@@ -61,9 +63,8 @@ def explain(ckpt: str, out: str, data: ICUDataModule | None = None, stay: str | 
                 f"stay {stay} is not in split {data.split!r} of {data.root}; choose another --stay or --data.split"
             )
     with torch.inference_mode():
-        result = pl.concat(
-            [_attribution(model, batch) for batch in track(data.predict_dataloader(), "attributing", **BAR)]
-        )
+        step = f"attributing {len(data.rows(data.split)):,} samples"
+        result = pl.concat([_attribution(model, batch) for batch in _followed(data.predict_dataloader(), step)])
         deletion = _deletion(model, data)
     variables = _per_variable(result, model)
     drawn = result.filter(pl.col("row").is_in(shown)).sort("probability" if stay is None else "row", descending=True)
@@ -80,7 +81,8 @@ def explain(ckpt: str, out: str, data: ICUDataModule | None = None, stay: str | 
     _draw_cohort(
         variables, deletion, f"{data.name} {data.split}, {result['row'].n_unique():,} samples", folder / "cohort.png"
     )
-    _draw_stay(one, drawn.filter(pl.col("row") == row), model, ids[row], data.task.window_hours, folder / "stay.png")
+    minute = int(data.samples["minute"][row])
+    _draw_stay(one, drawn.filter(pl.col("row") == row), model.spec, ids[row], minute, folder / "stay.png")
     report.print_table(
         variables.head(SHOWN).with_columns(pl.col(pl.Float64).round(4)), "what predictions rest on", console
     )
@@ -93,12 +95,26 @@ def _attribution(model: HyMaTE, batch: Triplets) -> pl.DataFrame:
     """A row for each variable that a sample has: ``row, variable, weight, part, observations, probability``."""
     weight, part = model.attribute(batch)
     count = sums(torch.ones_like(batch.value), batch, len(model.spec.variables))
-    probability = model.predict_step(batch, 0)[1]
+    probability = model.probability(_logit(model, batch, part))
     sample, variable = count.nonzero(as_tuple=True)
     names = pl.Series(model.spec.variables)[variable.numpy()]
     columns = {"row": batch.row[sample], "weight": weight[sample, variable], "part": part[sample, variable]}
     columns |= {"observations": count[sample, variable], "probability": probability[sample]}
     return pl.DataFrame({k: v.numpy() for k, v in columns.items()}).with_columns(names.alias("variable"))
+
+
+def _logit(model: HyMaTE, batch: Triplets, part: Tensor) -> Tensor:
+    """What the model says, from the parts of its variables: they and that of the statics add up, which saves a second pass."""
+    of_statics = model.static(batch.static) @ model.head.weight[0, model.width :]
+    return part.sum(1) + of_statics + model.head.bias
+
+
+def _followed(items: Collection[Any], step: str) -> Iterable[Any]:
+    """The items, with a bar on a terminal and else a line that says what takes so long."""
+    if sys.stderr.isatty():
+        return track(items, step, console=Console(stderr=True), transient=True)
+    console.print(step, soft_wrap=True, highlight=False)
+    return items
 
 
 def _per_variable(result: pl.DataFrame, model: HyMaTE) -> pl.DataFrame:
@@ -130,9 +146,13 @@ def _deletion(model: HyMaTE, data: ICUDataModule) -> pl.DataFrame:
     target = torch.cat([b.target for b in batches])
     known = ~unlabelled(target)
     both = 0 < target[known].sum() < known.sum()
-    whole = torch.cat([model(b) for b in batches])
     variables = len(model.spec.variables)
-    attributed = [model.attribute(b)[0] / sums(torch.ones_like(b.value), b, variables).clamp(min=1) for b in batches]
+    pairs = [model.attribute(b) for b in batches]
+    whole = torch.cat([_logit(model, b, part) for b, (_, part) in zip(batches, pairs, strict=True)])
+    attributed = [
+        weight / sums(torch.ones_like(b.value), b, variables).clamp(min=1)
+        for b, (weight, _) in zip(batches, pairs, strict=True)
+    ]
     measures: list[dict[str, Any]] = []
 
     def measure(order: str, share: float, logit: Tensor) -> None:
@@ -144,7 +164,7 @@ def _deletion(model: HyMaTE, data: ICUDataModule) -> pl.DataFrame:
     plan = [("attribution", share) for share in SHARES] + [
         ("random", share) for share in SHARES for _ in range(REPEATS)
     ]
-    for order, share in track(plan, "deleting", **BAR):
+    for order, share in _followed(plan, f"deletion test: {len(plan)} passes over {len(target):,} samples"):
         by = (
             attributed
             if order == "attribution"
@@ -182,8 +202,8 @@ def _draw_cohort(variables: pl.DataFrame, deletion: pl.DataFrame, title: str, pa
         bars.legend(loc="lower right", fontsize=9)
         measure = "auroc" if deletion["auroc"].null_count() == 0 else "change"
         for colour, (order, label) in enumerate((("attribution", "greatest weight first"), ("random", "random order"))):
-            mine = deletion.filter(pl.col("order") == order).group_by("share", maintain_order=True)
-            spread = mine.agg(
+            part = deletion.filter(pl.col("order") == order).group_by("share", maintain_order=True)
+            spread = part.agg(
                 pl.col(measure).mean().alias("mean"),
                 pl.col(measure).min().alias("low"),
                 pl.col(measure).max().alias("high"),
@@ -195,37 +215,62 @@ def _draw_cohort(variables: pl.DataFrame, deletion: pl.DataFrame, title: str, pa
         curve.legend(fontsize=9)
 
 
-def _draw_stay(one: Triplets, result: pl.DataFrame, model: HyMaTE, stay: str, hours: int, path: Path) -> None:
-    """A stay's observations of the variables that its prediction rests on most, and their parts of the log odds."""
+def _draw_stay(one: Triplets, result: pl.DataFrame, spec: Spec, stay: str, minute: int, path: Path) -> None:
+    """A stay's observations of the variables that its prediction rests on most, and their parts of the log odds.
+
+    Args:
+        one: the sample.
+        result: its rows of ``_attribution``.
+        spec: what its values are standardised by.
+        stay: its stay_id.
+        minute: its prediction time since ICU admission.
+        path: the picture.
+    """
     top = result.sort("weight", descending=True).head(SHOWN).reverse()
-    when, which = (one.time[0].numpy() + 1) * hours / 2, one.variable[0].numpy()
+    hour = minute / 60 + (one.time[0].numpy() - 1) * spec.window / 2
+    variable, value = one.variable[0].numpy(), one.value[0].numpy()
     target = float(one.target[0])
-    outcome = "outcome unknown" if np.isnan(target) else f"outcome {'yes' if target else 'no'}"
-    with figures.figure(path, (13, 5.2)) as figure:
+    outcome = "unknown" if np.isnan(target) else "yes" if target else "no"
+    with figures.figure(path, (14, 5.6)) as figure:
         events, weights, parts = figure.subplots(1, 3, width_ratios=(2.2, 1, 1), sharey=True)
         place = np.arange(len(top))
-        for k, variable in enumerate(top["variable"]):
-            mine = which == model.spec.variables.index(variable) + 1
-            seen = events.scatter(
-                when[mine],
-                np.full(mine.sum(), k),
-                c=one.value[0].numpy()[mine],
+        for k, name in enumerate(top["variable"]):
+            seen = variable == spec.variables.index(name) + 1
+            points = events.scatter(
+                hour[seen],
+                np.full(seen.sum(), k),
+                c=value[seen],
                 cmap="coolwarm",
                 vmin=-3,
                 vmax=3,
                 s=22,
                 edgecolors="0.4",
                 linewidths=0.3,
+                clip_on=False,
             )
-        figure.colorbar(seen, ax=events, label="standard deviations from the mean", pad=0.01)
-        events.set_yticks(place, top["variable"])
-        events.set(
-            title=f"stay {stay}: predicted {result['probability'][0]:.2f}, {outcome}",
-            xlabel="hour of the window",
-            xlim=(0, hours),
+        figure.colorbar(points, ax=events, label="standard deviations from the mean of training", pad=0.01)
+        last = [_last(spec, name, value[variable == spec.variables.index(name) + 1]) for name in top["variable"]]
+        events.set_yticks(
+            place, [f"{name.replace('_', ' ')}\n{now}" for name, now in zip(top["variable"], last, strict=True)]
         )
+        events.tick_params("y", labelsize=8)
+        events.set(title="observations (left: the last value)", xlabel="hours since ICU admission")
+        earliest = min(0, *hour[variable > 0])  # a window may begin before there was anything to see
+        events.set_xlim(max(minute / 60 - spec.window, earliest), minute / 60)
         weights.barh(place, top["weight"])
         weights.set(title="fusion weight")
         parts.barh(place, top["part"], color=np.where(top["part"].to_numpy() > 0, "C3", "C0"))
         parts.axvline(0, color="0.4", linewidth=0.8)
         parts.set(title="part of the log odds")
+        task = TASKS[spec.task["name"]].text
+        figure.suptitle(
+            f"stay {stay} at hour {minute / 60:g}: predicted {result['probability'][0]:.2f}; {task}: {outcome}"
+        )
+
+
+def _last(spec: Spec, name: str, standardised: np.ndarray) -> str:
+    """The last of a variable's values in its unit; what was clipped is at least, or at most, that."""
+    k = spec.variables.index(name)
+    now = standardised[-1]
+    bound = "" if abs(now) < CLIP else ">= " if now > 0 else "<= "
+    return f"{bound}{now * spec.scale[k] + spec.center[k]:.3g} {spec.units[k]}".strip()

@@ -1,14 +1,20 @@
 """Pictures: what stands on their axes and in their legends, and that curves and marks are where the scores say."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from matplotlib.figure import Figure
 
-from experiments import figures, metrics
+from datamodules.contract import Spec, Triplets
+from datamodules.tasks import Task
+from experiments import explain, figures, metrics
 
 
 def table(count: int, share: float, seed: int = 0) -> pl.DataFrame:
@@ -117,3 +123,39 @@ def test_draw_writes_one_picture(tmp_path: Path) -> None:
     figures.draw(tables, results, tmp_path / "report.png", "run: death")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+
+
+@pytest.mark.parametrize(("target", "outcome"), [(1.0, "yes"), (0.0, "no"), (float("nan"), "unknown")])
+def test_a_stay_is_drawn_in_units_and_hours(target: float, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of 24 hours that ends 30 hours after admission."""
+    drawn = Figure(layout="constrained")
+
+    @contextmanager
+    def kept(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+        yield drawn
+
+    monkeypatch.setattr(figures, "figure", kept)
+    task = asdict(Task("mortality_24h", 30, 24))
+    spec = Spec(["heart_rate", "lactate"], ["/min", "mmol/L"], [], [80.0, 2.0], [10.0, 1.0], [], [], task)
+    one = Triplets(
+        torch.zeros(1, 0),
+        torch.tensor([[-1.0, 0.0, 0.5, 0.0]]),  # the start, the middle and three quarters of the window; padding
+        torch.tensor([[1, 2, 1, 0]]),
+        torch.tensor([[0.5, 5.0, -1.5, 0.0]]),
+        torch.tensor([3]),
+        torch.tensor([target]),
+        torch.tensor([0]),
+    )
+    columns = {
+        "variable": ["lactate", "heart_rate"],
+        "weight": [0.7, 0.3],
+        "part": [0.2, -0.1],
+        "probability": [0.25] * 2,
+    }
+    explain._draw_stay(one, pl.DataFrame(columns), spec, "17", 30 * 60, Path("stay.png"))
+    events = drawn.axes[0]
+    assert [label.get_text() for label in events.get_yticklabels()] == ["heart rate\n65 /min", "lactate\n>= 7 mmol/L"]
+    assert events.get_xlim() == (6, 30)
+    hours = [points.get_offsets()[:, 0].tolist() for points in events.collections]
+    assert hours == [pytest.approx([6, 24]), pytest.approx([18])]
+    assert drawn.get_suptitle() == f"stay 17 at hour 30: predicted 0.25; death within the next 24 hours: {outcome}"

@@ -484,6 +484,8 @@ def test_one_flag_transfers(transferred: Path) -> None:
 def test_explain(transferred: Path, eicu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"explain --ckpt {transferred / 'best.ckpt'} --data EICU --data.root {eicu} --data.split all --out {tmp_path / 'out'}"
     main(line.split())
+    lines = capsys.readouterr().out  # no terminal: what takes long is said in plain words
+    assert "attributing " in lines and "deletion test: 24 passes over " in lines
     variables = pl.read_csv(tmp_path / "out" / "attribution.csv")
     assert set(variables["variable"]) <= set(load(transferred / "best.ckpt").spec.variables)
     assert variables["weight"].sum() == pytest.approx(1, abs=1e-3)
