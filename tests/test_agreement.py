@@ -93,7 +93,10 @@ def test_patients_that_were_trained_on_are_counted(
     table = pl.read_parquet(tmp_path / "all" / "predictions.parquet")
     seen = table.filter(split="train")["patient_id"].n_unique()
     assert seen > 0
-    assert f"{seen} of the {table['patient_id'].n_unique()} patients that are scored were trained on" in capsys.readouterr().out
+    assert (
+        f"{seen} of the {table['patient_id'].n_unique()} patients that are scored were trained on"
+        in capsys.readouterr().out
+    )
     evaluated(trained, "", tmp_path / "test")
     assert "were trained on" not in capsys.readouterr().out
 
@@ -114,14 +117,14 @@ def test_variables_that_the_target_lacks_are_listed(
 ) -> None:
     checkpoint = read(trained / "best.ckpt")
     names = checkpoint["ehr"]["spec"]["variables"]
-    names[names.index("gcs")] = "albumin_absent" if False else "icp"
-    units = checkpoint["ehr"]["spec"]["units"]
-    units[names.index("icp")] = "mmHg"
+    names[names.index("mean_bp")] = "mean_bp_cuff"  # in the same unit, and in no file of eICU
     save(checkpoint, tmp_path / "other.ckpt")
     out = tmp_path / ("o.csv" if verb == "predict" else "o")
     more = "--epochs 1 --trainer.limit_train_batches 1" if verb == "finetune" else ""
     main(f"{verb} --ckpt {tmp_path / 'other.ckpt'} --data SyntheticEICU --data.root {eicu} --out {out} {more}".split())
-    assert f"SyntheticEICU never charts 1 of the model's {len(names)} variables: icp" in capsys.readouterr().out
+    assert (
+        f"SyntheticEICU never charts 1 of the model's {len(names)} variables: mean_bp_cuff" in capsys.readouterr().out
+    )
 
 
 def test_python_refuses_the_same(trained: Path, mimic: Path, eicu: Path) -> None:

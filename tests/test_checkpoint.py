@@ -1,11 +1,13 @@
 """Reading a checkpoint runs nothing but known models, and finds damage; a class of one's own trains, is scored and reloads."""
 
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,7 +85,10 @@ def test_no_data_class_of_a_checkpoint_is_imported(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda ehr: ehr["arguments"].update(gone=1), "Fusion has no argument gone; was it trained with another version"),
+        (
+            lambda ehr: ehr["arguments"].update(gone=1),
+            "Fusion has no argument gone; was it trained with another version",
+        ),
         (lambda ehr: ehr["spec"].pop("scale"), r"not that of this version \(it lacks scale\)"),
         (lambda ehr: ehr.update(spec=[1]), "not that of this version"),
         (lambda ehr: ehr.update(model=3), "is not one of this package"),
@@ -139,14 +144,12 @@ def test_a_class_of_ones_own_trains_is_scored_and_reloads(mimic: Path, tmp_path:
 
 def test_a_class_of_ones_own_on_the_command_line(mimic: Path, tmp_path: Path) -> None:
     text = Path(__file__).read_text()
-    (tmp_path / "mymodels.py").write_text(text[text.index("import random") : text.index("@pytest.fixture")])
+    (tmp_path / "mymodels.py").write_text(text[text.index("import os") : text.index("@pytest.fixture")])
     data = f"--data SyntheticMIMICIV --data.root {mimic}"
 
     def ehr(line: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-W", "ignore", "-m", "experiments.cli", *line.split()]
         environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
-        import os
-
         return subprocess.run(
             command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, check=False
         )
@@ -165,7 +168,5 @@ def test_every_checkpoint_has_a_threshold(name: str, trained: Path, tmp_path: Pa
     threshold = read(trained / name)["ehr"]["threshold"]
     assert 0 < threshold < 1
     main(f"predict --ckpt {trained / name} --out {tmp_path / 'r.csv'}".split())
-    import polars as pl
-
     table = pl.read_csv(tmp_path / "r.csv")
     assert (table["alert"] == (table["probability"] >= threshold)).all() and table["alert"].any()
