@@ -76,5 +76,5 @@ class Spec(NamedTuple):
 
 
 def unlabelled(target: Tensor) -> Tensor:
-    """(B,) True where the outcome is unknown."""
-    return torch.isnan(target)
+    """(B,) True where the outcome, or one of several labels, is unknown."""
+    return torch.isnan(target) if target.ndim == 1 else torch.isnan(target).any(-1)

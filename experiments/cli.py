@@ -112,19 +112,6 @@ def _run(verb: str, arguments: list[str]) -> None:
 
 def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
     """What the command line says, as the arguments of the verb's function: models and data are made, ``config`` is all of it as YAML."""
-    import logging
-    import warnings
-
-    for noise in (
-        "does not have many workers",
-        "number of training batches",
-        "exists and is not empty",
-        "LeafSpec",
-        "Checkpoint directory",
-        "your dataloader is not resumable",
-        "`srun` command is available",
-    ):
-        warnings.filterwarnings("ignore", f".*{noise}.*")
     _print_remarks()
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # last, for classes of the user's own such as --model mymodels.GRU
@@ -144,12 +131,6 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
     own = set(inspect.signature(getattr(_verbs(verb), verb)).parameters)
     with _data_modules_hidden() if verb in WITHOUT_TORCH else nullcontext():
         parser = make_parser(verb, arguments)
-        for name in (
-            "lightning.pytorch",
-            "lightning.fabric",
-            "torch.onnx",
-        ):  # imported by now: the import sets another level
-            logging.getLogger(name).setLevel(logging.ERROR)
         configuration = parser.parse_args(arguments)
         kept = configuration.clone()
         for transient in {"config", "resume"} | (own - OF_TRIALS if verb == "sweep" else set()):

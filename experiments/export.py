@@ -1,6 +1,7 @@
 """``ehr export``: a checkpoint as a file for programs without this package."""
 
 import json
+import logging
 from pathlib import Path
 
 from ehrmodels import ICUModule, load
@@ -30,6 +31,7 @@ def export(ckpt: str, out: str, model: type[ICUModule] | None = None) -> None:
     unfinished = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         if path.suffix == ".onnx":
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of operators that nobody needs
             to_onnx(network, str(unfinished))
         else:
             import torch

@@ -11,7 +11,7 @@ from ehrmodels.kinds import check_operating_point
 from experiments import distributed, figures, metrics, report, run_directory, tracking
 from experiments.evaluate import conclude, opened, predict_split
 from experiments.files import console, write_json, write_parquet
-from experiments.fit import Recipe, check, fit, why_stopped
+from experiments.fit import Recipe, check, fit, quiet, why_stopped
 
 MONITOR, PATIENCE = "val_auroc_auprc", 5
 Scored = dict[str, tuple[pl.DataFrame, dict[str, Any]]]  # name of a result -> predictions and scores
@@ -57,7 +57,7 @@ def finetune(
     folder = Path(out) if out else Path(ckpt).parent / f"finetune-{target.name}"
     recipe = Recipe(trainer, seed, MONITOR, PATIENCE, checkpoint_minutes)
     network = load(ckpt, model)
-    with distributed.distributed_run(trainer):
+    with quiet(), distributed.distributed_run(trainer):
         return transfer(
             Path(ckpt), target, folder, recipe, learning_rate, epochs, operating_point, wandb, type(network), resume
         )

@@ -1,7 +1,11 @@
 """Training itself: the trainer with its callbacks, what is refused beforehand, and why it stopped."""
 
 import importlib
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +22,30 @@ from experiments.run_directory import precision
 from experiments.settings import TRAINER_DEFAULTS
 
 MONITORS = {"val_auroc_auprc": "max", "val_auroc": "max", "val_auprc": "max", "val_loss": "min"}
+
+
+NOISE = (  # what Lightning says of choices that are made here on purpose
+    *("does not have many workers", "number of training batches", "exists and is not empty", "LeafSpec"),
+    *("Checkpoint directory", "your dataloader is not resumable", "`srun` command is available"),
+    "could not find the monitored key",  # ``fit`` says so itself, at the end
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Meanwhile Lightning says nothing but errors, and does not warn of what is done on purpose."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for words in NOISE:
+                warnings.filterwarnings("ignore", f".*{words}.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class Recipe(NamedTuple):

@@ -38,10 +38,7 @@ HIDDEN = ("trainer", "trial", "config")
 
 def overview() -> str:
     """The verbs, and where to begin."""
-    verbs = "".join(
-        _filled(text, f"  {verb:<12}", 14) + "\n"
-        for verb, text in VERBS.items()
-    )
+    verbs = "".join(_filled(text, f"  {verb:<12}", 14) + "\n" for verb, text in VERBS.items())
     end = [
         "Options come from flags over a YAML file (-c FILE, or -c NAME of a shipped one). `ehr VERB --help` explains them, "
         "`--print_config` shows them filled in; `ehr train --model.help Fusion` and `--data.help EICU` explain those of a "

@@ -14,7 +14,7 @@ from experiments import distributed, figures, files, report, run_directory, trac
 from experiments.evaluate import conclude
 from experiments.files import console
 from experiments.finetune import check_validation, transfer
-from experiments.fit import Recipe, Trial, check, fit, why_stopped
+from experiments.fit import Recipe, Trial, check, fit, quiet, why_stopped
 
 Monitor = Literal["val_auroc_auprc", "val_auroc", "val_auprc", "val_loss"]
 WandB = Literal["offline", "online"]
@@ -83,20 +83,20 @@ def train(
         patience=patience, operating_point=operating_point, init_from=init_from, checkpoint_minutes=checkpoint_minutes,
         finetune_learning_rate=finetune_learning_rate, finetune_epochs=finetune_epochs, wandb=wandb,
     )  # fmt: skip
-    with distributed.distributed_run(trainer):
+    with quiet(), distributed.distributed_run(trainer):
         with run_directory.opened(folder, config, resume, "--name", train):
             if finetune is not None:
                 finetune.files()  # type: ignore[attr-defined]  # say at once, not after training, that they are not there
             results = _train(folder, model, data, recipe, config, init_from, wandb, trial)
-        if results is None:
-            return {}
-        predictions, result = results
-        if finetune is None and trial is None:
-            report.show({data.name: result}, console)
-            console.print(
-                f"picture: {folder / 'report.png'}\nnext: ehr evaluate --ckpt {folder / 'best.ckpt'} --data NAME --data.root FOLDER",
-                soft_wrap=True,
-            )
+            if results is None:
+                return {}
+            predictions, result = results
+            if finetune is None and trial is None:
+                report.show({data.name: result}, console)
+                console.print(
+                    f"picture: {folder / 'report.png'}\nnext: ehr evaluate --ckpt {folder / 'best.ckpt'} --data NAME --data.root FOLDER",
+                    soft_wrap=True,
+                )
         if finetune is None:
             return {data.name: result}
         source = {f"{data.name} (source)": (predictions, result)}

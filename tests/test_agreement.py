@@ -131,7 +131,7 @@ def test_python_refuses_the_same(trained: Path, mimic: Path, eicu: Path) -> None
     model = load(trained / "best.ckpt")
     data = SyntheticEICU(str(eicu), hours=12)
     data.adopt(model.spec, model.facts["trained_on"])
-    with pytest.raises(ValueError, match="--data.hours 12, but the model was trained with 24"):
+    with pytest.raises(ValueError, match=r"--data\.hours 12, but the model was trained with 24"):
         data.setup()
     data = SyntheticMIMICIV(str(mimic), seed=1)
     data.adopt(model.spec, model.facts["trained_on"])
