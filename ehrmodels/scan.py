@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops import scan as scan_operator
 from torch.nn import functional as F
 
 from ehrmodels.kernels import exporting, kernel_for
@@ -62,7 +61,7 @@ def selective_scan(
 
     Raises:
         ValueError: shapes do not agree, or A is complex.
-        RuntimeError: ``EHR_SCAN=cuda`` and there is no kernel.
+        RuntimeError: ``EHR_SCAN=cuda`` and there is no kernel; or a gradient of a gradient is asked for, which there is none of.
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
     beyond = {
@@ -325,6 +324,7 @@ _scan.register_autograd(_backward, setup_context=_keep_for_backward)
 
 def _exported(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """The same as ``_scan`` with torch's scan operator, which torch.export and ONNX know."""
+    from torch._higher_order_ops import scan as scan_operator  # has no public name yet
 
     def step(h: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         u, delta, b, c = now

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,7 +58,10 @@ def write(path: Path, content: bytes) -> None:
         return
     unfinished = path.with_name(path.name + ".tmp")
     try:
-        unfinished.write_bytes(content)
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

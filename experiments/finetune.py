@@ -139,6 +139,7 @@ def transfer(
             for m, g in gap.items()
             if g["low"] is not None
         )
+        text = text or "cannot be told, since only one outcome occurs among them"
         console.print(f"fine-tuned less zero-shot, on the same patients: {text}", soft_wrap=True)
         title = f"{folder.parent.name} to {target.name}: {network.spec.task['name']}"
         figures.draw({name: table for name, (table, _) in scored.items()}, results, folder / "report.png", title)

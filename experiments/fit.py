@@ -176,9 +176,9 @@ def why_stopped(folder: Path, monitor: str, trainer: dict[str, Any]) -> str:
     best = ranked.row(0, named=True)
     done, most = len(rows), trainer.get("max_epochs")
     if most is not None and done >= most > 0:
-        reason = "all that --trainer.max_epochs allows" if most != 1 else "as --trainer.max_epochs says"
+        reason = "as many as were asked for"
     elif trainer.get("max_steps", -1) > 0:
-        reason = "as --trainer.max_steps says"
+        reason = "as many as --trainer.max_steps allows"
     else:
         since = int(rows["epoch"][-1]) - int(best["epoch"])
         reason = f"{monitor} had not become better for {since} epochs"

@@ -410,7 +410,7 @@ def test_forecasting_reads_no_outcome(pretrained: Path, mimic: Path, tmp_path: P
     main(f"{command('HyMaTEForecast', other, tmp_path, 'forecast')} --monitor val_loss".split())
     one, two = (read(folder / "best.ckpt")["state_dict"] for folder in (pretrained, tmp_path / "forecast"))
     for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=0)
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-6)  # a GPU adds up in no fixed order
 
 
 def test_training_goes_on_from_forecasting(pretrained: Path, mimic: Path, tmp_path: Path) -> None:

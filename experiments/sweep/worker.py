@@ -24,7 +24,7 @@ from experiments import cli, tracking, train
 from experiments.files import console
 from experiments.fit import MONITORS
 from experiments.fit import Trial as Told
-from experiments.run_directory import configuration
+from experiments.run_directory import code, configuration
 from experiments.sweep.locks import server_lost
 from experiments.sweep.space import flag
 from experiments.sweep.study import Study
@@ -209,7 +209,12 @@ def attempt(study: Study, trial: Trial, order: dict[str, Any]) -> None:
         every = values["trainer"].get("check_val_every_n_epoch") or 1
         others = {name: value for name, value in values.items() if name not in NOT_OPTIONS}
         config = configuration(values["model"], {"data": values["data"]}, values["trainer"], **others)
-        facts = {"config": yaml.safe_dump(config), "seed": values["seed"], "run": str(folder / run_name)}
+        facts = {
+            "config": yaml.safe_dump(config),
+            "seed": values["seed"],
+            "run": str(folder / run_name),
+            "code": code(),
+        }
         for key, fact in (facts | {"host": platform.node()}).items():
             trial.set_user_attr(key, fact)
         train.train(**{**values, "resume": True}, trial=Told(order["name"], trial.number, trial.params, report))
