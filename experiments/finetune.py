@@ -73,7 +73,7 @@ def transfer(
     operating_point: str,
     wandb: Literal["offline", "online"] | None,
     model: type[ICUModule],
-    resume: bool = False,
+    resume: bool | None = False,
     beside: Scored | None = None,
 ) -> dict[str, Any]:
     """Zero-shot and fine-tuned scores of ``ckpt`` on ``target``'s held-out patients, in a run directory of its own.

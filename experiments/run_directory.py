@@ -86,7 +86,7 @@ def opened(folder: Path, config: dict[str, Any], resume: bool, option: str, verb
     Args:
         folder: the run directory.
         config: as ``configuration`` gives it.
-        resume: whether an unfinished run may be continued.
+        resume: whether an unfinished run may be continued; None: it may, and nothing is said where there is none.
         option: the flag that names another directory, for messages.
         verb: the function that has the options, for their defaults.
 
@@ -112,7 +112,7 @@ def opened(folder: Path, config: dict[str, Any], resume: bool, option: str, verb
             raise
 
 
-def _take_up(folder: Path, config: dict[str, Any], resume: bool, option: str, verb: Callable[..., Any]) -> None:
+def _take_up(folder: Path, config: dict[str, Any], resume: bool | None, option: str, verb: Callable[..., Any]) -> None:
     path = folder / "config.yaml"
     if path.exists():
         stored = yaml.safe_load(path.read_text())
@@ -123,7 +123,7 @@ def _take_up(folder: Path, config: dict[str, Any], resume: bool, option: str, ve
                 f"{folder} holds a run with another configuration ({path}):\n{settings.told(unequal)}\n"
                 f"choose another {option}, or delete the folder"
             )
-        if not resume and not (folder / "metrics.json").exists():
+        if resume is False and not (folder / "metrics.json").exists():
             raise ValueError(
                 f"{folder} holds an unfinished run of this configuration; add --resume to continue it, or choose another {option}"
             )

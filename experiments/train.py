@@ -102,7 +102,7 @@ def train(
         source = {f"{data.name} (source)": (predictions, result)}
         return transfer(
             folder / "best.ckpt", finetune, folder / f"finetune-{finetune.name}", recipe, finetune_learning_rate,
-            finetune_epochs, operating_point, wandb, type(model), resume=True, beside=source,
+            finetune_epochs, operating_point, wandb, type(model), resume=None, beside=source,
         )  # fmt: skip
 
 
