@@ -80,7 +80,9 @@ def code() -> str:
 
 
 @contextmanager
-def opened(folder: Path, config: dict[str, Any], resume: bool, option: str, verb: Callable[..., Any]) -> Iterator[None]:
+def opened(
+    folder: Path, config: dict[str, Any], resume: bool | None, option: str, verb: Callable[..., Any]
+) -> Iterator[None]:
     """Make the run directory, or take up the one that is there; one in which nothing came to be trained is removed again.
 
     Args:
