@@ -176,14 +176,14 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
             x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation=activation
         )
     wide = torch.promote_types(x.dtype, torch.float32)
-    weight, given = (
+    weight, shift = (
         weight.to(wide),
         torch.zeros(len(weight), dtype=wide, device=x.device) if bias is None else bias.to(wide),
     )
     if exporting():
-        y = F.conv1d(F.pad(x.to(wide), (weight.shape[1] - 1, 0)), weight[:, None], given, groups=len(weight))
+        y = F.conv1d(F.pad(x.to(wide), (weight.shape[1] - 1, 0)), weight[:, None], shift, groups=len(weight))
     else:
-        y = _convolve(_time_major(x, wide).contiguous(), weight, given).permute(1, 2, 0)
+        y = _convolve(_time_major(x, wide).contiguous(), weight, shift).permute(1, 2, 0)
     return (F.silu(y) if activation else y).to(x.dtype)
 
 
@@ -391,24 +391,24 @@ def _check(
     if u.ndim != 3 or A.ndim != 2 or len(A) != u.shape[1]:
         raise ValueError(f"expected u (B, D, L) and A (D, N), found {tuple(u.shape)} and {tuple(A.shape)}")
     (batch, width, steps), states = u.shape, A.shape[1]
-    for name, given, expected in (
+    for name, tensor, expected in (
         ("delta", delta, u.shape),
         ("z", z, u.shape),
         ("D", D, (width,)),
         ("delta_bias", delta_bias, (width,)),
     ):
-        if given is not None and given.shape != expected:
-            raise ValueError(f"expected {name} {tuple(expected)}, found {tuple(given.shape)}")
-    for name, given in (("B", B), ("C", C)):
+        if tensor is not None and tensor.shape != expected:
+            raise ValueError(f"expected {name} {tuple(expected)}, found {tuple(tensor.shape)}")
+    for name, tensor in (("B", B), ("C", C)):
         grouped = (
-            given.ndim == 4
-            and width % given.shape[1] == 0
-            and (batch, states, steps) == (given.shape[0], *given.shape[2:])
+            tensor.ndim == 4
+            and width % tensor.shape[1] == 0
+            and (batch, states, steps) == (tensor.shape[0], *tensor.shape[2:])
         )
-        plain = given.shape == ((width, states) if given.ndim == 2 else (batch, states, steps))
+        plain = tensor.shape == ((width, states) if tensor.ndim == 2 else (batch, states, steps))
         if not grouped and not plain:
             raise ValueError(
-                f"expected {name} ({batch}, {states}, {steps}), ({batch}, G, {states}, {steps}) or ({width}, {states}), found {tuple(given.shape)}"
+                f"expected {name} ({batch}, {states}, {steps}), ({batch}, G, {states}, {steps}) or ({width}, {states}), found {tuple(tensor.shape)}"
             )
 
 

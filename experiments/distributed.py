@@ -72,9 +72,9 @@ def distributed_run(trainer: dict[str, Any]) -> Iterator[None]:
         for process in watch.children():
             process.kill()
         if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):  # of torch.distributed
-            said = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0]
             raise ValueError(
-                f"the processes of this training cannot talk to each other: {said}; see MASTER_ADDR and MASTER_PORT"
+                f"the processes of this training cannot talk to each other: {reason}; see MASTER_ADDR and MASTER_PORT"
             ) from error
         raise
     finally:
@@ -93,7 +93,7 @@ def _place(trainer: dict[str, Any]) -> tuple[int, int]:
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes") or 1
     rank, world = 0, 1
     if not _alone(trainer):
-        said = {"devices": devices, "num_nodes": nodes, "strategy": strategy, "accelerator": accelerator}
+        arguments = {"devices": devices, "num_nodes": nodes, "strategy": strategy, "accelerator": accelerator}
         quiet = {
             "logger": False,
             "enable_checkpointing": False,
@@ -101,7 +101,7 @@ def _place(trainer: dict[str, Any]) -> tuple[int, int]:
             "enable_model_summary": False,
         }
         try:
-            probe = lightning.Trainer(**said, **quiet, plugins=environment(trainer))
+            probe = lightning.Trainer(**arguments, **quiet, plugins=environment(trainer))
         except (TypeError, RuntimeError) as error:
             raise ValueError(
                 f"--trainer.devices {devices} with --trainer.accelerator {accelerator}: {error}"
@@ -167,9 +167,9 @@ def broadcast(value: bool) -> bool:
     """What the first process says."""
     if not is_distributed():
         return value
-    said = torch.tensor(float(value), device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
-    torch.distributed.broadcast(said, 0)
-    return bool(said)
+    decision = torch.tensor(float(value), device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    torch.distributed.broadcast(decision, 0)
+    return bool(decision)
 
 
 def end_with_sigterm() -> None:

@@ -122,7 +122,7 @@ def _take_up(folder: Path, config: dict[str, Any], resume: bool | None, option: 
         unequal = settings.differences(_from_here(stored), _from_here(config), verb)
         if unequal:
             raise ValueError(
-                f"{folder} holds a run with another configuration ({path}):\n{settings.told(unequal)}\n"
+                f"{folder} holds a run with another configuration ({path}):\n{settings.as_flags(unequal)}\n"
                 f"choose another {option}, or delete the folder"
             )
         if resume is False and not (folder / "metrics.json").exists():

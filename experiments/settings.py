@@ -68,7 +68,7 @@ def differences(
     return unequal
 
 
-def told(differences: dict[str, tuple[Any, Any]]) -> str:
+def as_flags(differences: dict[str, tuple[Any, Any]]) -> str:
     """One line a difference, with flags as they are typed: ``  --model.width: 64 there, 32 here``."""
     lines = []
     for key, (stored, new) in differences.items():

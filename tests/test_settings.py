@@ -46,7 +46,7 @@ def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 )  # fmt: skip
 def test_what_counts(config: dict[str, Any], key: str, value: Any, text: str) -> None:
     found = settings.differences(config, changed(config, key, value), train)
-    assert settings.told(found) == text
+    assert settings.as_flags(found) == text
     back = settings.differences(changed(config, key, value), config, train)
     assert back == {key: pair[::-1] for key, pair in found.items()}
 

@@ -76,7 +76,7 @@ class Study:
                 continue
             if key == "config":
                 stored, new = (yaml.safe_load(text) for text in (agreed[key], value))
-                unlike = settings.told(settings.differences(stored, new, train))
+                unlike = settings.as_flags(settings.differences(stored, new, train))
             else:
                 unlike = f"  {agreed[key]} there, {value} here" if agreed[key] != value else ""
             if unlike:

@@ -20,10 +20,8 @@ import yaml
 from optuna.trial import FrozenTrial, Trial, TrialState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments import cli, tracking, train
+from experiments import cli, fit, tracking, train
 from experiments.files import console
-from experiments.fit import MONITORS
-from experiments.fit import Trial as Told
 from experiments.run_directory import code, configuration
 from experiments.sweep.locks import server_lost
 from experiments.sweep.space import flag
@@ -217,7 +215,7 @@ def attempt(study: Study, trial: Trial, order: dict[str, Any]) -> None:
         }
         for key, fact in (facts | {"host": platform.node()}).items():
             trial.set_user_attr(key, fact)
-        train.train(**{**values, "resume": True}, trial=Told(order["name"], trial.number, trial.params, report))
+        train.train(**{**values, "resume": True}, trial=fit.Trial(order["name"], trial.number, trial.params, report))
         best = _best_epoch(folder / run_name / "metrics.csv", monitor)
         study.end(trial, TrialState.COMPLETE, best[monitor], metrics=best)
     except optuna.TrialPruned:
@@ -258,7 +256,7 @@ def _best_epoch(path: Path, monitor: str) -> dict[str, float]:
         epochs = epochs.filter(pl.col(monitor).cast(pl.Float64, strict=False).is_finite())
     if monitor not in epochs.columns or epochs.is_empty():
         raise ValueError(f"no epoch has a value of {monitor}: is --trainer.check_val_every_n_epoch above max_epochs?")
-    descending = MONITORS[monitor] == "max"
+    descending = fit.MONITORS[monitor] == "max"
     return epochs.sort(monitor, descending=descending, maintain_order=True).row(0, named=True)
 
 
