@@ -71,3 +71,18 @@ def real() -> Callable[[str], Path]:
         return REAL / name
 
     return find
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """What a command says that must be refused: status 2, one message, no traceback."""
+
+    def run(line: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(line.split())
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return said
+
+    return run

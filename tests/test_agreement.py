@@ -26,19 +26,6 @@ CONTRADICTIONS = {
 }
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
-    """What a command says that must be refused."""
-
-    def run(line: str) -> str:
-        with pytest.raises(SystemExit) as stopped:
-            main(line.split())
-        assert stopped.value.code == 2
-        return capsys.readouterr().err
-
-    return run
-
-
 def evaluated(trained: Path, data: str, out: Path) -> dict[str, Any]:
     main(f"evaluate --ckpt {trained / 'best.ckpt'} {data} --out {out}".split())
     return json.loads((out / "metrics.json").read_text())

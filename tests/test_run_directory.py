@@ -19,17 +19,6 @@ def line(mimic: Path, tmp_path: Path) -> str:
     return f"train --model Fusion --model.width 8 {data} --trainer.max_epochs 1"
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
-    def run(line: str) -> str:
-        with pytest.raises(SystemExit) as stopped:
-            main(line.split())
-        assert stopped.value.code == 2
-        return capsys.readouterr().err
-
-    return run
-
-
 def files(folder: Path) -> dict[Path, bytes]:
     return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
