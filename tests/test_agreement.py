@@ -133,3 +133,9 @@ def test_simulated_files_of_another_simulation_are_refused(
     name = option.split()[0]
     said = refused(f"prepare --data SyntheticMIMICIV --data.root {mimic} {option}")
     assert f"{option}: the files in {mimic} were simulated with {'300' if 'stays' in name else '1'}" in said
+
+
+def test_the_checkpoint_may_stand_in_a_file(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "scores.yaml").write_text(f"ckpt: {trained / 'best.ckpt'}\nout: {tmp_path / 'scores'}\n")
+    main(["evaluate", "-c", str(tmp_path / "scores.yaml")])
+    assert json.loads((tmp_path / "scores" / "metrics.json").read_text())["data"] == "SyntheticMIMICIV"

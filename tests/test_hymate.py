@@ -545,3 +545,19 @@ def test_recomputed_blocks_give_the_same_gradients_with_less_kept(attention: str
     assert len(gradient) == len(same_gradient) > 20
     assert all(torch.equal(a, b) for a, b in zip(gradient, same_gradient, strict=True))
     assert fewer < 0.75 * bytes_kept
+
+
+def test_counts_beyond_256_survive_bfloat16() -> None:
+    """bfloat16 has 8 bits of mantissa: summed in it, 1,200 observations came out as 259."""
+    model = HyMaTE(width=16, layers=1, state=4, attention="variable", heads=2)
+    model.initialise(spec(2, 48, 1))
+    model.eval().bfloat16()
+    counts: list[float] = []
+    model.of_variable.register_forward_pre_hook(lambda _, x: counts.append(x[0][0, 0, -1].float().expm1().item()))
+    n = 1200
+    values = torch.randn(1, n, dtype=torch.bfloat16)
+    times = torch.linspace(-1, 1, n, dtype=torch.bfloat16)[None]
+    static = torch.zeros(1, 1, dtype=torch.bfloat16)
+    ones = torch.ones(1, n, dtype=torch.int64)
+    model(Triplets(static, times, ones, values, torch.tensor([n]), torch.ones(1), torch.arange(1)))
+    assert counts == [pytest.approx(n, rel=0.03)]
