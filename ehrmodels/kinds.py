@@ -97,9 +97,10 @@ def threshold(probability: Tensor, target: Tensor, operating_point: str = "youde
         return None
     true, false = y.cumsum(0), (1 - y).cumsum(0)  # at the threshold p[i]
     last_of_tie = torch.cat([p[1:] != p[:-1], torch.ones(1, dtype=torch.bool, device=p.device)])
-    p, sensitivity, fall_out = p[last_of_tie], (true / true[-1])[last_of_tie], (false / false[-1])[last_of_tie]
+    p, sensitivity = p[last_of_tie], (true / true[-1])[last_of_tie]
     if name == "youden":
-        return float(p[torch.argmax(sensitivity - fall_out)])
+        excess = true * false[-1] - false * true[-1]  # sensitivity - fall-out without rounding, so that ties are ties
+        return float(p[torch.argmax(excess[last_of_tie])])
     if name == "sensitivity":
         enough = sensitivity >= wanted
     else:

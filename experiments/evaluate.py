@@ -99,10 +99,10 @@ def data_of(ckpt: str | Path) -> tuple[str, dict[str, Any]]:
     data = read(ckpt)["ehr"].get("data")
     if not isinstance(data, dict) or not isinstance(data.get("arguments"), dict):
         raise ValueError(f"{ckpt} does not say which data it was trained on: give --data NAME --data.root FOLDER")
-    kind = str(data["class"]).rpartition(".")[2]
-    if data["class"] not in hospitals.__all__:
+    kind = str(data.get("class"))
+    if kind not in hospitals.__all__:
         raise ValueError(
-            f"{ckpt} was trained on {data['class']}, which is none of {', '.join(hospitals.__all__)}: name the data with "
+            f"{ckpt} was trained on {kind}, which is none of {', '.join(hospitals.__all__)}: name the data with "
             "--data and --data.root"
         )
     return kind, {k: v for k, v in data["arguments"].items() if v is not None and k not in module.OF_MACHINE}

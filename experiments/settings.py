@@ -61,8 +61,9 @@ def differences(
             continue
         if any(key.startswith(f"{s}.") for s in exchanged):
             continue
-        absent = _default(key, {**before, **after}, function) if key not in before or key not in after else None
-        pair = (before.get(key, absent), after.get(key, absent))
+        unset = [key not in c or (c[key] is None and ".init_args." in key) for c in (before, after)]
+        default = _default(key, {**before, **after}, function) if any(unset) else None
+        pair = (default if unset[0] else before[key], default if unset[1] else after[key])
         if pair[0] != pair[1]:
             unequal[key] = pair
     return unequal
@@ -93,6 +94,9 @@ def _default(key: str, config: dict[str, Any], function: Callable[..., Any]) -> 
     owners: tuple[Callable[..., Any], ...]
     if rest:
         owners = _class(config.get(f"{section}.class_path", "")).__mro__
+        for kind in owners:  # a hospital resolves what is left out by a table of its own
+            if rest in vars(kind).get("defaults", {}):
+                return _plain(vars(kind)["defaults"][rest], [])
     elif key.startswith("trainer."):
         rest = key.removeprefix("trainer.")
         if rest in TRAINER_DEFAULTS:

@@ -142,24 +142,24 @@ def test_a_class_of_ones_own_trains_is_scored_and_reloads(mimic: Path, tmp_path:
         Fusion.load_from_checkpoint(path)
 
 
-def test_a_class_of_ones_own_on_the_command_line(mimic: Path, tmp_path: Path) -> None:
+def test_a_class_of_ones_own_on_the_command_line(mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = Path(__file__).read_text()
     (tmp_path / "mymodels.py").write_text(text[text.index("import os") : text.index("@pytest.fixture")])
+    monkeypatch.chdir(tmp_path)  # whose modules can be named, without PYTHONPATH
     data = f"--data SyntheticMIMICIV --data.root {mimic}"
-
-    def ehr(line: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-W", "ignore", "-m", "experiments.cli", *line.split()]
-        environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
-        return subprocess.run(
-            command, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-        )
-
-    done = ehr(f"train --model mymodels.GRU --model.width 4 {data} --trainer.max_epochs 1 --name own")
-    assert done.returncode == 0, done.stderr
-    done = ehr("evaluate --ckpt runs/own/best.ckpt --model mymodels.GRU --out scores")
-    assert done.returncode == 0, done.stderr
+    main(f"train --model mymodels.GRU --model.width 4 {data} --trainer.max_epochs 1 --name own".split())
+    main(["evaluate", "--ckpt", "runs/own/best.ckpt", "--model", "mymodels.GRU", "--out", "scores"])
     assert (tmp_path / "scores" / "report.png").exists()
-    done = ehr("evaluate --ckpt runs/own/best.ckpt --out scores")
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "experiments.cli",
+        *["evaluate", "--ckpt", "runs/own/best.ckpt", "--out", "x"],
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "name it with --model mymodels.GRU" in done.stderr
 
 

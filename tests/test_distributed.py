@@ -133,11 +133,11 @@ def test_gradients_of_uneven_parts_average_to_that_of_the_whole(
     told: list[torch.Tensor] = []
     monkeypatch.setattr(base, "is_distributed", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(base, "add_up", lambda values: told.append(values.clone()) or values)
+    monkeypatch.setattr(base, "all_reduce", lambda values: told.append(values.clone()) or values)
     for piece in pieces[1:]:
         step(piece)  # to learn what each process says
     total = told[0] + told[1]
-    monkeypatch.setattr(base, "add_up", lambda values: total.clone())
+    monkeypatch.setattr(base, "all_reduce", lambda values: total.clone())
     (mean, one), (same_mean, other) = step(pieces[1]), step(pieces[2])
     assert mean == same_mean == pytest.approx(expected, rel=1e-6)
     for a, b, c in zip(one, other, gradient, strict=True):

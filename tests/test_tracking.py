@@ -20,7 +20,7 @@ import os, signal, sys
 from pathlib import Path
 from experiments import tracking
 folder, first, epochs = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-logger = tracking.logger("offline", folder, "seed: 0", "val_auroc", ["Fusion"])
+logger = tracking.logger("offline", folder, {"seed": 0}, "val_auroc", ["Fusion"])
 for epoch in range(first, epochs):
     logger.log_metrics({"epoch": epoch, "val_auroc": 0.5 + epoch / 10}, step=7 * epoch)
     logger.log_metrics({"epoch": epoch, "train_loss": 1 - epoch / 10}, step=7 * epoch)
@@ -92,5 +92,5 @@ def test_a_run_that_is_refused_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(
         ValueError, match="--wandb online is not possible: no such entity; mend that, or take --wandb offline"
     ):
-        tracking.logger("online", tmp_path, "seed: 0", "val_loss", [])
+        tracking.logger("online", tmp_path, {"seed": 0}, "val_loss", [])
     assert not list(tmp_path.iterdir())

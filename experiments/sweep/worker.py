@@ -39,6 +39,7 @@ RENEW = 75  # exit status of a worker whose device is not to be trusted any more
 LOSSES = 20  # workers that may be lost without any progress in the study before the sweep gives up
 LAUNCHER_PREFIXES = ("SLURM_", "PMI_", "OMPI_")  # left out of a worker's environment: a trial is a process of its own
 LAUNCHER_VARIABLES = (
+    "WANDB_SERVICE",  # of the command's own process: it would keep the run of a worker that was killed open
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 )
