@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from experiments import help, mistakes
+from experiments.settings import TRAINER_DEFAULTS
 
 FROM_CHECKPOINT = ("evaluate", "predict", "explain")  # verbs whose data default to those of the checkpoint
 OURS = (  # arguments of lightning.Trainer that are not offered: ``run.fit`` sets them, or they would break --resume
@@ -140,7 +141,7 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
         made = parser.instantiate(configuration)
     values = {name: value for name, value in vars(made).items() if name in own}
     if "trainer" in own and trainer is not None:
-        values["trainer"] = {k: v for k, v in trainer.as_dict().items() if v is not None}
+        values["trainer"] = {k: v for k, v in trainer.as_dict().items() if v is not None or k in TRAINER_DEFAULTS}
     if "config" in own:
         values["config"] = text
     if verb in ("train", "sweep") and values["name"] is None and (files := _files(arguments)):
@@ -208,8 +209,6 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
 
         if verb != "sweep":
             parser.add_argument("--resume", action="store_true", help="Continue a run that was interrupted.")
-        from experiments.settings import TRAINER_DEFAULTS
-
         ours_too = {*OURS, "max_epochs"} if verb == "finetune" else set(OURS)  # it has --epochs
         parser.add_class_arguments(lightning.Trainer, "trainer", skip=ours_too, instantiate=False)
         parser.set_defaults({f"trainer.{k}": v for k, v in TRAINER_DEFAULTS.items() if k not in ours_too})

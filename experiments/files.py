@@ -58,9 +58,8 @@ def write(path: Path, content: bytes) -> None:
         return
     unfinished = path.with_name(path.name + ".tmp")
     try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
+        unfinished.write_bytes(content)
+        with unfinished.open("r+b") as file:
             os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
         unfinished.replace(path)
     finally:

@@ -97,11 +97,11 @@ def transfer(
     tracking.check(wandb)
     if learning_rate is not None and not learning_rate >= 0:
         raise ValueError(f"the learning rate of fine-tuning must be at least 0, found {learning_rate}")
-    options = {name: value for name, value in recipe.trainer.items() if name != "max_epochs"}
     config = run_directory.configuration(
-        None, {"data": target}, options, ckpt=str(ckpt), out=str(folder), seed=recipe.seed, learning_rate=learning_rate,
+        None, {"data": target}, recipe.trainer, ckpt=str(ckpt), out=str(folder), seed=recipe.seed, learning_rate=learning_rate,
         epochs=epochs, operating_point=operating_point, checkpoint_minutes=recipe.checkpoint_minutes, wandb=wandb,
     )  # fmt: skip
+    del config["trainer"]["max_epochs"]  # which is --epochs here
     with run_directory.opened(folder, config, resume, "--out", finetune):
         network, target = opened(ckpt, target, model)
         check_validation(target)

@@ -91,7 +91,7 @@ complete -o default -F _ehr ehr
 
 
 def _documented(verb: str) -> tuple[str, dict[str, str]]:
-    """First paragraph of a verb's docstring, and option -> first sentence on it."""
+    """First paragraph of a verb's docstring, and option -> the first words on it."""
     path = Path(__file__).parent / ("sweep/command.py" if verb == "sweep" else f"{verb}.py")
     functions = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == verb]
     doc = ast.get_docstring(functions[0]) or ""
@@ -103,7 +103,8 @@ def _documented(verb: str) -> tuple[str, dict[str, str]]:
         elif options and line.strip():
             options[next(reversed(options))] += f" {line.strip()}"
     first = " ".join(doc.split("\n\n")[0].split())
-    return first, {name: re.split(r"(?<=[.])\s", about)[0] for name, about in options.items() if name not in HIDDEN}
+    short = {name: re.split(r"\.\s|;", f"{about} ")[0].strip() for name, about in options.items() if name not in HIDDEN}
+    return first, {name: f"{about.rstrip('.')}." for name, about in short.items()}
 
 
 def _filled(text: str, start: str = "", indent: int = 0) -> str:

@@ -47,7 +47,8 @@ def configuration(
         if module is not None:
             config[name] = _described(type(module), {**module.hparams, **module.options()}, "datamodules")  # type: ignore[attr-defined]
     defaults = inspect.signature(lightning.Trainer).parameters
-    arguments = {k: v for k, v in trainer.items() if k not in defaults or v != defaults[k].default}
+    whole, always = {**settings.TRAINER_DEFAULTS, **trainer}, settings.TRAINER_DEFAULTS
+    arguments = {k: v for k, v in whole.items() if k in always or k not in defaults or v != defaults[k].default}
     arguments["precision"] = precision(trainer)
     for name in ("callbacks", "logger"):
         if name in arguments:

@@ -493,7 +493,8 @@ def test_finetune_from_a_checkpoint(
         assert pl.read_parquet(tmp_path / "ft" / name).equals(pl.read_parquet(folder / name))
     one, two = read(tmp_path / "ft" / "last.ckpt"), read(folder / "last.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(one["state_dict"].values(), two["state_dict"].values(), strict=True))
-    assert (tmp_path / "ft" / "config.yaml").exists()
+    again = configuration(f"finetune -c {tmp_path / 'ft' / 'config.yaml'}", capsys)  # it is a configuration itself
+    assert (again["epochs"], again["data"]["class_path"]) == (2, "datamodules.SyntheticEICU")
     said = refused(f"finetune --ckpt {trained / 'best.ckpt'} --data SyntheticEICU --data.root {eicu}", capsys)
     assert "holds a run with another configuration" in said and "--epochs: 2 there, 10 here" in said
 

@@ -149,3 +149,11 @@ def test_epochs_without_validation_have_no_metrics(line: str, tmp_path: Path) ->
     rows = [row.split(",") for row in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
     assert {len(row) for row in rows} == {7}
     assert [row[rows[0].index("val_auroc")] == "" for row in rows[1:]] == [True, False, True]
+
+
+def test_null_switches_off_what_ehr_switches_on(line: str, tmp_path: Path) -> None:
+    main(f"{line} --trainer.gradient_clip_val null".split())
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]
+    assert stored["gradient_clip_val"] is None
+    main(f"{line} --name plain".split())
+    assert (tmp_path / "run" / "metrics.csv").read_text() != (tmp_path / "plain" / "metrics.csv").read_text()
