@@ -154,7 +154,8 @@ def infusion_rows(tables: Tables, stays: pl.DataFrame) -> pl.LazyFrame:
     table = table.join(
         stays.lazy().select("stay_id", admission=pl.col("weight").cast(pl.Float64)), on="stay_id", how="inner"
     )
-    last = flowsheet.weights(tables["intakeOutput"]).sort("known_minute").rename({"known_minute": "minute"})
+    # of weights that were entered at once (in kg and in lb) always the same one
+    last = flowsheet.weights(tables["intakeOutput"]).sort("known_minute", "kg").rename({"known_minute": "minute"})
     table = table.sort("minute").join_asof(last, on="minute", by="stay_id", check_sortedness=False)
 
     own = raw.number(pl.col("patientweight"))
