@@ -18,7 +18,7 @@ from experiments import help, mistakes
 from experiments.settings import TRAINER_DEFAULTS
 
 FROM_CHECKPOINT = ("evaluate", "predict", "explain")  # verbs whose data default to those of the checkpoint
-OURS = (  # arguments of lightning.Trainer that are not offered: ``run.fit`` sets them, or they would break --resume
+OURS = (  # arguments of lightning.Trainer that are not offered: ``fit.fit`` sets them, or they would break --resume
     *("default_root_dir", "plugins", "profiler", "enable_progress_bar", "enable_model_summary", "overfit_batches"),
     *("enable_checkpointing", "num_sanity_val_steps", "max_time", "fast_dev_run", "inference_mode", "model_registry"),
     *("reload_dataloaders_every_n_epochs", "barebones"),

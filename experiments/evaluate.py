@@ -16,7 +16,6 @@ from datamodules.module import ICUDataModule
 from ehrmodels import ICUModule, load
 from ehrmodels.base import is_distributed
 from ehrmodels.checkpoint import read
-from ehrmodels.kinds import threshold
 from experiments import distributed, figures, files, metrics, report
 from experiments.files import console, save, write_json, write_parquet
 
@@ -162,10 +161,7 @@ def conclude(
     best = folder / "best.ckpt"
     network = load(best, model)
     validation = predict_split(network, data, "val", device)
-    labelled = validation.filter(pl.col("target").is_not_nan())
-    network.threshold = threshold(
-        labelled["probability"].to_torch(), labelled["target"].to_torch(), network.operating_point
-    )
+    network.threshold = metrics.choose_threshold(validation, network.operating_point)
     checkpoint = read(best)
     checkpoint["ehr"]["threshold"] = network.threshold
     save(checkpoint, best)

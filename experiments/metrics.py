@@ -196,15 +196,12 @@ class Rows:
             return [METRICS[name].value(counts) for name in names]
 
 
-def choose_threshold(predictions: pl.DataFrame) -> float:
-    """The probability with the largest sensitivity + specificity - 1 (Youden 1950); 0.5 where only one class occurs."""
-    known = predictions.filter(pl.col("target").is_not_nan()).sort("probability", descending=True)
-    p, y = known["probability"].to_numpy(), known["target"].to_numpy()
-    if not 0 < y.sum() < len(y):
-        return 0.5
-    gain = np.cumsum(y) / y.sum() - np.cumsum(1 - y) / (1 - y).sum()
-    gain[np.append(p[1:] == p[:-1], False)] = -1
-    return float(p[np.argmax(gain)])
+def choose_threshold(predictions: pl.DataFrame, operating_point: str = "youden") -> float | None:
+    """``ehrmodels.kinds.threshold`` of the rows of a predictions table whose target is known."""
+    from ehrmodels.kinds import threshold  # here, since ``ehr prepare`` prints tables without torch
+
+    labelled = predictions.filter(pl.col("target").is_not_nan())
+    return threshold(labelled["probability"].to_torch(), labelled["target"].to_torch(), operating_point)
 
 
 def _resamples(patients: int, replicates: int) -> Iterator[np.ndarray]:

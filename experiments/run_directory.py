@@ -207,8 +207,6 @@ def _alone(folder: Path, option: str) -> Iterator[None]:
 
 def _remove(folder: Path) -> None:
     """Take away what a run that trained nothing has written."""
-    if trained(folder):
-        return
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
 
