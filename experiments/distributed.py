@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -52,7 +53,8 @@ def distributed_run(trainer: dict[str, Any]) -> Iterator[None]:
         files.console.quiet = True
         logging.disable()
         warnings.simplefilter("ignore")
-    watch = _Watch(rank)
+    watch, main = _Watch(rank), threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
         watch.stop()
@@ -60,7 +62,11 @@ def distributed_run(trainer: dict[str, Any]) -> Iterator[None]:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(60)
     except BaseException as error:
+        if main:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as another process is gone
         if _lost(error) and not os.environ.get("EHR_TRACEBACK"):
+            watch.end()
+        if isinstance(error, KeyboardInterrupt) and _first_is_gone() and not os.environ.get("EHR_TRACEBACK"):
             watch.end()
         if rank and isinstance(error, Exception | KeyboardInterrupt):
             time.sleep(
@@ -79,6 +85,8 @@ def distributed_run(trainer: dict[str, Any]) -> Iterator[None]:
         raise
     finally:
         watch.stop()
+        if main:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _place(trainer: dict[str, Any]) -> tuple[int, int]:
@@ -172,10 +180,26 @@ def broadcast(value: bool) -> bool:
     return bool(decision)
 
 
+_first: list[tuple[str, int]] = []  # machine and process id of the first process of each machine
+
+
 def end_with_sigterm() -> None:
     """Let SIGTERM end this process as Ctrl-C does: Lightning's answer is to wait for the others, which may never come."""
     if is_distributed():
+        mine = (platform.node(), os.getpid(), os.environ.get("LOCAL_RANK", "0"))
+        _first[:] = [(machine, process) for machine, process, local in all_gather(mine) if local == "0"]
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _first_is_gone() -> bool:
+    """Whether the first process of this machine has ended, which torchrun answers with SIGTERM to the others."""
+    for machine, process in _first:
+        if machine == platform.node():
+            try:
+                os.kill(process, 0)
+            except OSError:
+                return True
+    return False
 
 
 _launchers: list[Any] = []  # of Lightning, which hold the processes that this one has started
@@ -230,8 +254,6 @@ class _Watch:
         """Say once that another process is gone, and end this one and those that it has started."""
         if not self.once.acquire(blocking=False):
             time.sleep(60)  # another thread is about to end this process
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to send it
         if self.by_lightning:
             time.sleep(0.2)  # the parent's connections close before it is gone
         if self.over.is_set() and threading.current_thread() is not threading.main_thread():
