@@ -17,6 +17,7 @@ from datamodules.tasks import STATICS
 
 OF_TASK = ("task", "hours", "window", "rolling", "lead", "after_onset")
 OF_SPLIT = ("seed", "split_by")
+HOURS = "hours in the ICU"  # the first of the features that say what has elapsed
 Trained = list[dict[str, Any]]  # whose patients a model was trained on: ``population``, and the options of their split
 
 
@@ -27,6 +28,7 @@ def options_of(spec: Spec) -> dict[str, Any]:
     treated = any(name in BY_NAME and BY_NAME[name].treatment for name in spec.variables)
     options["treatment"] = task.get("treatment", treated)
     options["statics"] = [s for s in STATICS if any(n == s or n.startswith(f"{s}=") for n in spec.statics)]
+    options["elapsed"] = HOURS in spec.statics
     return options
 
 
@@ -58,7 +60,7 @@ def agree(hospital: Hospital, spec: Spec, trained: Trained, population: str, own
                 f"these data have windows of {hospital.task.window_hours} hours, but the model was trained with "
                 f"{options['window']}: add --data.window {options['window']}"
             )
-        options = {name: options[name] for name in ("treatment", "statics")}
+        options = {name: options[name] for name in ("treatment", "statics", "elapsed")}
     for name, value in options.items():
         if name in asked and name != "sepsis" and _comparable(asked[name]) != _comparable(value):
             raise ValueError(

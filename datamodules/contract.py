@@ -1,12 +1,19 @@
 """The contract between data and models: what a batch holds, and what a model is told of the data.
 
+Every view holds ``static``, ``summary``, ``target`` and ``row``. ``summary`` is (B, F, 16), the statistics of
+``summary.STATISTICS`` in the variables' units and hours, NaN where there is nothing to tell; a model that does not ask
+for it (``ICUModule.summary``) gets one of no variables, (B, 0, 16). In training, ``target`` may lie between 0 and 1: a
+teacher's probability mixed with the outcome.
+
 Shape letters: B samples, T hours, N events, F variables, S static features.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from datamodules.summary import STATISTICS as STATISTICS
 
 
 class Grid(NamedTuple):
@@ -16,7 +23,8 @@ class Grid(NamedTuple):
     rate is the mean over the hour, one that was set before the window included.
     """
 
-    static: Tensor  # (B, S) standardised; units of care one-hot
+    static: Tensor  # (B, S) standardised; units of care one-hot; for hourly tasks also what has elapsed
+    summary: Tensor  # (B, F, 16)
     value: Tensor  # (B, T, F) standardised, clipped to +-5
     mask: Tensor  # (B, T, F) 1 where charted in that hour
     since: Tensor  # (B, T, F) hours since last charted, divided by T and clipped to 1 (never charted: 1)
@@ -31,6 +39,7 @@ class Triplets(NamedTuple):
     """
 
     static: Tensor  # (B, S)
+    summary: Tensor  # (B, F, 16)
     time: Tensor  # (B, N) from -1 (start of the window) to 1 (prediction time)
     variable: Tensor  # (B, N) 1 .. F; 0 is padding
     value: Tensor  # (B, N) standardised, clipped to +-5
@@ -44,7 +53,18 @@ class Triplets(NamedTuple):
         return torch.arange(self.time.shape[1], device=self.time.device) < self.length[:, None]
 
 
-Batch = Grid | Triplets
+class Summary(NamedTuple):
+    """Samples as statistics of each variable over the window."""
+
+    static: Tensor  # (B, S)
+    summary: Tensor  # (B, F, 16)
+    target: Tensor  # (B,)
+    row: Tensor  # (B,)
+
+
+Batch = Grid | Triplets | Summary
+View = Literal["grid", "triplets", "summary"]
+VIEWS: dict[str, Any] = {"grid": Grid, "triplets": Triplets, "summary": Summary}
 
 
 class Spec(NamedTuple):
@@ -58,6 +78,8 @@ class Spec(NamedTuple):
     static_center: list[float]  # (S,)
     static_scale: list[float]  # (S,)
     task: dict[str, Any]  # arguments of ``tasks.Task``, ``kind`` and, where there are several, ``labels``
+    quantiles: list[list[float]] = []  # noqa: RUF012  # (F, K + 1) of standardised values
+    summary_quantiles: list[list[float]] = []  # noqa: RUF012  # (F * 16, K + 1) of the summary, in its units
 
     @property
     def window(self) -> int:

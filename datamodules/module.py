@@ -4,7 +4,7 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import lightning
 import numpy as np
@@ -15,15 +15,23 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules import agreement, hospitals, scaler
 from datamodules.agreement import Trained
 from datamodules.cohort import Cohort, rows_of
-from datamodules.contract import Batch, Grid, Spec, Triplets
+from datamodules.contract import Batch, Grid, Spec, Summary, Triplets, View
 from datamodules.hospitals.base import Hospital, Split
 from datamodules.sampler import Batches
 from datamodules.store import Store
+from datamodules.summary import STATISTICS
 from datamodules.tasks import Task
-from datamodules.views import Views
+from datamodules.views import Thinning, Views
 
 OF_MACHINE = ("cache", "num_workers")  # options that a checkpoint does not carry to other machines
 log = logging.getLogger(__name__)
+
+
+class Teacher(Protocol):
+    """Whoever says, beside the outcome, how likely it was: ``experiments.teacher``."""
+
+    def mixed(self, target: np.ndarray, rows: np.ndarray, static: np.ndarray, summary: np.ndarray) -> np.ndarray:
+        """(B,) what training aims at, from outcomes (B,), row numbers (B,), and what the teacher judges by."""
 
 
 class ICUDataModule(lightning.LightningDataModule, ABC):
@@ -36,6 +44,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         split: The split that is scored after training: train, val, test or all.
         batch_size: Samples per batch; with several processes, of each of them.
         num_workers: Processes that build batches; 0 builds them in the training process.
+        thinning: Share of observations that training leaves out, others in every epoch, of variables with at least 6 in a
+            window.
     """
 
     name: str
@@ -45,20 +55,25 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
     treatment: bool
     statics: list[str]
 
-    def __init__(self, split: Split = "test", batch_size: int = 64, num_workers: int = 0):
+    def __init__(self, split: Split = "test", batch_size: int = 64, num_workers: int = 0, thinning: float = 0.0):
         super().__init__()
         self.save_hyperparameters(logger=False)
         if batch_size < 1:
             raise ValueError(f"--data.batch_size must be at least 1, found {batch_size}")
         if num_workers < 0:
             raise ValueError(f"--data.num_workers must be at least 0, found {num_workers}")
+        if not 0 <= thinning < 1:
+            raise ValueError(f"--data.thinning must be at least 0 and below 1, found {thinning}")
+        self.thinning = thinning
         self.split, self.batch_size, self.num_workers = split, batch_size, num_workers
         assert isinstance(self, Hospital)
         self.cohort = Cohort(self)
         self.order_epoch, self.order_start = 0, 0  # of training batches; a training run sets them
         self.order_seed: int | None = None
         self.rank, self.world = 0, 1  # this process and how many there are that share every batch
-        self.view = "grid"  # or "triplets": what the model reads
+        self.view: View = "grid"  # what the model reads
+        self.summary = False  # whether it reads the summary, too
+        self.teacher: Teacher | None = None  # mixes its probabilities into the targets of training
         self.spec: Spec | None = None
         self.trained: Trained = []  # whose patients a trained model has seen
         self._own_task = self._adopted = False
@@ -108,9 +123,13 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         elif self._own_task:
             self.spec = self.spec._replace(task=agreement.task_of(self))  # type: ignore[arg-type]
         self._views = Views(self.store, self.spec.variables, self.spec.window)
-        self._static = scaler.standard_statics(self.store.stays, self.spec)
+        self._static = scaler.Statics(self.store.stays, self.spec, self._views)
         if self._adopted:
             self._remark()
+
+    def serve(self, model: Any) -> None:
+        """Give the batches that a model reads."""
+        self.view, self.summary = getattr(model, "view", "grid"), getattr(model, "summary", False)
 
     def adopt(self, spec: Spec, trained: Trained | None = None, own_task: bool = False) -> None:
         """Use a trained model's task, variables and scaler from the next ``setup`` on, so that nothing of these data is
@@ -166,7 +185,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
             return
         model = self.trainer.lightning_module
         self.rank, self.world = self.trainer.global_rank, self.trainer.world_size
-        self.view = getattr(model, "view", self.view)
+        self.serve(model)
         if not getattr(model, "supervised", True):
             self.labelled = False
         spec = getattr(model, "spec", None)
@@ -235,6 +254,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         seed = self.seed if self.order_seed is None else self.order_seed
         order = (seed, self.order_epoch, self.order_start) if shuffle else (None,)
         batches = Batches(rows, self.batch_size, *order, lengths=lengths, rank=self.rank, world=self.world, whole=whole)
+        batches.numbered = shuffle
         return DataLoader(
             Samples(self),
             sampler=batches,
@@ -244,25 +264,46 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The samples ``rows`` as one batch of the view that the model asks for."""
+    def batch(self, rows: np.ndarray, epoch: int | None = None) -> Batch:
+        """The samples ``rows`` as one batch of the view that the model asks for.
+
+        Args:
+            rows: row numbers of ``samples``.
+            epoch: of training, in which observations are left out and a teacher is heard; None: neither.
+        """
         assert self.spec is not None
-        stay, minute = self._stay[rows], self._minute[rows]
-        static = torch.from_numpy(self._static[stay])
-        target, index = torch.from_numpy(self._target[rows]), torch.from_numpy(rows)
+        stay, minute, thinning = self._stay[rows], self._minute[rows], None
+        if epoch is not None and self.thinning:
+            thinning = Thinning(self.thinning, self.seed if self.order_seed is None else self.order_seed, epoch)
+        static, target = self._static.batch(stay, minute), self._target[rows]
+        teacher = self.teacher if epoch is not None else None
+        summary = np.zeros((len(rows), 0, len(STATISTICS)), np.float32)
+        if self.summary or self.view == "summary" or teacher:
+            summary = self._views.summary(stay, minute, thinning)
+        if teacher:
+            target = teacher.mixed(target, rows, static, summary)
+            if not (self.summary or self.view == "summary"):
+                summary = summary[:, :0]
+        first, last = (
+            (torch.from_numpy(static), torch.from_numpy(summary)),
+            (torch.from_numpy(target), torch.from_numpy(rows)),
+        )
         if self.view == "grid":
-            return Grid(static, *self._views.grid(self.spec, stay, minute), target, index)
-        return Triplets(static, *self._views.triplets(self.spec, stay, minute), target, index)
+            return Grid(*first, *self._views.grid(self.spec, stay, minute, thinning), *last)
+        if self.view == "triplets":
+            return Triplets(*first, *self._views.triplets(self.spec, stay, minute, thinning), *last)
+        return Summary(*first, *last)
 
 
 class Samples(Dataset):
-    """Indexed by an array of rows, it gives the whole batch at once: nothing is done per row in Python."""
+    """Indexed by an array of rows, or by (epoch, rows) in training, it gives the whole batch at once: nothing is done per
+    row in Python."""
 
     def __init__(self, module: ICUDataModule):
         self.module = module
 
-    def __getitem__(self, rows: np.ndarray) -> Batch:
-        return self.module.batch(rows)
+    def __getitem__(self, item: np.ndarray | tuple[int, np.ndarray]) -> Batch:
+        return self.module.batch(item[1], item[0]) if isinstance(item, tuple) else self.module.batch(item)
 
     def __len__(self) -> int:
         assert self.module.samples is not None

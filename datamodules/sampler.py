@@ -50,6 +50,7 @@ class Batches(DistributedSampler):
     ):
         self.data, self.seed, self.epoch, self.start, self.rank, self.world = rows, seed, epoch, start, rank, world
         self.log_length = None if lengths is None else np.log(np.maximum(lengths, 1))
+        self.numbered = False  # each batch comes with the epoch, for what training does anew in each
         self.whole, parts = whole, 1 if whole else world
         cuts = (
             list(range(0, len(rows), size * parts)) if lengths is None else _cuts(np.sort(lengths)[::-1], size, parts)
@@ -65,11 +66,10 @@ class Batches(DistributedSampler):
     def __len__(self) -> int:
         return len(self.starts[self.rank :: self.world]) if self.whole else len(self.starts)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[np.ndarray | tuple[int, np.ndarray]]:
         batches = self._shared()[self.start :]
-        return iter(
-            batches[self.rank :: self.world] if self.whole else [batch[self.rank :: self.world] for batch in batches]
-        )
+        mine = batches[self.rank :: self.world] if self.whole else [b[self.rank :: self.world] for b in batches]
+        return iter([(self.epoch, rows) for rows in mine] if self.numbered else mine)
 
     def _shared(self) -> list[np.ndarray]:
         """The batches of an epoch, each of all processes."""

@@ -3,7 +3,7 @@
 import numpy as np
 import polars as pl
 
-from datamodules.agreement import task_of
+from datamodules.agreement import HOURS, task_of
 from datamodules.contract import Spec
 from datamodules.dictionary import BY_NAME, CARE_UNITS, CONCEPTS
 from datamodules.hospitals.base import Hospital
@@ -12,6 +12,8 @@ from datamodules.tasks import OUTCOMES, STATICS
 from datamodules.views import CLIP, Views
 
 FIT_SAMPLES = 8192  # training samples from which the scaler is fitted
+BINS = 16  # between the quantiles of values and of statistics
+NUMBER, PER_HOUR = "number of ", "number per hour of "  # names of what has elapsed, after HOURS
 
 
 def fit(hospital: Hospital, store: Store, stay: np.ndarray, minute: np.ndarray) -> Spec:
@@ -51,8 +53,19 @@ def fit(hospital: Hospital, store: Store, stay: np.ndarray, minute: np.ndarray) 
     rate = np.array([BY_NAME[n].hourly == "rate" for n in names])
     scale = np.where(rate, np.sqrt(second[seen] / count[seen]), scale)  # a rate keeps 0 at 0: off
     center, scale = np.where(rate, 0, center), np.where(scale > 1e-6, scale, 1)
+    views = Views(store, names, hospital.task.window_hours)
+    pieces = np.array_split(np.arange(len(stay)), max(len(stay) // 256, 1))
+    summary = np.concatenate([views.summary(stay[piece], minute[piece]) for piece in pieces])
+    charted = [views.events(stay[piece], minute[piece])[2:] for piece in pieces]
+    variable, value = (np.concatenate(column) for column in zip(*charted, strict=True))
+    standard = (value - center[variable]) / scale[variable]
+    quantiles = [_quantiles(standard[variable == k]) for k in range(len(names))]
     static_names, raw = static_columns(store.stays, hospital.statics)
+    elapsed = hospital.task.hourly if hospital.elapsed is None else hospital.elapsed
     mine = raw[everyone]
+    if elapsed:
+        static_names = [*static_names, HOURS, *(NUMBER + n for n in names), *(PER_HOUR + n for n in names)]
+        mine = np.concatenate([raw[stay], views.elapsed(stay, minute)], 1)
     mine = np.where(np.isnan(mine).all(0), 0, mine)
     static_center, static_scale = np.nan_to_num(np.nanmean(mine, 0)), np.nanstd(mine, 0)
     onehot = np.array(["=" in n for n in static_names], bool)
@@ -67,7 +80,15 @@ def fit(hospital: Hospital, store: Store, stay: np.ndarray, minute: np.ndarray) 
         static_center=static_center.tolist(),
         static_scale=static_scale.tolist(),
         task=task_of(hospital),
+        quantiles=quantiles,
+        summary_quantiles=[_quantiles(column) for column in summary.reshape(len(summary), -1).T],
     )
+
+
+def _quantiles(values: np.ndarray) -> list[float]:
+    """The edges of ``BINS`` bins that hold equally many of the values that are numbers; all 0 where there is none."""
+    values = values[~np.isnan(values)]
+    return np.quantile(values, np.linspace(0, 1, BINS + 1)).tolist() if len(values) else [0.0] * (BINS + 1)
 
 
 def static_columns(stays: pl.DataFrame, statics: list[str]) -> tuple[list[str], np.ndarray]:
@@ -82,10 +103,20 @@ def static_columns(stays: pl.DataFrame, statics: list[str]) -> tuple[list[str], 
     return names, values.reshape(len(stays), len(names))
 
 
-def standard_statics(stays: pl.DataFrame, spec: Spec) -> np.ndarray:
-    """(stays, S) static features as the model expects them; unknown is the mean."""
-    wanted = [s for s in STATICS if s in spec.statics or any(n.startswith(f"{s}=") for n in spec.statics)]
-    names, raw = static_columns(stays, wanted)
-    raw = raw[:, [names.index(n) for n in spec.statics]]
-    standard = (raw - np.array(spec.static_center, np.float32)) / np.array(spec.static_scale, np.float32)
-    return np.nan_to_num(np.clip(standard, -CLIP, CLIP)).astype(np.float32)
+class Statics:
+    """Static features as a model expects them, and for tasks of every hour what has elapsed; unknown is the mean."""
+
+    def __init__(self, stays: pl.DataFrame, spec: Spec, views: Views):
+        wanted = [s for s in STATICS if s in spec.statics or any(n.startswith(f"{s}=") for n in spec.statics)]
+        names, raw = static_columns(stays, wanted)
+        of_stay = [n for n in spec.statics if n in names]
+        self.raw = raw[:, [names.index(n) for n in of_stay]]
+        self.views, self.elapsed = views, HOURS in spec.statics
+        self.center, self.scale = np.array(spec.static_center, np.float32), np.array(spec.static_scale, np.float32)
+
+    def batch(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
+        """(B, S) of pairs of stay index and prediction minute."""
+        raw = self.raw[stay]
+        if self.elapsed:
+            raw = np.concatenate([raw, self.views.elapsed(stay, minute)], 1)
+        return np.nan_to_num(np.clip((raw - self.center) / self.scale, -CLIP, CLIP)).astype(np.float32)

@@ -1,8 +1,10 @@
-"""From memory-mapped events to what a model sees: the hourly grid and the triplets, for a whole batch at once.
+"""From memory-mapped events to what a model sees: the hourly grid, the triplets and the summary, for a whole batch at once.
 
 An event is seen if it lies before the prediction and was known before it. Shape letters: B samples, T hours, N events,
 F variables, R rates.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +13,29 @@ from torch import Tensor
 from datamodules.contract import Spec
 from datamodules.dictionary import BY_NAME, NAMES, RATES
 from datamodules.store import Store
+from datamodules.summary import STATISTICS, summarise
 
 CLIP = 5.0  # standardised values are clipped to +-CLIP: raw records keep errors such as pH 100
 CARRY = 24  # hours before the window from which values are carried into it
+COMMON = 6  # observations of a variable in a window from which on thinning leaves some out; rarer ones are kept
+Events = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+class Thinning(NamedTuple):
+    """Which observations training leaves out: the same ones in every view of a sample, others in every epoch.
+
+    Whether an observation stays depends on nothing but ``seed``, ``epoch`` and its place in the store. Of a variable with fewer than ``COMMON`` observations in the window, and of rates, which are steps and not
+    samples of a course, all stay.
+    """
+
+    share: float  # that is left out
+    seed: int
+    epoch: int
+
+    def uniform(self, row: np.ndarray) -> np.ndarray:
+        """(N,) A number in [0, 1) for each row of the store (N,)."""
+        key = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0]
+        return (_mix(row.astype(np.uint64) + key) >> np.uint64(11)) * 2.0**-53
 
 
 class Views:
@@ -33,18 +55,22 @@ class Views:
         self._is_rate = np.array([BY_NAME[n].hourly == "rate" for n in variables], bool)
         self._is_sum = np.array([BY_NAME[n].hourly == "sum" for n in variables], bool)
 
-    def grid(self, spec: Spec, stay: np.ndarray, minute: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    def grid(
+        self, spec: Spec, stay: np.ndarray, minute: np.ndarray, thinning: Thinning | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Value, mask and since of ``contract.Grid``, each (B, T, F), for pairs of stay index and prediction minute."""
-        value, mask, since = self.hourly(stay, minute)
+        value, mask, since = self.hourly(stay, minute, thinning)
         never = (since == self.window + CARRY) & ~self._is_rate
         standard = np.where(never, 0, self._standard(spec, value, slice(None)))
         since = np.minimum(since / np.float32(self.window), 1)
         dense = [torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (standard, mask, since)]
         return dense[0], dense[1], dense[2]
 
-    def triplets(self, spec: Spec, stay: np.ndarray, minute: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def triplets(
+        self, spec: Spec, stay: np.ndarray, minute: np.ndarray, thinning: Thinning | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Time, variable, value, each (B, N), and length (B,) of ``contract.Triplets``."""
-        owner, time, variable, value = self._with_running(stay, minute)
+        owner, time, variable, value = self._with_running(stay, minute, thinning)
         length = np.bincount(owner, minlength=len(stay))
         place = np.arange(len(owner)) - np.repeat(np.cumsum(length) - length, length)
         shape = (len(stay), max(int(length.max(initial=0)), 1))
@@ -54,32 +80,82 @@ class Views:
         values.numpy()[owner, place] = self._standard(spec, value, variable)
         return times, variables, values, torch.from_numpy(length)
 
+    def summary(self, stay: np.ndarray, minute: np.ndarray, thinning: Thinning | None = None) -> np.ndarray:
+        """Statistics of ``contract.Summary``, (B, F, 16), in units.
+
+        A rate counts as its steps and, where it runs when the window opens, one in the first minute. Where observations are
+        left out, those of a variable that stay count for all of its number, and so do sums.
+        """
+        owner, row, time, variable, value = self._cut(stay, minute, CARRY)
+        time = time - 60 * CARRY
+        before = time < 0
+        weight = None
+        if thinning is not None:
+            stays = self._stays(owner, row, variable, before, thinning)
+            slot = 2 * (owner * len(self.variables) + variable) + (time >= 30 * self.window)  # each half by itself
+            inside = ~before
+            many = np.bincount(slot[inside], minlength=2 * len(stay) * len(self.variables))
+            left = np.bincount(slot[inside & stays], minlength=len(many))
+            weight = np.where(inside, many[slot] / np.maximum(left[slot], 1), 1)[stays]
+            owner, time, variable, value, before = (a[stays] for a in (owner, time, variable, value, before))
+        opening = self._running(stay, minute, (owner[~before], time[~before], variable[~before]))
+        if len(opening[0]):
+            weight = None if weight is None else np.append(np.ones(len(opening[0])), weight)
+            before = np.append(np.zeros(len(opening[0]), bool), before)
+            owner, time, variable, value = (
+                np.append(first, then) for first, then in zip(opening, (owner, time, variable, value), strict=True)
+            )
+            order = np.argsort(time, kind="stable")
+            owner, time, variable, value, before = (a[order] for a in (owner, time, variable, value, before))
+            weight = None if weight is None else weight[order]
+        shape = (len(stay), len(self.variables))
+        return summarise((owner, time, variable, value), before, shape, self.window, weight)
+
+    def elapsed(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
+        """(B, 1 + 2 F): hours since ICU admission, and of each variable the number of observations since its record began
+        and that number per hour; both as log(1 + x)."""
+        store, width = self.store, len(self.variables)
+        low, high = store.offsets[stay], store.at_or_after(stay, minute)
+        owner, row = _expanded(low, high)
+        variable = self._variable[store.concept[row]]
+        seen = (variable >= 0) & (store.known[row] < minute[owner])
+        cell = owner[seen] * width + variable[seen]
+        number = np.bincount(cell, minlength=len(stay) * width).reshape(-1, width)
+        hours = np.maximum(minute / 60, 1)[:, None]
+        return np.concatenate([minute[:, None] / 60, np.log1p(number), np.log1p(number / hours)], 1)
+
     def lengths(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
         """(B,) events in each sample's window, of any variable: what ``triplets`` gives is at most that long."""
         low, high = self._rows(stay, minute, self.window)
         running = self.store.running(stay, minute - 60 * self.window)
         return high - low + (running[:, self._rate_variable >= 0] != 0).sum(1)
 
-    def _with_running(
-        self, stay: np.ndarray, minute: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _with_running(self, stay: np.ndarray, minute: np.ndarray, thinning: Thinning | None) -> Events:
         """``events``, and for each rate that runs when the window opens one in its first minute unless it is set anew
         then."""
-        events = self.events(stay, minute)
-        running = self.store.running(stay, minute - 60 * self.window)
-        sample, rate = np.nonzero((running != 0) & (self._rate_variable >= 0))
-        if not len(sample):
+        events = self.events(stay, minute, 0, thinning)
+        opening = self._running(stay, minute, events[:3])
+        if not len(opening[0]):
             return events
-        opening = (sample, np.zeros(len(sample), events[1].dtype), self._rate_variable[rate], running[sample, rate])
-        owner, time, variable, _ = events
-        anew = owner[time == 0] * len(self.variables) + variable[time == 0]
-        fresh = ~np.isin(opening[0] * len(self.variables) + opening[2], anew)
-        columns = [np.concatenate([first[fresh], then]) for first, then in zip(opening, events, strict=True)]
+        columns = [np.concatenate([first, then]) for first, then in zip(opening, events, strict=True)]
         concept = np.array(
             [NAMES.index(name) for name in self.variables]
         )  # of several at one minute, in the order of concepts
         order = np.lexsort((concept[columns[2]], columns[1], columns[0]))
         return columns[0][order], columns[1][order], columns[2][order], columns[3][order]
+
+    def _running(
+        self, stay: np.ndarray, minute: np.ndarray, events: tuple[np.ndarray, np.ndarray, np.ndarray]
+    ) -> Events:
+        """An event in the first minute for each rate that runs when the window opens, unless ``events`` (owner, time,
+        variable) set it anew then."""
+        running = self.store.running(stay, minute - 60 * self.window)
+        sample, rate = np.nonzero((running != 0) & (self._rate_variable >= 0))
+        owner, time, variable = events
+        anew = owner[time == 0] * len(self.variables) + variable[time == 0]
+        fresh = ~np.isin(sample * len(self.variables) + self._rate_variable[rate], anew)
+        sample, rate = sample[fresh], rate[fresh]
+        return sample, np.zeros(len(sample), time.dtype), self._rate_variable[rate], running[sample, rate]
 
     def _rows(self, stay: np.ndarray, minute: np.ndarray, hours: int) -> np.ndarray:
         """First row of the store of each sample's last ``hours``, and the first after them."""
@@ -90,9 +166,7 @@ class Views:
         center, scale = np.array(spec.center, np.float32), np.array(spec.scale, np.float32)
         return np.clip((value - center[variable]) / scale[variable], -CLIP, CLIP)
 
-    def events(
-        self, stay: np.ndarray, minute: np.ndarray, carry: int = 0
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def events(self, stay: np.ndarray, minute: np.ndarray, carry: int = 0, thinning: Thinning | None = None) -> Events:
         """Events of each sample from ``carry`` hours before its window up to, not including, its prediction, known by
         then.
 
@@ -100,18 +174,35 @@ class Views:
             owner (position of the sample in ``stay``), minutes since the start (window and carry), variable, value;
             each (N,), by owner, minute and concept.
         """
+        owner, row, time, variable, value = self._cut(stay, minute, carry)
+        if thinning is None:
+            return owner, time, variable, value
+        stays = self._stays(owner, row, variable, time < 60 * carry, thinning)
+        return owner[stays], time[stays], variable[stays], value[stays]
+
+    def _cut(self, stay: np.ndarray, minute: np.ndarray, carry: int) -> tuple[np.ndarray, ...]:
+        """``events``, all of them, with the row of the store in second place."""
         store = self.store
         start = minute - 60 * (self.window + carry)
-        low, high = self._rows(stay, minute, self.window + carry)
-        count = high - low
-        owner = np.repeat(np.arange(len(stay)), count)
-        row = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + low[owner]
+        owner, row = _expanded(*self._rows(stay, minute, self.window + carry))
         variable = self._variable[store.concept[row]]
         seen = (variable >= 0) & (store.known[row] < minute[owner])
         owner, row, variable = owner[seen], row[seen], variable[seen]
-        return owner, store.minute[row] - start[owner], variable, store.value[row]
+        return owner, row, store.minute[row] - start[owner], variable, store.value[row]
 
-    def hourly(self, stay: np.ndarray, minute: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _stays(
+        self, owner: np.ndarray, row: np.ndarray, variable: np.ndarray, before: np.ndarray, thinning: Thinning
+    ) -> np.ndarray:
+        """(N,) Which events thinning leaves: those ``before`` the window, too."""
+        width = len(self.variables)
+        slot = owner * width + variable
+        number = np.bincount(slot[~before], minlength=int(slot.max(initial=0)) + 1)
+        common = ~before & (number[slot] >= COMMON) & ~self._is_rate[variable]
+        return ~common | (thinning.uniform(row) >= thinning.share)
+
+    def hourly(
+        self, stay: np.ndarray, minute: np.ndarray, thinning: Thinning | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Hourly values in their units, mask, and hours since last charted; each (B, T, F).
 
         Values of one hour are averaged, volumes summed. A rate is a step function that goes on from what runs when the
@@ -121,7 +212,7 @@ class Views:
         one, so that two scattered sums and one running sum give the time-weighted mean of every hour.
         """
         batch, hours, width = len(stay), self.window + CARRY, len(self.variables)
-        owner, time, variable, value = self.events(stay, minute, CARRY)
+        owner, time, variable, value = self.events(stay, minute, CARRY, thinning)
         shape = (hours, batch, width)  # time comes first, so that running along it is a pass over contiguous memory
         cell = (time // 60 * batch + owner) * width + variable
         count = np.bincount(cell, minlength=hours * batch * width)
@@ -180,3 +271,18 @@ class Views:
         total = np.cumsum(now, axis=0) + opening
         total[np.abs(total) < 1e-6] = 0  # dust of the sums where an infusion has ended: rates are kept to 32 bits
         return total
+
+
+def _expanded(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Position of each range ``low`` .. ``high``, and the rows in it, joined."""
+    count = high - low
+    owner = np.repeat(np.arange(len(low)), count)
+    return owner, np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + low[owner]
+
+
+def _mix(number: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function (Steele et al. 2014): equally spread bits from numbers that differ a little."""
+    number = number + np.uint64(0x9E3779B97F4A7C15)
+    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return number ^ (number >> np.uint64(31))

@@ -4,5 +4,11 @@ from ehrmodels.base import ICUModule
 from ehrmodels.checkpoint import load
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast
+from ehrmodels.tabm import TabM
+from ehrmodels.trees import LightGBM, LogisticRegression, RandomForest, XGBoost
 
-__all__ = ["Fusion", "HyMaTE", "HyMaTEForecast", "ICUModule", "load"]
+__all__ = [
+    *("Fusion", "HyMaTE", "HyMaTEForecast", "ICUModule", "LightGBM", "LogisticRegression", "RandomForest", "TabM"),
+    "XGBoost",
+    "load",
+]

@@ -7,9 +7,10 @@ from typing import Any, Literal, Self
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
-from datamodules.contract import Batch, Spec, unlabelled
+from datamodules.contract import Batch, Spec, View, unlabelled
 from ehrmodels.kinds import KINDS, Kind, threshold
 
 Stage = Literal["train", "val", "test"]
@@ -23,14 +24,19 @@ class ICUModule(lightning.LightningModule, ABC):
     follow from the kind of task (``kinds``). Positives of binary tasks are weighted by N_neg / N_pos of the training
     split; ``predict_step`` takes that weight off the odds again, so probabilities stay calibrated.
 
+    ``forward`` may give a logit of each of several members, in a last axis, while it trains (``layers.Head`` does): the
+    loss is then the mean over members.
+
     Args:
         learning_rate: Peak learning rate of AdamW.
         weight_decay: Weight decay of AdamW; biases and normalisation are exempt.
         warmup: Share of all steps over which the learning rate rises; it falls along a cosine afterwards.
         pos_weight: Weight of a positive sample; default: N_neg / N_pos of the training split.
+        average: Decay of the moving average of weights, after every step, that is validated and kept; 0: the weights themselves.
     """
 
-    view: Literal["grid", "triplets"]
+    view: View
+    summary = False  # whether it reads the statistics of the window beside its view
     supervised = True  # False: learns from the records alone and predicts no outcome
 
     def __init__(
@@ -39,15 +45,18 @@ class ICUModule(lightning.LightningModule, ABC):
         weight_decay: float = 1e-2,
         warmup: float = 0.05,
         pos_weight: float | None = None,
+        average: float = 0.0,
     ):
         super().__init__()
         in_range(0, None, learning_rate=learning_rate, weight_decay=weight_decay)
+        if not 0 <= average < 1:
+            raise ValueError(f"--model.average must be at least 0 and below 1, found {average}")
         in_range(0, 1, warmup=warmup)
         if pos_weight is not None and not 0 < pos_weight < math.inf:
             raise ValueError(f"--model.pos_weight must be a finite number above 0, found {pos_weight}")
         self.save_hyperparameters(logger=False)  # the arguments of the subclass, too
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
-        self.pos_weight = pos_weight
+        self.pos_weight, self.average = pos_weight, average
         self.spec: Any = None  # a ``Spec`` once there are layers
         self.operating_point = "youden"  # how the threshold is chosen on the validation split: see ``kinds.threshold``
         self.threshold: float | None = None
@@ -138,6 +147,8 @@ class ICUModule(lightning.LightningModule, ABC):
         logit = self(batch)
         labelled = ~unlabelled(batch.target)
         logit, target = logit[labelled].float(), batch.target[labelled]
+        if logit.ndim > target.ndim:  # members
+            target = target.unsqueeze(-1).expand_as(logit)
         return self.kind.loss(logit, target, self.pos_weight or 1.0), logit.detach(), target
 
     def _record(self, stage: Stage, loss: Tensor, count: int | Tensor, samples: int) -> Tensor:
@@ -249,6 +260,19 @@ class ICUModule(lightning.LightningModule, ABC):
             "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"},
         }
 
+    def configure_callbacks(self) -> list[Any]:
+        """Lightning's own callback averages the weights."""
+        if not self.average:
+            return []
+
+        def averaged(average: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+            decay = min(
+                self.average, (1 + float(updates)) / (10 + float(updates))
+            )  # the first weights are soon forgotten
+            return average + (1 - decay) * (current - average)
+
+        return [WeightAveraging(use_buffers=False, avg_fn=averaged)]
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -282,7 +306,7 @@ class ICUModule(lightning.LightningModule, ABC):
             data.setup()
 
     def begin_with(self, path: Path) -> None:
-        """Take the weights of a checkpoint of the same layers; those of the head only where it has the same shape.
+        """Take the weights of a checkpoint of the same layers; those of the head and of the summary only where they are alike.
 
         Raises:
             ValueError: any other layer is absent there, has another shape, or is not part of this model.
@@ -291,7 +315,8 @@ class ICUModule(lightning.LightningModule, ABC):
 
         theirs, ours = read(path)["state_dict"], self.state_dict()
         fits = {name: weight for name, weight in theirs.items() if name in ours and weight.shape == ours[name].shape}
-        wrong = [name for name in {**theirs, **ours} if name not in fits and not name.startswith("head.")]
+        other = ("head.", "summarised.")  # not those of HyMaTEForecast
+        wrong = [name for name in {**theirs, **ours} if name not in fits and not name.startswith(other)]
         if wrong:
             shapes = [str(tuple(t[wrong[0]].shape)) if wrong[0] in t else "none" for t in (ours, theirs)]
             raise ValueError(

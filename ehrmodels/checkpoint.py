@@ -87,8 +87,9 @@ def spec_of(checkpoint: dict[str, Any], path: str | Path = "the checkpoint") -> 
         ValueError: there is none, or one of another version.
     """
     content = checkpoint.get("ehr", {}).get("spec")
-    if not isinstance(content, dict) or set(content) != set(Spec._fields):
-        lacking = sorted(set(Spec._fields) - set(content or ()))
+    needed = set(Spec._fields) - set(Spec._field_defaults)
+    if not isinstance(content, dict) or not needed <= set(content) <= set(Spec._fields):
+        lacking = sorted(needed - set(content or ()))
         raise ValueError(
             f"{path}: its description of the data is not that of this version (it lacks {', '.join(lacking) or 'nothing'}): "
             f"use the version that it was trained with"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datamodules.contract import Grid, Spec, Triplets
+from datamodules.contract import STATISTICS, VIEWS, Spec
 from ehrmodels.base import ICUModule
 
 MOST_SAMPLES, MOST_EVENTS = 4096, 65536  # of a batch
@@ -20,36 +20,43 @@ class Scorer(nn.Module):
 
     def __init__(self, model: ICUModule):
         super().__init__()
-        self.model, self.view = model, model.view
+        self.model = model
         self.kind, self.pos_weight = model.kind, model.pos_weight or 1.0
 
     def forward(self, static: Tensor, *tensors: Tensor) -> Tensor:
         unknown = static.new_full(static.shape[:1], torch.nan)
         row = torch.zeros_like(unknown, dtype=torch.int64)
-        view: Any = Grid if self.view == "grid" else Triplets
-        batch = view(static, *tensors, unknown, row)
+        fields = dict(zip(inputs(self.model)[1:], tensors, strict=True))
+        fields.setdefault("summary", static.new_zeros(0))
+        batch = VIEWS[self.model.view](static=static, target=unknown, row=row, **fields)
         return self.kind.prediction(self.model(batch), self.pos_weight).float()
 
 
-def inputs(view: str) -> list[str]:
-    """Names of the tensors that a model of a view reads: the fields of ``Grid`` or ``Triplets`` but target and row."""
-    return [name for name in (Grid if view == "grid" else Triplets)._fields if name not in ("target", "row")]
+def inputs(model: ICUModule) -> list[str]:
+    """Names of the tensors that a model reads: the fields of its view but target, row, and a summary that it does not ask for."""
+    unread = {"target", "row", *(() if model.summary or model.view == "summary" else ("summary",))}
+    return [name for name in VIEWS[model.view]._fields if name not in unread]
 
 
 def example(model: ICUModule, samples: int = 3, events: int = 7) -> tuple[Tensor, ...]:
     """Tensors of the shapes that a model reads, in the order of ``inputs``; the longest of the samples has ``events`` events."""
     spec: Spec = model.spec
     static = torch.randn(samples, len(spec.statics))
+    summary = torch.randn(samples, len(spec.variables), len(STATISTICS))
+    summary[torch.rand_like(summary) < 0.3] = torch.nan
+    first = (static, summary) if "summary" in inputs(model) else (static,)
+    if model.view == "summary":
+        return first
     if model.view == "grid":
         shape = (samples, spec.window, len(spec.variables))
         mask = (torch.rand(shape) < 0.3).float()
-        return static, torch.randn(shape), mask, torch.rand(shape)
+        return *first, torch.randn(shape), mask, torch.rand(shape)
     length = torch.randint(1, events + 1, (samples,))
     length[0] = events
     real = torch.arange(events) < length[:, None]
     time = (torch.rand(samples, events) * 2 - 1).sort(1).values * real
     variable = torch.randint(1, len(spec.variables) + 1, (samples, events)) * real
-    return static, time, variable, torch.randn(samples, events) * real, length
+    return *first, time, variable, torch.randn(samples, events) * real, length
 
 
 def exported(model: ICUModule) -> torch.export.ExportedProgram:
@@ -63,7 +70,7 @@ def exported(model: ICUModule) -> torch.export.ExportedProgram:
     events = torch.export.Dim("events", min=1, max=MOST_EVENTS)
     free: list[Any] = [
         {0: batch, 1: events} if model.view == "triplets" and t.ndim == 2 and name != "static" else {0: batch}
-        for name, t in zip(inputs(model.view), tensors, strict=True)
+        for name, t in zip(inputs(model), tensors, strict=True)
     ]
     frozen = Scorer(copy.deepcopy(model).cpu().eval()).requires_grad_(False)
     with torch.no_grad():
@@ -71,7 +78,7 @@ def exported(model: ICUModule) -> torch.export.ExportedProgram:
 
 
 def to_onnx(model: ICUModule, path: str) -> None:
-    """Write the model as an ONNX file, with the inputs ``inputs(model.view)`` and the output ``prediction``."""
-    names = {"input_names": inputs(model.view), "output_names": ["prediction"]}
+    """Write the model as an ONNX file, with the inputs ``inputs(model)`` and the output ``prediction``."""
+    names = {"input_names": inputs(model), "output_names": ["prediction"]}
     with torch.no_grad():
         torch.onnx.export(exported(model), (), path, dynamo=True, verbose=False, external_data=False, **names)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from datamodules.contract import Grid, Spec
 from ehrmodels.base import ICUModule, in_range
+from ehrmodels.layers import Head, PiecewiseLinear, SummaryEmbedding
 
 
 class Fusion(ICUModule):
@@ -28,6 +29,9 @@ class Fusion(ICUModule):
         fusion: How the branches join at every hour: "gated" mixes them by a learned gate, "concat" projects both,
             "cross_attention" lets each attend to the other.
         dropout: Dropout in every part.
+        piecewise: Read values as piecewise-linear codes of their quantiles instead of as standardised numbers.
+        summary: Read the statistics of the window, too, joined before the head.
+        members: Networks of the head, which share most of their weights.
         kwargs: As in ``ICUModule``.
     """
 
@@ -41,10 +45,21 @@ class Fusion(ICUModule):
         transformer_layers: int = 2,
         fusion: Literal["gated", "concat", "cross_attention"] = "gated",
         dropout: float = 0.3,
+        piecewise: bool = True,
+        summary: bool = True,
+        members: int = 16,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        in_range(1, None, width=width, heads=heads, lstm_layers=lstm_layers, transformer_layers=transformer_layers)
+        in_range(
+            1,
+            None,
+            members=members,
+            width=width,
+            heads=heads,
+            lstm_layers=lstm_layers,
+            transformer_layers=transformer_layers,
+        )
         in_range(0, 1, dropout=dropout)
         if width % (2 * heads):
             raise ValueError(f"--model.width must be a multiple of twice --model.heads ({2 * heads}), found {width}")
@@ -55,10 +70,15 @@ class Fusion(ICUModule):
             transformer_layers,
         )
         self.fusion, self.dropout = fusion, dropout
+        self.piecewise, self.summary, self.members = piecewise, summary, members
 
     def build(self, spec: Spec) -> None:
         d, drop = self.width, self.dropout
-        self.embed = nn.Sequential(nn.Linear(3 * len(spec.variables), d), nn.LayerNorm(d), nn.Dropout(drop))
+        edges = torch.tensor(spec.quantiles, dtype=torch.float32)
+        numbers = edges.shape[1] - 1 if self.piecewise else 1  # of a value
+        if self.piecewise:
+            self.encode = PiecewiseLinear(edges)
+        self.embed = nn.Sequential(nn.Linear((numbers + 2) * len(spec.variables), d), nn.LayerNorm(d), nn.Dropout(drop))
         self.position = nn.Parameter(torch.randn(spec.window, d) * 0.02)
         self.lstm = nn.LSTM(
             d,
@@ -79,11 +99,16 @@ class Fusion(ICUModule):
         self.norm = nn.LayerNorm(d)
         self.pool = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 1, bias=False))
         self.static = nn.Sequential(nn.Linear(len(spec.statics), d // 2), nn.GELU(), nn.Dropout(drop))
-        self.head = nn.Sequential(nn.Linear(2 * d + d // 2, d), nn.GELU(), nn.Dropout(drop), nn.Linear(d, spec.outputs))
+        joined = 2 * d + d // 2
+        if self.summary:
+            self.summarised = SummaryEmbedding(spec, drop)
+            joined += self.summarised.width
+        self.head = Head(joined, spec, drop, self.members)
 
     def forward(self, batch: Grid) -> Tensor:
-        """Logits from a ``Grid``: (B,), or (B, K) for K labels."""
-        x = self.embed(torch.cat([batch.value, batch.mask, batch.since], -1))  # (B, T, D)
+        """Logits from a ``Grid``: (B,), or (B, K) for K labels; in training those of every member, (..., M)."""
+        value = self.encode(batch.value).flatten(2) if self.piecewise else batch.value
+        x = self.embed(torch.cat([value, batch.mask, batch.since], -1))  # (B, T, D)
         local, _ = self.lstm(x)
         wide = self.transformer(x + self.position)
         fused = self.norm(self._fuse(local, wide))
@@ -91,7 +116,10 @@ class Fusion(ICUModule):
         pooled = torch.cat(
             [(weight * fused).sum(1), fused[:, -1]], -1
         )  # (B, 2D): attention over time, and the last hour
-        return self.head(torch.cat([pooled, self.static(batch.static)], -1)).squeeze(-1)
+        parts = [pooled, self.static(batch.static)]
+        if self.summary:
+            parts.append(self.summarised(batch.summary))
+        return self.head(torch.cat(parts, -1))
 
     def _fuse(self, local: Tensor, wide: Tensor) -> Tensor:
         both = torch.cat([local, wide], -1)  # (B, T, 2D)

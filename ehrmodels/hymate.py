@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.contract import Spec, Triplets
 from ehrmodels.base import ICUModule, in_range
 from ehrmodels.kernels import exporting
+from ehrmodels.layers import Head, SummaryEmbedding, ValueEmbedding
 from ehrmodels.mamba import Mamba
 
 WINDOW = 2048  # observations that attend to one another; longer stays are attended to in windows of this length
@@ -42,7 +43,10 @@ class HyMaTE(ICUModule):
             the embedding to every other. The last two cost the same per observation however long the stay is.
         heads: Attention heads, each of width D / heads.
         dropout: Dropout of the embedding, the attention and the pooled vector.
-        thinning: Share of a stay's observations that training leaves out, other ones each time.
+        piecewise: Embed a value by weights of its variable, piecewise-linear between its quantiles; false: by one network for
+            all variables, as [1].
+        summary: Read the statistics of the window, too, joined before the head.
+        members: Networks of the head, which share most of their weights.
         recompute: Compute the inside of each Mamba block again for its gradient instead of keeping it: less memory, more time.
         learning_rate: Peak learning rate of AdamW.
         kwargs: As in ``ICUModule``; the Mamba blocks' A and D are exempt from weight decay, too.
@@ -58,13 +62,15 @@ class HyMaTE(ICUModule):
         attention: Literal["token", "variable", "channel"] = "token",
         heads: int = 4,
         dropout: float = 0.2,
-        thinning: float = 0.0,
+        piecewise: bool = True,
+        summary: bool = True,
+        members: int = 16,
         recompute: bool = False,
         learning_rate: float = 5e-4,
         **kwargs: Any,
     ):
         super().__init__(learning_rate=learning_rate, **kwargs)
-        in_range(1, None, width=width, state=state, heads=heads)
+        in_range(1, None, width=width, state=state, heads=heads, members=members)
         in_range(0, None, layers=layers)
         in_range(0, 1, dropout=dropout)
         if width % heads:
@@ -77,14 +83,15 @@ class HyMaTE(ICUModule):
             heads,
             dropout,
         )
-        if not 0 <= thinning < 1:
-            raise ValueError(f"--model.thinning must be at least 0 and below 1, found {thinning}")
-        self.thinning, self.recompute = thinning, recompute
+        self.piecewise, self.summary, self.members, self.recompute = piecewise, summary, members, recompute
 
     def build(self, spec: Spec) -> None:
         d = self.width
         self.variable = nn.Embedding(len(spec.variables) + 1, d, padding_idx=0)
-        self.value, self.time = scalar_embedding(d), scalar_embedding(d)
+        self.value: nn.Module = scalar_embedding(d)
+        if self.piecewise:
+            self.value = ValueEmbedding(torch.tensor(spec.quantiles, dtype=torch.float32), d)
+        self.time = scalar_embedding(d)
         self.drop = nn.Dropout(self.dropout)
         self.blocks = nn.ModuleList(Mamba(d, self.state) for _ in range(self.layers))
         self.norms = nn.ModuleList(nn.RMSNorm(d) for _ in range(self.layers + 1))
@@ -100,39 +107,48 @@ class HyMaTE(ICUModule):
             self.temperature = nn.Parameter(torch.ones(self.heads, 1, 1))
         self.pool = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 1, bias=False))
         self.static = nn.Sequential(nn.Linear(len(spec.statics), 2 * d), nn.Tanh(), nn.Linear(2 * d, d), nn.Tanh())
-        self.head = nn.Linear(2 * d, spec.outputs)
+        joined = 2 * d
+        if self.summary:
+            self.summarised = SummaryEmbedding(spec, self.dropout)
+            joined += self.summarised.width
+        self.head: nn.Module = Head(joined, spec, self.dropout, self.members)
 
     def forward(self, batch: Triplets) -> Tensor:
-        """Logits from ``Triplets``: (B,), or (B, K) for K labels."""
-        return self.head(self.represent(batch)).squeeze(-1)
+        """Logits from ``Triplets``: (B,), or (B, K) for K labels; in training those of every member, (..., M)."""
+        return self.head(self.represent(batch))
 
     def represent(self, batch: Triplets) -> Tensor:
-        """Samples as vectors (B, 2D)."""
+        """Samples as vectors (B, 2D), or longer with the summary."""
         x, weight = self._items(batch)
-        pooled = (weight.unsqueeze(1).to(x.dtype) @ x).squeeze(1)
-        return torch.cat([self.drop(pooled), self.static(batch.static)], -1)
+        return self._joined((weight.unsqueeze(1).to(x.dtype) @ x).squeeze(1), batch)
+
+    def _joined(self, pooled: Tensor, batch: Triplets) -> Tensor:
+        parts = [self.drop(pooled), self.static(batch.static)]
+        if self.summary:
+            parts.append(self.summarised(batch.summary))
+        return torch.cat(parts, -1)
 
     def attribute(self, batch: Triplets) -> tuple[Tensor, Tensor]:
         """How much a prediction rests on each variable; column k is ``spec.variables[k]``.
 
         Returns:
             (B, V) fusion weight, summed over the observations of a variable: 0 where it was not observed, 1 in all.
-            (B, V) part of the logit: the head is linear in the weighted sum, so it is a sum over variables, statics and a constant.
+            (B, V) part of the logit: the weighted sum, times the logit's gradient at it. What the summary says is in neither.
         """
         x, weight = self._items(batch)
-        part = weight * (x @ self.head.weight[0, : self.width])
+        with torch.enable_grad():
+            pooled = (weight.unsqueeze(1).to(x.dtype) @ x).squeeze(1).detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.head(self._joined(pooled, batch)).sum(), pooled)
+        part = weight * (x @ slope[..., None]).squeeze(-1)
         if self.attention == "variable":
             return weight, part
         return sums(weight, batch, len(self.spec.variables)), sums(part, batch, len(self.spec.variables))
 
     def _items(self, batch: Triplets) -> tuple[Tensor, Tensor]:
         """What fusion pooling sums, (B, M, D), and its weights (B, M): M observations or, with ``attention`` "variable", variables."""
-        if self.training and self.thinning:
-            batch = chosen(batch, torch.rand_like(batch.time) >= self.thinning)
         real = batch.real
-        x = (
-            self.variable(batch.variable) + self.value(batch.value[..., None]) + self.time(batch.time[..., None])
-        )  # (B, N, D)
+        value = self.value(batch.value, batch.variable) if self.piecewise else self.value(batch.value[..., None])
+        x = self.variable(batch.variable) + value + self.time(batch.time[..., None])  # (B, N, D)
         x = self.drop(x)
         for block, norm in zip(self.blocks, self.norms, strict=False):
             recompute = self.recompute and torch.is_grad_enabled()
@@ -196,6 +212,9 @@ class HyMaTEForecast(HyMaTE):
     """
 
     supervised = False
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{**kwargs, "summary": False})  # the summary of the window would tell what is forecast
 
     def build(self, spec: Spec) -> None:
         super().build(spec)

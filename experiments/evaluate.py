@@ -82,7 +82,8 @@ def opened(
     if data is None:
         kind, arguments = data_of(ckpt)
         data = getattr(module, kind)(**arguments)
-    data.labelled, data.view = labelled, network.view
+    data.labelled = labelled
+    data.serve(network)
     data.adopt(network.spec, network.facts.get("trained_on"))
     data.prepare_data()
     data.setup()
@@ -127,7 +128,8 @@ def predict_split(
         ``stay_id, patient_id, minute, target, probability, split``, one row a sample, sorted by stay and minute; ``minute``
         is the prediction time since ICU admission; ``target`` is NaN where unknown.
     """
-    chosen, data.split, data.view = data.split, split, model.view
+    chosen, data.split = data.split, split
+    data.serve(model)
     data.setup()
     data.rank, data.world = distributed.rank_and_world() if is_distributed() else (0, 1)
     place = device if isinstance(device, torch.device) else resolved(device)

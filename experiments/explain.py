@@ -99,18 +99,12 @@ def _attribution(model: HyMaTE, batch: Triplets) -> pl.DataFrame:
     """A row for each variable that a sample has: ``row, variable, weight, part, observations, probability``."""
     weight, part = model.attribute(batch)
     count = sums(torch.ones_like(batch.value), batch, len(model.spec.variables))
-    probability = model.kind.prediction(_logit(model, batch, part), model.pos_weight or 1.0)
+    probability = model.kind.prediction(model(batch), model.pos_weight or 1.0)
     sample, variable = count.nonzero(as_tuple=True)
     names = pl.Series(model.spec.variables)[variable.numpy()]
     columns = {"row": batch.row[sample], "weight": weight[sample, variable], "part": part[sample, variable]}
     columns |= {"observations": count[sample, variable], "probability": probability[sample]}
     return pl.DataFrame({k: v.numpy() for k, v in columns.items()}).with_columns(names.alias("variable"))
-
-
-def _logit(model: HyMaTE, batch: Triplets, part: Tensor) -> Tensor:
-    """What the model says, from the parts of its variables: they and that of the statics add up, which saves a second pass."""
-    of_statics = model.static(batch.static) @ model.head.weight[0, model.width :]
-    return part.sum(1) + of_statics + model.head.bias
 
 
 def _followed(items: Collection[Any], step: str) -> Iterable[Any]:
@@ -152,7 +146,7 @@ def _deletion(model: HyMaTE, data: ICUDataModule) -> pl.DataFrame:
     both = 0 < target[known].sum() < known.sum()
     variables = len(model.spec.variables)
     pairs = [model.attribute(b) for b in batches]
-    whole = torch.cat([_logit(model, b, part) for b, (_, part) in zip(batches, pairs, strict=True)])
+    whole = torch.cat([model(b) for b in batches])
     attributed = [
         weight / sums(torch.ones_like(b.value), b, variables).clamp(min=1)
         for b, (weight, _) in zip(batches, pairs, strict=True)

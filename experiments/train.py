@@ -10,11 +10,13 @@ from datamodules.module import ICUDataModule
 from ehrmodels import ICUModule
 from ehrmodels.checkpoint import read, spec_of
 from ehrmodels.kinds import check_operating_point
+from ehrmodels.trees import FittedAtOnce
 from experiments import distributed, figures, files, report, run_directory, tracking
 from experiments.evaluate import conclude
 from experiments.files import console
 from experiments.finetune import check_validation, transfer
 from experiments.fit import Recipe, Trial, check, fit, quiet, why_stopped
+from experiments.teacher import teacher as cross_fitted
 
 Monitor = Literal["val_auroc_auprc", "val_auroc", "val_auprc", "val_loss"]
 WandB = Literal["offline", "online"]
@@ -32,6 +34,7 @@ def train(
     operating_point: str = "youden",
     resume: bool = False,
     init_from: str | None = None,
+    teacher: str | None = None,
     finetune: ICUDataModule | None = None,
     finetune_learning_rate: float | None = None,
     finetune_epochs: int = 10,
@@ -56,6 +59,8 @@ def train(
             sensitivity=0.9 or npv=0.98 with the fewest alerts that reach it.
         resume: Continue a run that was interrupted.
         init_from: Checkpoint whose weights, variables and scaler training starts from, such as one of HyMaTEForecast.
+        teacher: lightgbm, or the run of a LightGBM whose settings are used: trees, cross-fitted inside the training split, whose
+            probabilities are half of what the network is trained towards.
         finetune: Second hospital system: scored zero-shot, then fine-tuned and scored again on the same held-out patients.
         finetune_learning_rate: Peak learning rate of fine-tuning; default: a fifth of the model's.
         finetune_epochs: Most epochs of fine-tuning.
@@ -75,19 +80,23 @@ def train(
     tracking.check(wandb)
     if name is not None and Path(name).name != name:
         raise ValueError(f"--name {name} must be the name of one folder; --runs says where it lies")
+    if teacher is not None and (not model.supervised or isinstance(model, FittedAtOnce)):
+        raise ValueError(
+            f"--teacher is for networks that predict an outcome, and {type(model).__name__} is none: leave it out"
+        )
     if not model.supervised and (monitor != "val_loss" or finetune is not None):
         raise ValueError(f"{type(model).__name__} predicts no outcome: set --monitor val_loss, leave out --finetune")
     model.operating_point = operating_point
     config = run_directory.configuration(
         model, {"data": data, "finetune": finetune}, trainer, name=folder.name, runs=runs, seed=seed, monitor=monitor,
-        patience=patience, operating_point=operating_point, init_from=init_from, checkpoint_minutes=checkpoint_minutes,
+        patience=patience, operating_point=operating_point, init_from=init_from, teacher=teacher, checkpoint_minutes=checkpoint_minutes,
         finetune_learning_rate=finetune_learning_rate, finetune_epochs=finetune_epochs, wandb=wandb,
     )  # fmt: skip
     with quiet(), distributed.distributed_run(trainer):
         with run_directory.opened(folder, config, resume, "--name", train):
             if finetune is not None:
                 finetune.files()  # type: ignore[attr-defined]  # say at once, not after training, that they are not there
-            results = _train(folder, model, data, recipe, config, init_from, wandb, trial)
+            results = _train(folder, model, data, recipe, config, init_from, teacher, wandb, trial)
             if results is None:
                 return {}
             predictions, result = results
@@ -113,12 +122,14 @@ def _train(
     recipe: Recipe,
     config: dict[str, Any],
     init_from: str | None,
+    teacher: str | None,
     wandb: WandB | None,
     trial: Trial | None,
 ) -> tuple[pl.DataFrame, dict[str, Any]] | None:
     """Train in an opened run directory and score the split of the data; None for a model that predicts no outcome."""
     torch.manual_seed(recipe.seed)
-    data.view, data.labelled = model.view, model.supervised
+    data.labelled = model.supervised
+    data.serve(model)
     if init_from is not None:
         checkpoint = read(init_from)
         data.adopt(spec_of(checkpoint, init_from), checkpoint["ehr"]["trained_on"], own_task=True)
@@ -141,6 +152,8 @@ def _train(
     )
     device: Any = "auto"
     if not (folder / "metrics.json").exists():
+        if teacher is not None:
+            data.teacher = cross_fitted(teacher, data)
         logger = tracking.logger(wandb, folder, config, recipe.monitor, [data.name, type(model).__name__], trial)
         device = fit(folder, model, data, recipe, logger, trial and trial.report).strategy.root_device
     stopped = why_stopped(folder, recipe.monitor, recipe.trainer)

@@ -1,0 +1,125 @@
+"""``ehr train --teacher``: boosted trees that soften the labels of a network, none of which they have seen themselves.
+
+Half of what training aims at is the outcome, half the probability that trees give to the very copy of the stay that the
+network sees, with the observations that were left out of it. The trees are cross-fitted: patients of the training split
+are divided into five parts, and those of a part are labelled by trees that were grown on the other four.
+
+Reference: Hinton, Vinyals, Dean 2015, arXiv:1503.02531 (soft targets); what is cross-fitted is ours.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from datamodules.contract import Summary
+from datamodules.module import ICUDataModule
+from ehrmodels import LightGBM
+from ehrmodels.checkpoint import read
+from experiments.files import console, write_text
+
+FOLDS = 5
+SHARE = 0.5  # of the teacher in what training aims at
+
+
+class CrossFitted:
+    """Trees of each part of the training split; see ``datamodules.module.Teacher``.
+
+    Args:
+        trees: one model for each part, fitted to the others.
+        part: (N,) of each sample; -1 where it is not in the training split.
+    """
+
+    def __init__(self, trees: list[LightGBM], part: np.ndarray):
+        self.trees, self.part = trees, part
+
+    def mixed(self, target: np.ndarray, rows: np.ndarray, static: np.ndarray, summary: np.ndarray) -> np.ndarray:
+        """(B,) half outcome, half probability, of samples of the training split; an unknown outcome stays unknown."""
+        part, soft = self.part[rows], np.array(target, np.float64)
+        assert (part >= 0).all(), "a teacher labels the training split only"
+        features = np.concatenate([static, summary.reshape(len(rows), -1)], 1)
+        for k, trees in enumerate(self.trees):
+            if (mine := part == k).any():
+                soft[mine] = 1 / (1 + np.exp(-trees.output(features[mine])))
+        return ((1 - SHARE) * target + SHARE * soft).astype(np.float32)
+
+
+def teacher(name: str, data: ICUDataModule) -> CrossFitted:
+    """The cross-fitted teacher of ``data``, which is set up; kept in the cache beside the store.
+
+    Args:
+        name: ``lightgbm``, or the checkpoint or run directory of a LightGBM whose settings are used (not its trees, which
+            have seen everyone).
+        data: hospital system.
+
+    Raises:
+        ValueError: the task is not of 0 or 1, the run is of another model, or lightgbm is not installed.
+        FileNotFoundError: there is no such run.
+    """
+    assert data.spec is not None
+    if data.spec.kind not in ("binary", "hourly_binary"):
+        raise ValueError(
+            f"--teacher knows tasks with outcomes of 0 or 1; {data.spec.task['name']} is none: leave it out"
+        )
+    arguments = {} if name == "lightgbm" else _settings(name)
+    rows = data.rows("train")
+    part = np.full(len(data.samples), -1)
+    part[rows] = [_part(patient) for patient in data.samples["patient_id"].gather(rows)]
+    facts = {
+        "spec": data.spec._asdict(),
+        "split": data.split_hash(),
+        "arguments": arguments,
+        "rows": len(rows),
+        "folds": FOLDS,
+    }
+    key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+    path = data.store.folder / "teachers" / f"{key}.json"
+    trees = []
+    texts = json.loads(path.read_text()) if path.exists() else []
+    if not texts:
+        static, summary, target = _features(data, rows)
+        features = np.concatenate([static, summary.reshape(len(rows), -1)], 1)
+    for k in range(FOLDS):
+        model = LightGBM(**arguments)
+        model.initialise(data.spec)
+        if texts:
+            model.fitted = texts[k]
+        else:
+            console.print(f"teacher: trees for part {k + 1} of {FOLDS} of the training split", soft_wrap=True)
+            others = (part[rows] != k) & ~np.isnan(target)
+            model.fitted = model.fit_rows((features[others], target[others]))
+        trees.append(model)
+    if not texts:
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, json.dumps([model.fitted for model in trees]))
+    return CrossFitted(trees, part)
+
+
+def _settings(name: str) -> dict[str, Any]:
+    path = Path(name)
+    content = read(path / "best.ckpt" if path.is_dir() else path)["ehr"]
+    if not str(content["model"]).endswith(".LightGBM"):
+        raise ValueError(f"--teacher {name} holds a {content['model']}: expected lightgbm, or a run of LightGBM")
+    return dict(content["arguments"])
+
+
+def _part(patient: Any) -> int:
+    """Part of a patient: the same in every run."""
+    return int.from_bytes(hashlib.blake2b(f"teacher {patient}".encode(), digest_size=8).digest()) % FOLDS
+
+
+def _features(data: ICUDataModule, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Static features, summaries and outcomes of samples."""
+    view, data.view = data.view, "summary"
+    try:
+        batches: list[Any] = [data.batch(piece) for piece in np.array_split(rows, max(len(rows) // 512, 1))]
+    finally:
+        data.view = view
+    assert isinstance(batches[0], Summary)
+    static, summary, target = (
+        torch.cat([getattr(b, name) for b in batches]).numpy() for name in ("static", "summary", "target")
+    )
+    return static, summary, target
