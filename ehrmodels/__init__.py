@@ -1,6 +1,7 @@
 """Networks for ICU records as LightningModules: ``from ehrmodels import Fusion, HyMaTE``."""  # part of ehr: start.py looks for these words
 
 from ehrmodels.base import ICUModule
+from ehrmodels.baselines import GRUD, LSTM, TCN, BiLSTM, Mamba, STraTS, Transformer
 from ehrmodels.checkpoint import load
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, HyMaTEForecast
@@ -8,7 +9,21 @@ from ehrmodels.tabm import TabM
 from ehrmodels.trees import LightGBM, LogisticRegression, RandomForest, XGBoost
 
 __all__ = [
-    *("Fusion", "HyMaTE", "HyMaTEForecast", "ICUModule", "LightGBM", "LogisticRegression", "RandomForest", "TabM"),
+    "GRUD",
+    "LSTM",
+    "TCN",
+    "BiLSTM",
+    "Fusion",
+    "HyMaTE",
+    "HyMaTEForecast",
+    "ICUModule",
+    "LightGBM",
+    "LogisticRegression",
+    "Mamba",
+    "RandomForest",
+    "STraTS",
+    "TabM",
+    "Transformer",
     "XGBoost",
     "load",
 ]

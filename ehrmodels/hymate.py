@@ -24,7 +24,7 @@ from datamodules.contract import Spec, Triplets
 from ehrmodels.base import ICUModule, in_range
 from ehrmodels.kernels import exporting
 from ehrmodels.layers import Head, SummaryEmbedding, ValueEmbedding
-from ehrmodels.mamba import Mamba
+from ehrmodels.mamba import MambaBlock
 
 WINDOW = 2048  # observations that attend to one another; longer stays are attended to in windows of this length
 FORECAST_AFTER, FORECAST_HOURS = 12, 2  # [2]: what happens in 2 hours is forecast from at least 12
@@ -93,7 +93,7 @@ class HyMaTE(ICUModule):
             self.value = ValueEmbedding(torch.tensor(spec.quantiles, dtype=torch.float32), d)
         self.time = scalar_embedding(d)
         self.drop = nn.Dropout(self.dropout)
-        self.blocks = nn.ModuleList(Mamba(d, self.state) for _ in range(self.layers))
+        self.blocks = nn.ModuleList(MambaBlock(d, self.state) for _ in range(self.layers))
         self.norms = nn.ModuleList(nn.RMSNorm(d) for _ in range(self.layers + 1))
         if self.attention == "variable":
             self.of_variable = nn.Linear(3 * d + 1, d)

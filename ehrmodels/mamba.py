@@ -18,7 +18,7 @@ from ehrmodels.scan import causal_conv1d, selective_scan
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of delta at the start
 
 
-class Mamba(nn.Module):
+class MambaBlock(nn.Module):
     """out_proj(SSM(silu(conv(x))) * silu(z)) with (x, z) = in_proj(input): maps (B, L, d) to (B, L, d), causally.
 
     Args:

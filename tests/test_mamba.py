@@ -7,21 +7,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ehrmodels.mamba import Mamba
+from ehrmodels.mamba import MambaBlock
 
 SIZES = [(8, 16, 4, 2), (16, 4, 4, 1), (17, 8, 3, 2), (64, 16, 4, 2), (40, 1, 2, 3)]  # d, N, K, expand
 
 
-def make(d_model: int = 24, d_state: int = 4, d_conv: int = 4, expand: int = 2) -> Mamba:
+def make(d_model: int = 24, d_state: int = 4, d_conv: int = 4, expand: int = 2) -> MambaBlock:
     torch.manual_seed(0)
-    return Mamba(d_model, d_state, d_conv, expand)
+    return MambaBlock(d_model, d_state, d_conv, expand)
 
 
 def sequence(batch: int = 2, steps: int = 9, width: int = 24) -> Tensor:
     return torch.randn(batch, steps, width, generator=torch.Generator().manual_seed(1))
 
 
-def plain(block: Mamba, hidden: Tensor) -> Tensor:
+def plain(block: MambaBlock, hidden: Tensor) -> Tensor:
     """The block from the equations of the paper, one step after the other."""
     p = dict(block.named_parameters())
     inner, states = p["A_log"].shape
@@ -44,7 +44,7 @@ def plain(block: Mamba, hidden: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-def shuffled(block: Mamba) -> Mamba:
+def shuffled(block: MambaBlock) -> MambaBlock:
     """In float64, with A, D and the rest unlike their initial values, so that each of them matters."""
     rng = torch.Generator().manual_seed(2)
     with torch.no_grad():

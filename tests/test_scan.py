@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import ehrmodels.kernels
 import ehrmodels.scan
-from ehrmodels.mamba import Mamba
+from ehrmodels.mamba import MambaBlock
 from ehrmodels.scan import causal_conv1d, selective_scan, selective_scan_reference
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -397,7 +397,7 @@ def test_compiled_equals_eager_at_every_length(chunk: Callable[..., None]) -> No
 def test_a_compiled_block_equals_an_eager_one() -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
-    block, x = Mamba(8, d_state=4), torch.randn(2, 6, 8)
+    block, x = MambaBlock(8, d_state=4), torch.randn(2, 6, 8)
     compiled = torch.compile(block, fullgraph=True)
     y = compiled(x)
     torch.testing.assert_close(y, block(x), rtol=1e-5, atol=1e-6)
@@ -414,7 +414,7 @@ def test_an_exported_block_gives_the_same_numbers_at_another_length(tmp_path: Pa
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install -e '.[dev]'")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
     torch.manual_seed(0)
-    block = Mamba(8, d_state=4).eval()
+    block = MambaBlock(8, d_state=4).eval()
     file = tmp_path / "block.onnx"
     length = torch.export.Dim("length", min=2, max=1024)
     torch.onnx.export(block, (torch.randn(2, 6, 8),), file, dynamo=True, dynamic_shapes=({1: length},), verbose=False)
