@@ -1,5 +1,6 @@
 """The LightningDataModules: one for each hospital system, all of them the same loaders over its cohort."""
 
+import copy
 import hashlib
 import logging
 from abc import ABC, abstractmethod
@@ -264,22 +265,27 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def batch(self, rows: np.ndarray, epoch: int | None = None) -> Batch:
+    def batch(self, rows: np.ndarray, epoch: int | None = None, without: np.ndarray | None = None) -> Batch:
         """The samples ``rows`` as one batch of the view that the model asks for.
 
         Args:
             rows: row numbers of ``samples``.
             epoch: of training, in which observations are left out and a teacher is heard; None: neither.
+            without: (B, F) variables of each sample that are left out of its record, whatever is made of it.
         """
         assert self.spec is not None
         stay, minute, thinning = self._stay[rows], self._minute[rows], None
+        views, statics = self._views, self._static
+        if without is not None:
+            views, statics = views.less(without), copy.copy(statics)
+            statics.views = views  # which tell what has elapsed
         if epoch is not None and self.thinning:
             thinning = Thinning(self.thinning, self.seed if self.order_seed is None else self.order_seed, epoch)
-        static, target = self._static.batch(stay, minute), self._target[rows]
+        static, target = statics.batch(stay, minute), self._target[rows]
         teacher = self.teacher if epoch is not None else None
         summary = np.zeros((len(rows), 0, len(STATISTICS)), np.float32)
         if self.summary or self.view == "summary" or teacher:
-            summary = self._views.summary(stay, minute, thinning)
+            summary = views.summary(stay, minute, thinning)
         if teacher:
             target = teacher.mixed(target, rows, static, summary)
             if not (self.summary or self.view == "summary"):
@@ -289,10 +295,14 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
             (torch.from_numpy(target), torch.from_numpy(rows)),
         )
         if self.view == "grid":
-            return Grid(*first, *self._views.grid(self.spec, stay, minute, thinning), *last)
+            return Grid(*first, *views.grid(self.spec, stay, minute, thinning), *last)
         if self.view == "triplets":
-            return Triplets(*first, *self._views.triplets(self.spec, stay, minute, thinning), *last)
+            return Triplets(*first, *views.triplets(self.spec, stay, minute, thinning), *last)
         return Summary(*first, *last)
+
+    def charted(self, rows: np.ndarray) -> np.ndarray:
+        """(B, F) Whether each variable was charted, or set, between the begin of the record and the prediction."""
+        return self._views.elapsed(self._stay[rows], self._minute[rows])[:, 1 : 1 + len(self._views.variables)] > 0
 
 
 class Samples(Dataset):

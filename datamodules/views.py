@@ -4,7 +4,8 @@ An event is seen if it lies before the prediction and was known before it. Shape
 F variables, R rates.
 """
 
-from typing import NamedTuple
+import copy
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -54,6 +55,13 @@ class Views:
         self._rate_variable = np.array([position.get(name, -1) for name in RATES])  # rate -> last axis, or -1
         self._is_rate = np.array([BY_NAME[n].hourly == "rate" for n in variables], bool)
         self._is_sum = np.array([BY_NAME[n].hourly == "sum" for n in variables], bool)
+        self._without: np.ndarray | None = None
+
+    def less(self, without: np.ndarray) -> Self:
+        """The views of one batch as if some variables had never been charted nor set: (B, F) true of each left out."""
+        views = copy.copy(self)
+        views._without = without
+        return views
 
     def grid(
         self, spec: Spec, stay: np.ndarray, minute: np.ndarray, thinning: Thinning | None = None
@@ -118,7 +126,7 @@ class Views:
         low, high = store.offsets[stay], store.at_or_after(stay, minute)
         owner, row = _expanded(low, high)
         variable = self._variable[store.concept[row]]
-        seen = (variable >= 0) & (store.known[row] < minute[owner])
+        seen = self._seen(owner, variable) & (store.known[row] < minute[owner])
         cell = owner[seen] * width + variable[seen]
         number = np.bincount(cell, minlength=len(stay) * width).reshape(-1, width)
         hours = np.maximum(minute / 60, 1)[:, None]
@@ -150,7 +158,9 @@ class Views:
         """An event in the first minute for each rate that runs when the window opens, unless ``events`` (owner, time,
         variable) set it anew then."""
         running = self.store.running(stay, minute - 60 * self.window)
-        sample, rate = np.nonzero((running != 0) & (self._rate_variable >= 0))
+        sample, rate = np.nonzero(running)
+        ours = self._seen(sample, self._rate_variable[rate])
+        sample, rate = sample[ours], rate[ours]
         owner, time, variable = events
         anew = owner[time == 0] * len(self.variables) + variable[time == 0]
         fresh = ~np.isin(sample * len(self.variables) + self._rate_variable[rate], anew)
@@ -186,9 +196,14 @@ class Views:
         start = minute - 60 * (self.window + carry)
         owner, row = _expanded(*self._rows(stay, minute, self.window + carry))
         variable = self._variable[store.concept[row]]
-        seen = (variable >= 0) & (store.known[row] < minute[owner])
+        seen = self._seen(owner, variable) & (store.known[row] < minute[owner])
         owner, row, variable = owner[seen], row[seen], variable[seen]
         return owner, row, store.minute[row] - start[owner], variable, store.value[row]
+
+    def _seen(self, owner: np.ndarray, variable: np.ndarray) -> np.ndarray:
+        """(N,) Whether a variable of a sample is one of these views, and not left out."""
+        ours = variable >= 0
+        return ours if self._without is None else ours & ~self._without[owner, variable]
 
     def _stays(
         self, owner: np.ndarray, row: np.ndarray, variable: np.ndarray, before: np.ndarray, thinning: Thinning
@@ -244,7 +259,8 @@ class Views:
         """(B, R) What runs when the carried hours open, in the order of the variables that are rates."""
         running = self.store.running(stay, minute - 60 * (self.window + CARRY))
         of_rate = [RATES.index(name) for name, rate in zip(self.variables, self._is_rate, strict=True) if rate]
-        return running[:, of_rate]
+        opening = running[:, of_rate]
+        return opening if self._without is None else np.where(self._without[:, self._is_rate], 0, opening)
 
     @staticmethod
     def _rates(

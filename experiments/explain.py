@@ -1,13 +1,20 @@
 """``ehr explain``: which variables a model's predictions rest on, and whether that is true: the deletion test.
 
-Reference: Samek et al. 2017, doi:10.1109/TNNLS.2016.2599820: leaving out what an attribution calls important must hurt sooner than
-leaving out at random.
+A variable matters to a prediction as much as its log odds change when all observations of the variable are taken out of the
+record, and whatever a model reads (hours, triplets, summary, what has elapsed) is made anew from those that are left.
+
+References:
+  [1] Zeiler & Fergus 2014, arXiv:1311.2901: attribution by leaving out.
+  [2] Samek et al. 2017, doi:10.1109/TNNLS.2016.2599820: leaving out what an attribution calls important must hurt sooner than
+      leaving out at random.
+
+Shape letters: N samples, V variables.
 """
 
 import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -17,20 +24,31 @@ from rich.progress import track
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from datamodules.contract import Spec, Triplets, unlabelled
+from datamodules.contract import STATISTICS, Batch, Spec, Triplets, View, unlabelled
 from datamodules.module import ICUDataModule
 from datamodules.tasks import TASKS
 from datamodules.views import CLIP
-from ehrmodels import ICUModule, load
-from ehrmodels.hymate import HyMaTE, chosen, sums
+from ehrmodels import HyMaTE, ICUModule, load
 from experiments import figures, files, report
-from experiments.evaluate import opened
+from experiments.evaluate import Device, opened, resolved
 from experiments.files import console
 
-SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of a stay's observations that the deletion test leaves out
-REPEATS = 3  # random orders, another for every stay in each
-MOST = 800  # stays of the deletion test, which goes over them once for each share and order
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of a sample's variables that the deletion test leaves out
+REPEATS = 3  # random orders, another for every sample in each
+MOST = 800  # samples that are explained: the model goes over them once for each variable, and for each share and order
 SHOWN = 15  # variables in a figure
+
+
+class Explained(NamedTuple):
+    """What is known of samples, in the order of ``groups``."""
+
+    groups: list[np.ndarray]  # rows of each batch
+    output: Tensor  # (N,) log odds, or values; the mean over labels where there are several
+    probability: Tensor  # (N,) or the value
+    part: np.ndarray  # (N, V) output less that without the variable
+    charted: np.ndarray  # (N, V) whether there is anything to leave out
+    observations: np.ndarray  # (N, V) in the window
+    weight: np.ndarray | None  # (N, V) fusion weights of HyMaTE
 
 
 def explain(
@@ -39,26 +57,30 @@ def explain(
     data: ICUDataModule | None = None,
     stay: str | None = None,
     model: type[ICUModule] | None = None,
+    device: Device = "auto",
 ) -> None:
-    """Show which variables the predictions of a HyMaTE checkpoint rest on, for a cohort and for one stay, and test it.
+    """Show which variables the predictions of a checkpoint rest on, for a cohort and for one stay, and test it.
 
-    Writes ``attribution.csv`` (a row a variable: its share of the fusion weights, the weight of one observation of it, its part of the
-    log odds in absolute value, means over stays), ``deletion.csv`` and ``cohort.png`` (the same, and AUROC when a stay's observations
-    are left out, those of the variable with the greatest weight per observation first, beside random orders of variables), and ``stay.png``.
+    A variable matters as much as the log odds change without its observations; at most 800 samples are explained. Writes
+    ``attribution.csv`` (a row a variable: ``importance``, the mean absolute change; how much of it ``raises`` and ``lowers``
+    the log odds; among samples that have the variable; how often it is charted; of HyMaTE also its share of the fusion
+    weights), ``deletion.csv`` and ``cohort.png`` (the same, and AUROC when a sample's variables are left out, the most
+    important first, beside random orders), and ``stay.png``.
 
     Args:
-        ckpt: Checkpoint of HyMaTE, such as runs/NAME/best.ckpt.
+        ckpt: Checkpoint, such as runs/NAME/best.ckpt.
         out: Folder for the results.
         data: Hospital system; default: the one that the checkpoint was trained on. --data.split chooses train, val, test or all.
-        stay: stay_id of the stay to draw; default: the one with the highest predicted probability.
-        model: Class of the checkpoint's model, where it is your own, below HyMaTE.
+        stay: stay_id of the stay to draw; default: the one with the highest predicted probability of those explained.
+        model: Class of the checkpoint's model, where it is your own.
+        device: Where to compute; auto: on the GPU where there is one.
     """
-    network = load(ckpt, model)
-    if not isinstance(network, HyMaTE) or not network.supervised:
+    if not load(ckpt, model).supervised:
         raise ValueError(
-            f"{ckpt} holds a {type(network).__name__}: expected a HyMaTE, whose fusion weights are explained"
+            f"{ckpt} predicts no outcome: train a HyMaTE from it with `ehr train --init_from`, and explain that"
         )
-    _, data = opened(ckpt, data, model)
+    network, data = opened(ckpt, data, model)
+    network.to(resolved(device)).eval()
     ids, shown = data.samples["stay_id"].cast(pl.String), data.rows(data.split)
     if stay is not None:
         shown = shown[(ids.gather(shown) == stay).to_numpy()]
@@ -67,26 +89,22 @@ def explain(
                 f"stay {stay} is not in split {data.split!r} of {data.root}; choose another --stay or --data.split"
             )
     with torch.inference_mode():
-        step = f"attributing {len(data.rows(data.split)):,} samples"
-        result = pl.concat([_attribution(network, batch) for batch in _followed(data.predict_dataloader(), step)])
-        deletion = _deletion(network, data)
-    variables = _per_variable(result, network)
-    drawn = result.filter(pl.col("row").is_in(shown)).sort("probability" if stay is None else "row", descending=True)
-    if drawn.is_empty():
-        raise ValueError(
-            "no observation to draw in " + (f"stay {stay}" if stay else f"split {data.split!r}") + "; choose another"
-        )
-    row = int(drawn["row"][0])
-    one: Triplets = data.batch(np.array([row]))  # type: ignore[assignment]
+        cohort = _explained(network, data, _drawn(data), "explaining")
+        deletion = _deletion(network, data, cohort)
+        row = int(np.concatenate(cohort.groups)[cohort.probability.argmax()]) if stay is None else int(shown.max())
+        one = _explained(network, data, [np.array([row])])
+    if not one.charted.any():
+        raise ValueError(f"no observation to draw in stay {ids[row]}; choose another --stay")
+    variables = _per_variable(cohort, network.spec)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "attribution.csv", variables.write_csv(float_precision=5))
     files.write_text(folder / "deletion.csv", deletion.write_csv(float_precision=5))
-    _draw_cohort(
-        variables, deletion, f"{data.name} {data.split}, {result['row'].n_unique():,} samples", folder / "cohort.png"
-    )
-    minute = int(data.samples["minute"][row])
-    _draw_stay(one, drawn.filter(pl.col("row") == row), network.spec, ids[row], minute, folder / "stay.png")
+    title = f"{data.name} {data.split}, {len(cohort.output):,} samples"
+    unit = "prediction" if network.spec.kind == "regression" else "log odds"
+    _draw_cohort(variables, deletion, title, unit, folder / "cohort.png")
+    minute, events = int(data.samples["minute"][row]), _viewed(data, "triplets", np.array([row]))
+    _draw_stay(events, _of_one(one, network.spec), network.spec, ids[row], minute, folder / "stay.png")  # type: ignore[arg-type]
     report.print_table(
         variables.head(SHOWN).with_columns(pl.col(pl.Float64).round(4)), "what predictions rest on", console
     )
@@ -95,16 +113,69 @@ def explain(
     )
 
 
-def _attribution(model: HyMaTE, batch: Triplets) -> pl.DataFrame:
-    """A row for each variable that a sample has: ``row, variable, weight, part, observations, probability``."""
-    weight, part = model.attribute(batch)
-    count = sums(torch.ones_like(batch.value), batch, len(model.spec.variables))
-    probability = model.kind.prediction(model(batch), model.pos_weight or 1.0)
-    sample, variable = count.nonzero(as_tuple=True)
-    names = pl.Series(model.spec.variables)[variable.numpy()]
-    columns = {"row": batch.row[sample], "weight": weight[sample, variable], "part": part[sample, variable]}
-    columns |= {"observations": count[sample, variable], "probability": probability[sample]}
-    return pl.DataFrame({k: v.numpy() for k, v in columns.items()}).with_columns(names.alias("variable"))
+def _drawn(data: ICUDataModule) -> list[np.ndarray]:
+    """Rows that are explained, ``MOST`` of the split or all, in groups as large as its batches of like samples are."""
+    batches = list(data.predict_dataloader().sampler)
+    rows, share = np.concatenate(batches), np.concatenate([np.full(len(b), 1 / len(b)) for b in batches])
+    drawn = np.sort(np.random.default_rng(0).permutation(len(rows))[:MOST])
+    rows, group = rows[drawn], np.floor(np.cumsum(share[drawn]) - share[drawn] + 1e-6)  # of a batch that is full at 1
+    return np.split(rows, np.flatnonzero(np.diff(group)) + 1)
+
+
+def _explained(model: ICUModule, data: ICUDataModule, groups: list[np.ndarray], step: str | None = None) -> Explained:
+    """The parts that the variables have in the predictions of samples; ``step`` is said while it goes on."""
+    charted = [data.charted(rows) for rows in groups]
+    batches = [_moved(data.batch(rows), model) for rows in groups]
+    raw = [model(batch) for batch in batches]
+    output = [_scalar(one) for one in raw]
+    weight = None
+    if isinstance(model, HyMaTE):
+        weight = np.concatenate([model.attribute(b)[0].cpu().numpy() for b in batches])  # type: ignore[arg-type]
+    part = [np.zeros(c.shape) for c in charted]
+    variables: Any = range(len(model.spec.variables))
+    if step:
+        variables = _followed(variables, f"{step}: {len(variables)} variables of {sum(map(len, groups)):,} samples")
+    for v in variables:
+        for rows, has, whole, into in zip(groups, charted, output, part, strict=True):
+            mine = np.flatnonzero(has[:, v])
+            if len(mine):
+                without = np.zeros((len(mine), has.shape[1]), bool)
+                without[:, v] = True
+                into[mine, v] = (whole[mine] - _output(model, data.batch(rows[mine], without=without))).numpy()
+    number = STATISTICS.index("number")
+    observations = [_viewed(data, "summary", rows).summary[..., number].numpy() for rows in groups]
+    return Explained(
+        groups,
+        torch.cat(output),
+        _scalar(model.kind.prediction(torch.cat(raw), model.pos_weight or 1.0)),
+        np.concatenate(part),
+        np.concatenate(charted),
+        np.concatenate(observations),
+        weight,
+    )
+
+
+def _output(model: ICUModule, batch: Batch) -> Tensor:
+    """(N,) Log odds, or values."""
+    return _scalar(model(_moved(batch, model)))
+
+
+def _moved(batch: Batch, model: ICUModule) -> Batch:
+    return type(batch)(*(t.to(model.device) for t in batch))
+
+
+def _scalar(output: Tensor) -> Tensor:
+    """(N,): the mean over labels where there are several."""
+    return (output.mean(-1) if output.ndim > 1 else output).double().cpu()
+
+
+def _viewed(data: ICUDataModule, view: View, rows: np.ndarray) -> Any:
+    """A batch of another view than the model's."""
+    before, data.view = data.view, view
+    try:
+        return data.batch(rows)
+    finally:
+        data.view = before
 
 
 def _followed(items: Collection[Any], step: str) -> Iterable[Any]:
@@ -115,91 +186,94 @@ def _followed(items: Collection[Any], step: str) -> Iterable[Any]:
     return items
 
 
-def _per_variable(result: pl.DataFrame, model: HyMaTE) -> pl.DataFrame:
-    """Means over samples, the variable with the greatest weight first."""
-    n = result["row"].n_unique()
-    unit = pl.col("variable").replace_strict(model.spec.variables, model.spec.units).alias("unit")
-    return (
-        result.group_by("variable")
-        .agg(
-            weight=pl.col("weight").cast(pl.Float64).sum() / n,
-            weight_per_observation=pl.col("weight").cast(pl.Float64).sum() / pl.col("observations").sum(),
-            log_odds=pl.col("part").cast(pl.Float64).abs().sum() / n,
-            observations=pl.col("observations").cast(pl.Float64).sum() / n,
-            charted=pl.len() / n,
-        )
-        .sort("weight", descending=True)
-        .select("variable", unit, pl.exclude("variable"))
-    )
+def _per_variable(cohort: Explained, spec: Spec) -> pl.DataFrame:
+    """Means over samples, the most important variable first."""
+    part, has = cohort.part, cohort.charted
+    columns = {
+        "variable": spec.variables,
+        "unit": spec.units,
+        "importance": np.abs(part).mean(0),
+        "raises": np.maximum(part, 0).mean(0),
+        "lowers": np.maximum(-part, 0).mean(0),
+        "importance_when_charted": np.abs(part).sum(0) / np.maximum(has.sum(0), 1),
+        "charted": has.mean(0),
+        "observations": cohort.observations.mean(0, dtype=np.float64),
+    }
+    if cohort.weight is not None:
+        columns["fusion_weight"] = cohort.weight.mean(0, dtype=np.float64)
+    return pl.DataFrame(columns).filter(pl.col("charted") > 0).sort("importance", descending=True, maintain_order=True)
 
 
-def _deletion(model: HyMaTE, data: ICUDataModule) -> pl.DataFrame:
-    """``order, share, auroc, change``: what is left of AUROC without a share of each stay's observations, and how far log odds move."""
-    generator = torch.Generator().manual_seed(0)
-    rows = list(data.predict_dataloader().sampler)
-    batches: list[Triplets] = []
-    for place in torch.randperm(len(rows), generator=generator).tolist():
-        if sum(len(b.row) for b in batches) < MOST:
-            batches.append(data.batch(rows[place]))  # type: ignore[arg-type]
-    target = torch.cat([b.target for b in batches])
+def _of_one(one: Explained, spec: Spec) -> pl.DataFrame:
+    """``variable, part, probability`` of the only sample, and ``weight`` where there is one; a row for each that it has."""
+    columns = {
+        "variable": spec.variables,
+        "part": one.part[0],
+        "probability": [float(one.probability[0])] * len(spec.variables),
+    }
+    if one.weight is not None:
+        columns["weight"] = one.weight[0]
+    return pl.DataFrame(columns).filter(one.charted[0])
+
+
+def _deletion(model: ICUModule, data: ICUDataModule, cohort: Explained) -> pl.DataFrame:
+    """``order, share, auroc, change``: what is left of AUROC without a share of each sample's variables, and how far the
+    output moves."""
+    target = torch.cat([_viewed(data, "summary", rows).target for rows in cohort.groups])
     known = ~unlabelled(target)
-    both = 0 < target[known].sum() < known.sum()
-    variables = len(model.spec.variables)
-    pairs = [model.attribute(b) for b in batches]
-    whole = torch.cat([model(b) for b in batches])
-    attributed = [
-        weight / sums(torch.ones_like(b.value), b, variables).clamp(min=1)
-        for b, (weight, _) in zip(batches, pairs, strict=True)
-    ]
+    both = model.kind.classes and 0 < target[known].sum() < known.sum()
+    rng = np.random.default_rng(0)
     measures: list[dict[str, Any]] = []
 
-    def measure(order: str, share: float, logit: Tensor) -> None:
-        auroc = float(binary_auroc(logit[known], target[known].long())) if both else None
-        measures.append({"order": order, "share": share, "auroc": auroc, "change": float((logit - whole).abs().mean())})
+    def measure(order: str, share: float, output: Tensor) -> None:
+        auroc = float(binary_auroc(output[known], target[known].long())) if both else None
+        change = float((output - cohort.output).abs().mean())
+        measures.append({"order": order, "share": share, "auroc": auroc, "change": change})
 
-    for order in ("attribution", "random"):
-        measure(order, 0.0, whole)
-    plan = [("attribution", share) for share in SHARES] + [
-        ("random", share) for share in SHARES for _ in range(REPEATS)
-    ]
+    for order in ("importance", "random"):
+        measure(order, 0.0, cohort.output)
+    plan = [("importance", s) for s in SHARES] + [("random", s) for s in SHARES for _ in range(REPEATS)]
     for order, share in _followed(plan, f"deletion test: {len(plan)} passes over {len(target):,} samples"):
-        by = (
-            attributed
-            if order == "attribution"
-            else [torch.rand(len(b.row), variables, generator=generator) for b in batches]
-        )
-        measure(order, share, torch.cat([model(_without(b, i, share)) for b, i in zip(batches, by, strict=True)]))
-    return pl.DataFrame(
-        measures, schema={"order": pl.String, "share": pl.Float64, "auroc": pl.Float64, "change": pl.Float64}
-    )
+        by = np.abs(cohort.part) if order == "importance" else rng.random(cohort.part.shape)
+        without = _first(by, cohort.charted, share)
+        begin = np.cumsum([0, *map(len, cohort.groups)])
+        outputs = [
+            _output(model, data.batch(rows, without=without[a : a + len(rows)]))
+            for rows, a in zip(cohort.groups, begin, strict=False)
+        ]
+        measure(order, share, torch.cat(outputs))
+    schema = {"order": pl.String, "share": pl.Float64, "auroc": pl.Float64, "change": pl.Float64}
+    return pl.DataFrame(measures, schema=schema)
 
 
-def _without(batch: Triplets, importance: Tensor, share: float) -> Triplets:
-    """The batch less a share of each sample's observations: those of the variable of greatest ``importance`` (B, V) first."""
-    padded = torch.cat([importance.new_full((len(importance), 1), -torch.inf), importance], 1)
-    place = padded.gather(1, batch.variable).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return chosen(batch, place >= (share * batch.length[:, None]).round())
+def _first(by: np.ndarray, charted: np.ndarray, share: float) -> np.ndarray:
+    """(N, V) A share of the variables that each sample has: those that are greatest in ``by``."""
+    place = np.where(charted, -by, np.inf).argsort(1, kind="stable").argsort(1, kind="stable")
+    return place < np.round(share * charted.sum(1, keepdims=True))
 
 
-def _draw_cohort(variables: pl.DataFrame, deletion: pl.DataFrame, title: str, path: Path) -> None:
-    """Bars of the fusion weight of variables beside how often they are charted, and the deletion test."""
+def _draw_cohort(variables: pl.DataFrame, deletion: pl.DataFrame, title: str, unit: str, path: Path) -> None:
+    """How far each variable moves the predictions, of HyMaTE its fusion weights, and the deletion test."""
     top = variables.head(SHOWN).reverse()
-    with figures.figure(path, (13, 5.2)) as figure:
-        bars, curve = figure.subplots(1, 2, width_ratios=(1.3, 1))
+    weighted = "fusion_weight" in top.columns
+    with figures.figure(path, (16 if weighted else 13, 5.2)) as figure:
+        bars, *weights, curve = figure.subplots(1, 3 if weighted else 2, width_ratios=(1.3, *[0.7] * weighted, 1))
         place = np.arange(len(top))
-        bars.barh(place + 0.2, top["weight"], 0.38, label="share of fusion weight")
-        bars.barh(
-            place - 0.2,
-            top["observations"] / variables["observations"].sum(),
-            0.38,
-            color="0.75",
-            label="share of observations",
+        names = [f"{v.replace('_', ' ')} ({c:.0%})" for v, c in zip(top["variable"], top["charted"], strict=True)]
+        bars.barh(place, top["raises"], 0.7, color="C3", label="raises")
+        bars.barh(place, -top["lowers"], 0.7, color="C0", label="lowers")
+        bars.axvline(0, color="0.4", linewidth=0.8)
+        bars.set_yticks(place, names)
+        bars.set(
+            title=title, xlabel=f"part of the {unit}, mean over samples (in brackets: share that has the variable)"
         )
-        bars.set_yticks(place, top["variable"])
-        bars.set(title=title, xlabel="mean over samples")
         bars.legend(loc="lower right", fontsize=9)
+        for axes in weights:
+            axes.barh(place, top["fusion_weight"], 0.7, color="0.6")
+            axes.set_yticks(place, [])
+            axes.set(title="Fusion weight", xlabel="mean over samples")
         measure = "auroc" if deletion["auroc"].null_count() == 0 else "change"
-        for colour, (order, label) in enumerate((("attribution", "greatest weight first"), ("random", "random order"))):
+        for colour, (order, label) in enumerate((("importance", "most important first"), ("random", "random order"))):
             part = deletion.filter(pl.col("order") == order).group_by("share", maintain_order=True)
             spread = part.agg(
                 pl.col(measure).mean().alias("mean"),
@@ -208,30 +282,35 @@ def _draw_cohort(variables: pl.DataFrame, deletion: pl.DataFrame, title: str, pa
             )
             curve.plot(spread["share"] * 100, spread["mean"], marker="o", markersize=4, color=f"C{colour}", label=label)
             curve.fill_between(spread["share"] * 100, spread["low"], spread["high"], color=f"C{colour}", alpha=0.2)
-        name = "AUROC" if measure == "auroc" else "mean change of log odds"
-        curve.set(title="Deletion test", xlabel="% of a stay's observations left out", ylabel=name)
+        name = "AUROC" if measure == "auroc" else f"mean change of the {unit}"
+        curve.set(title="Deletion test", xlabel="% of a sample's variables left out", ylabel=name)
         curve.legend(fontsize=9)
 
 
 def _draw_stay(one: Triplets, result: pl.DataFrame, spec: Spec, stay: str, minute: int, path: Path) -> None:
-    """A stay's observations of the variables that its prediction rests on most, and their parts of the log odds.
+    """A stay's observations of the variables that its prediction rests on most, and their parts of it.
 
     Args:
         one: the sample.
-        result: its rows of ``_attribution``.
+        result: ``variable, part, probability`` and, of HyMaTE, ``weight``.
         spec: what its values are standardised by.
         stay: its stay_id.
         minute: its prediction time since ICU admission.
         path: the picture.
     """
-    top = result.sort("weight", descending=True).head(SHOWN).reverse()
+    top = result.sort(pl.col("part").abs(), descending=True).head(SHOWN).reverse()
     hour = minute / 60 + (one.time[0].numpy() - 1) * spec.window / 2
     variable, value = one.variable[0].numpy(), one.value[0].numpy()
-    target = float(one.target[0])
-    outcome = "unknown" if np.isnan(target) else "yes" if target else "no"
+    target = one.target[0]
+    numbers = spec.kind == "regression"
+    outcome = "unknown" if bool(unlabelled(one.target)[0]) else _told(target, numbers)
+    weighted = "weight" in top.columns
     with figures.figure(path, (14, 5.6)) as figure:
-        events, weights, parts = figure.subplots(1, 3, width_ratios=(2.2, 1, 1), sharey=True)
+        events, parts, *weights = figure.subplots(
+            1, 3 if weighted else 2, width_ratios=(2.2, 1, *[1] * weighted), sharey=True
+        )
         place = np.arange(len(top))
+        labels = []
         for k, name in enumerate(top["variable"]):
             seen = variable == spec.variables.index(name) + 1
             points = events.scatter(
@@ -246,24 +325,32 @@ def _draw_stay(one: Triplets, result: pl.DataFrame, spec: Spec, stay: str, minut
                 linewidths=0.3,
                 clip_on=False,
             )
+            last = _last(spec, name, value[seen]) if seen.any() else "before the window"
+            labels.append(f"{name.replace('_', ' ')}\n{last}")
         figure.colorbar(points, ax=events, label="standard deviations from the mean of training", pad=0.01)
-        last = [_last(spec, name, value[variable == spec.variables.index(name) + 1]) for name in top["variable"]]
-        events.set_yticks(
-            place, [f"{name.replace('_', ' ')}\n{now}" for name, now in zip(top["variable"], last, strict=True)]
-        )
+        events.set_yticks(place, labels)
         events.tick_params("y", labelsize=8)
         events.set(title="observations (left: the last value)", xlabel="hours since ICU admission")
-        earliest = min(0, *hour[variable > 0])  # a window may begin before there was anything to see
+        earliest = min([0, *hour[variable > 0]])  # a window may begin before there was anything to see
         events.set_xlim(max(minute / 60 - spec.window, earliest), minute / 60)
-        weights.barh(place, top["weight"])
-        weights.set(title="fusion weight")
         parts.barh(place, top["part"], color=np.where(top["part"].to_numpy() > 0, "C3", "C0"))
         parts.axvline(0, color="0.4", linewidth=0.8)
-        parts.set(title="part of the log odds")
+        parts.set(title=f"part of the {'prediction' if numbers else 'log odds'}")
+        for axes in weights:
+            axes.barh(place, top["weight"], color="0.6")
+            axes.set(title="fusion weight")
         task = TASKS[spec.task["name"]].text
-        figure.suptitle(
-            f"stay {stay} at hour {minute / 60:g}: predicted {result['probability'][0]:.2f}; {task}: {outcome}"
-        )
+        said = result["probability"][0]
+        figure.suptitle(f"stay {stay} at hour {minute / 60:g}: predicted {said:.2f}; {task}: {outcome}")
+
+
+def _told(target: Tensor, numbers: bool) -> str:
+    """An outcome in words; of several labels, how many are so."""
+    if numbers:
+        return f"{float(target):g}"
+    if target.ndim:
+        return f"{int(target.sum())} of {len(target)}"
+    return "yes" if target else "no"
 
 
 def _last(spec: Spec, name: str, standardised: np.ndarray) -> str:

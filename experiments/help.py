@@ -14,7 +14,7 @@ VERBS = {
     "evaluate": "score a checkpoint on any hospital system",
     "finetune": "transfer a checkpoint: zero-shot score, fine-tuning, score",
     "predict": "write probabilities for patients whose outcome is unknown",
-    "explain": "show which variables the predictions of a HyMaTE model rest on, and test that",
+    "explain": "show which variables a model's predictions rest on, and test that",
     "export": "write a checkpoint as ONNX or torch.export, for programs without this package",
 }
 EXAMPLES = {
@@ -25,7 +25,7 @@ EXAMPLES = {
     "evaluate": "ehr evaluate --ckpt runs/icu/best.ckpt --data EICU --out scores",
     "finetune": "ehr finetune --ckpt runs/icu/best.ckpt --data.root data/eicu",
     "predict": "ehr predict --ckpt runs/icu/best.ckpt --data.root data/new --out risk.csv",
-    "explain": "ehr explain --ckpt runs/hymate/best.ckpt --out explained",
+    "explain": "ehr explain --ckpt runs/icu/best.ckpt --out explained",
     "export": "ehr export --ckpt runs/icu/best.ckpt --out icu.onnx",
 }
 TRAINER = {  # the arguments of lightning.Trainer that matter
