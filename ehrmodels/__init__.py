@@ -8,7 +8,14 @@ from ehrmodels.tabm import TabM
 from ehrmodels.trees import LightGBM, LogisticRegression, RandomForest, XGBoost
 
 __all__ = [
-    *("Fusion", "HyMaTE", "HyMaTEForecast", "ICUModule", "LightGBM", "LogisticRegression", "RandomForest", "TabM"),
+    "Fusion",
+    "HyMaTE",
+    "HyMaTEForecast",
+    "ICUModule",
+    "LightGBM",
+    "LogisticRegression",
+    "RandomForest",
+    "TabM",
     "XGBoost",
     "load",
 ]
