@@ -138,6 +138,7 @@ class HyMaTE(ICUModule):
         x, weight = self._items(batch)
         pooled = (weight.unsqueeze(1).to(x.dtype) @ x).squeeze(1)
         with torch.inference_mode(False), torch.enable_grad():
+            batch = Triplets(*(t.clone() for t in batch))  # tensors of inference mode know no gradient
             pooled = pooled.detach().clone().requires_grad_()
             (slope,) = torch.autograd.grad(self.head(self._joined(pooled, batch)).sum(), pooled)
         part = weight * (x @ slope[..., None]).squeeze(-1)
