@@ -144,7 +144,7 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
         values["trainer"] = {k: v for k, v in trainer.as_dict().items() if v is not None or k in TRAINER_DEFAULTS}
     if "config" in own:
         values["config"] = text
-    if verb in ("train", "sweep") and values["name"] is None and (files := _files(arguments)):
+    if verb in ("train", "sweep", "benchmark") and values["name"] is None and (files := _files(arguments)):
         seed = values.get("seed", 0)
         values["name"] = f"{Path(files[-1]).stem}-{seed}" if seed else Path(files[-1]).stem
     return values
@@ -227,7 +227,7 @@ def _description(doc: str, verb: str) -> str:
     return "\n\n".join([doc.split("Args:")[0].strip(), ", ".join(hints) + "." * bool(hints)])
 
 
-def _config_file(name: str) -> str:
+def config_file(name: str) -> str:
     """A YAML file, or one of those that are shipped, by its name."""
     path = Path(name)
     shipped = Path(__file__).parent / "configs" / f"{path.stem}.yaml"
@@ -256,7 +256,7 @@ def _ordered(arguments: list[str]) -> list[str]:
             first if name in ("-c", "--config") else second if name in ("--data", "--model", "--finetune") else others
         )
         if place is first:
-            place.append(f"--config={_config_file(value if equals else next(rest, ''))}")
+            place.append(f"--config={config_file(value if equals else next(rest, ''))}")
             continue
         place.append(argument)
         if place is not others and not equals:

@@ -290,11 +290,18 @@ def show(table: pl.DataFrame, reference: str, title: str) -> None:
         shown[f"{METRICS[name].label} less {reference}"] = [_difference(r, name) for r in records]
         if name == "auroc" and table["auroc_p"].is_not_null().any():
             shown["p"] = ["-" if r["auroc_p"] is None else f"{r['auroc_p']:.2g}" for r in records]
+    if "minutes" in table.columns:
+        shown["minutes"] = ["-" if minutes is None else f"{minutes:.1f}" for minutes in table["minutes"]]
     tests = "paired bootstrap over patients"
     if table["auroc_test"][0] == "DeLong":
         tests = f"DeLong for differences of AUROC, {tests} for the others"
     counts = f"n = {table['n'][0]:,}, {table['events'][0]:,} events"
     report.print_table(pl.DataFrame(shown), f"{title}: {counts}; 95 % intervals: {tests}; * without 0", console)
+    n, events = table["n"][0], table["events"][0]
+    if min(events, n - events) < report.FEW:
+        console.print(
+            f"[yellow]fewer than {report.FEW} positives or negatives: too few to tell models apart[/]", highlight=False
+        )
 
 
 def _difference(record: dict[str, Any], name: str) -> str:

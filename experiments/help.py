@@ -11,6 +11,7 @@ VERBS = {
     "prepare": "extract raw tables, show who is left after each rule and what was charted",
     "train": "train a model and score it; --finetune EICU also transfers it",
     "sweep": "search hyper-parameters of train with many processes, on one machine or several",
+    "benchmark": "train models x seeds x data sets with many processes, and compare them",
     "evaluate": "score a checkpoint on any hospital system",
     "finetune": "transfer a checkpoint: zero-shot score, fine-tuning, score",
     "compare": "show runs side by side, with paired differences on the same patients",
@@ -23,6 +24,7 @@ EXAMPLES = {
     "prepare": "ehr prepare --data MIMICIV --data.root data/mimiciv --out tables",
     "train": "ehr train -c fusion_mimiciv --name icu --finetune EICU",
     "sweep": "ehr sweep -c sweep_demo --workers 2",
+    "benchmark": "ehr benchmark -c benchmark_demo --workers 2",
     "evaluate": "ehr evaluate --ckpt runs/icu/best.ckpt --data EICU --out scores",
     "compare": "ehr compare runs/fusion runs/hymate --reference runs/fusion --out compared",
     "finetune": "ehr finetune --ckpt runs/icu/best.ckpt --data.root data/eicu",
@@ -39,7 +41,7 @@ HIDDEN = ("trainer", "trial", "config")
 POSITIONAL = {
     "compare": ("runs", "RUN")
 }  # verb -> its argument that takes no flag but as many words as are given, and one of them
-WITHOUT_DATA = ("synthesize", "export", "compare")  # verbs that take no options of data
+WITHOUT_DATA = ("synthesize", "export", "compare", "benchmark")  # verbs that take no options of data
 
 
 def overview() -> str:

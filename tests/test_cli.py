@@ -23,7 +23,7 @@ from experiments.help import VERBS
 from experiments.metrics import METRICS
 from experiments.sweep import command as sweep
 
-CONFIGS = sorted((Path(__file__).parents[1] / "experiments" / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "experiments" / "configs").glob("[!b]*.yaml"))  # but benchmarks
 COLUMNS = ["stay_id", "patient_id", "minute", "target", "probability", "split"]
 TINY = "--model Fusion --model.width 16 --trainer.max_epochs 1"
 
