@@ -141,7 +141,7 @@ class Run(NamedTuple):
         Raises:
             ValueError: there is none.
         """
-        if split == "all" and self.configurations and "name" in self.configurations[0]:
+        if split == "all" and self.configurations and self.configurations[0]:
             raise ValueError(
                 f"--split all: {self.name} is a training run, whose val rows chose its model; give test or val"
             )

@@ -192,7 +192,10 @@ def test_the_written_configuration_is_a_configuration(trained: Path, capsys: pyt
     ("line", "words"),
     [
         ("trian", "unknown verb 'trian'; did you mean train?"),
-        ("xyz", "unknown verb 'xyz'; choose among synthesize, prepare, train, sweep, evaluate, finetune, predict"),
+        (
+            "xyz",
+            "unknown verb 'xyz'; choose among synthesize, prepare, train, sweep, benchmark, evaluate, finetune, compare",
+        ),
         ("prepare --data EICU --data.hors 3", "unknown option --data.hors; did you mean --data.hours?"),
         ("prepare --data.hors=3 --data EICU", "unknown option --data.hors; did you mean --data.hours?"),
         ("prepare --data PhysioNet2019 --data.system A", "unknown option --data.system; did you mean --data.systems?"),
