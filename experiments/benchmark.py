@@ -57,9 +57,9 @@ def benchmark(
     of the data (test), or val where there is no such patient.
 
     Args:
-        models: Name of a model: the name of a YAML file of ehr train, shipped or your own, of whose data only the batch_size is used; or
+        models: Names of models, and of each a YAML file of ehr train, shipped or your own, of whose data only the batch_size is used; or
             class_path, init_args, trainer, batch_size and other options of ehr train.
-        data: Name of a data set: class_path and init_args, as the data of ehr train.
+        data: Names of data sets, and of each class_path and init_args, as the data of ehr train.
         seeds: Seeds that every model is trained with; default: [0, 1, 2].
         reference: Name of the model that the others are compared with; default: the first.
         name: Name of the benchmark; default: that of the YAML file, or benchmark.
@@ -79,12 +79,11 @@ def benchmark(
         (of, model): composed(model, entry, of, section)
         for (of, section), (model, entry) in product(data.items(), models.items())
     }
-    prepared = set()
-    for (of, model), config in configurations.items():  # all of them, before anything is begun
-        made = _tried(model, of, config)
-        if of not in prepared:
-            made["data"].prepare_data()
-            prepared.add(of)
+    made = {
+        of: _tried(model, of, config)["data"] for (of, model), config in configurations.items()
+    }  # before anything is begun
+    for hospital in made.values():
+        hospital.prepare_data()  # once, and before any worker says that the files are not there
     # one seed of all models before the next
     trainings = [Training(str(folder), of, model, seed) for of, seed, model in product(data, seeds, models)]
     (folder / "queue").mkdir(parents=True, exist_ok=True)
@@ -233,8 +232,8 @@ def _check(
             raise ValueError(
                 f"{what}.{wrong[0]}: expected a name that a folder can have, of letters, digits and _.+- and not queue"
             )
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds: expected different numbers, found {seeds}")
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError(f"--seeds: expected different numbers of at least 0, found {seeds}")
     if reference not in models:
         raise ValueError(f"--reference {reference} is none of the models: choose among {', '.join(models)}")
     if workers is not None and workers < 1:

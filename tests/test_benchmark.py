@@ -215,7 +215,7 @@ def test_of_a_file_all_but_its_data_is_used() -> None:
         ("{a: {class_path: Fusion, trainer: {devices: 2}}}", {}, "one training runs on one device"),
         ("{a: {class_path: Fusion, operating_point: utility}}", {}, "utility is defined for hourly sepsis"),
         ("{a: {class_path: HyMaTEForecast}}", {}, "models.a predicts no outcome"),
-        ("{a: demo}", {"--seeds": "[0, 0]"}, "--seeds: expected different numbers, found [0, 0]"),
+        ("{a: demo}", {"--seeds": "[0, 0]"}, "--seeds: expected different numbers of at least 0, found [0, 0]"),
         ("{a: demo}", {"--workers": "0"}, "--workers must be at least 1"),
         ("{a: demo}", {"--reference": "b"}, "--reference b is none of the models: choose among a"),
         ("{a: demo}", {"--data": "{d: {root: x}}"}, "data.d: expected class_path and init_args"),
