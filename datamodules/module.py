@@ -45,8 +45,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         split: The split that is scored after training: train, val, test or all.
         batch_size: Samples per batch; with several processes, of each of them.
         num_workers: Processes that build batches; 0 builds them in the training process.
-        thinning: Share of observations that training leaves out, others in every epoch, of variables with at least 6 in a
-            window.
+        thinning: Share of observations that training leaves out, others in every epoch, of variables that have at least
+            6 in a window.
     """
 
     name: str
@@ -306,8 +306,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
 
 
 class Samples(Dataset):
-    """Indexed by an array of rows, or by (epoch, rows) in training, it gives the whole batch at once: nothing is done per
-    row in Python."""
+    """Indexed by an array of rows, or by (epoch, rows) in training, it gives the whole batch at once: nothing is done
+    per row in Python."""
 
     def __init__(self, module: ICUDataModule):
         self.module = module

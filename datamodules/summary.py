@@ -44,8 +44,8 @@ def summarise(
         weight: (N,) how many observations each stands for, where others were left out; default: itself.
 
     Returns:
-        (B, F, 16), in the variables' units, minutes turned into hours. A statistic is NaN where it has no observation to
-        be told from; ``number`` is 0 there.
+        (B, F, 16), in the variables' units, minutes turned into hours. A statistic is NaN where it has no observation
+        to be told from; ``number`` is 0 there.
     """
     samples, variables = shape
     owner, minute, variable, value = events

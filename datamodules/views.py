@@ -1,4 +1,4 @@
-"""From memory-mapped events to what a model sees: the hourly grid, the triplets and the summary, for a whole batch at once.
+"""From memory-mapped events to what a model sees: the hourly grid, the triplets and the summary, for a whole batch.
 
 An event is seen if it lies before the prediction and was known before it. Shape letters: B samples, T hours, N events,
 F variables, R rates.
@@ -14,7 +14,7 @@ from torch import Tensor
 from datamodules.contract import Spec
 from datamodules.dictionary import BY_NAME, NAMES, RATES
 from datamodules.store import Store
-from datamodules.summary import STATISTICS, summarise
+from datamodules.summary import summarise
 
 CLIP = 5.0  # standardised values are clipped to +-CLIP: raw records keep errors such as pH 100
 CARRY = 24  # hours before the window from which values are carried into it
@@ -25,8 +25,9 @@ Events = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 class Thinning(NamedTuple):
     """Which observations training leaves out: the same ones in every view of a sample, others in every epoch.
 
-    Whether an observation stays depends on nothing but ``seed``, ``epoch`` and its place in the store. Of a variable with fewer than ``COMMON`` observations in the window, and of rates, which are steps and not
-    samples of a course, all stay.
+    Whether an observation stays depends on nothing but ``seed``, ``epoch`` and its place in the store. Of a variable
+    with fewer than ``COMMON`` observations in the window, and of rates, which are steps and not samples of a course,
+    all stay.
     """
 
     share: float  # that is left out
@@ -91,8 +92,8 @@ class Views:
     def summary(self, stay: np.ndarray, minute: np.ndarray, thinning: Thinning | None = None) -> np.ndarray:
         """Statistics of ``contract.Summary``, (B, F, 16), in units.
 
-        A rate counts as its steps and, where it runs when the window opens, one in the first minute. Where observations are
-        left out, those of a variable that stay count for all of its number, and so do sums.
+        A rate counts as its steps and, where it runs when the window opens, one in the first minute. Where observations
+        are left out, those of a variable that stay count for all of its number, and so do sums.
         """
         owner, row, time, variable, value = self._cut(stay, minute, CARRY)
         time = time - 60 * CARRY
@@ -120,8 +121,8 @@ class Views:
         return summarise((owner, time, variable, value), before, shape, self.window, weight)
 
     def elapsed(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
-        """(B, 1 + 2 F): hours since ICU admission, and of each variable the number of observations since its record began
-        and that number per hour; both as log(1 + x)."""
+        """(B, 1 + 2 F): hours since ICU admission, and of each variable the number of observations since its record
+        began and that number per hour; both as log(1 + x)."""
         store, width = self.store, len(self.variables)
         low, high = store.offsets[stay], store.at_or_after(stay, minute)
         owner, row = _expanded(low, high)

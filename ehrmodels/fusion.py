@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from datamodules.contract import Grid, Spec
 from ehrmodels.base import ICUModule, in_range
-from ehrmodels.layers import Head, PiecewiseLinear, SummaryEmbedding
+from ehrmodels.layers import Head, PiecewiseLinear, SummaryEmbedding, edges_of
 
 
 class Fusion(ICUModule):
@@ -74,10 +74,10 @@ class Fusion(ICUModule):
 
     def build(self, spec: Spec) -> None:
         d, drop = self.width, self.dropout
-        edges = torch.tensor(spec.quantiles, dtype=torch.float32)
-        numbers = edges.shape[1] - 1 if self.piecewise else 1  # of a value
+        numbers = 1  # of a value
         if self.piecewise:
-            self.encode = PiecewiseLinear(edges)
+            self.encode = PiecewiseLinear(edges_of(spec.quantiles))
+            numbers = self.encode.lower.shape[1]
         self.embed = nn.Sequential(nn.Linear((numbers + 2) * len(spec.variables), d), nn.LayerNorm(d), nn.Dropout(drop))
         self.position = nn.Parameter(torch.randn(spec.window, d) * 0.02)
         self.lstm = nn.LSTM(

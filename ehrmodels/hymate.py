@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.contract import Spec, Triplets
 from ehrmodels.base import ICUModule, in_range
 from ehrmodels.kernels import exporting
-from ehrmodels.layers import Head, SummaryEmbedding, ValueEmbedding
+from ehrmodels.layers import Head, SummaryEmbedding, ValueEmbedding, edges_of
 from ehrmodels.mamba import MambaBlock
 
 WINDOW = 2048  # observations that attend to one another; longer stays are attended to in windows of this length
@@ -90,7 +90,7 @@ class HyMaTE(ICUModule):
         self.variable = nn.Embedding(len(spec.variables) + 1, d, padding_idx=0)
         self.value: nn.Module = scalar_embedding(d)
         if self.piecewise:
-            self.value = ValueEmbedding(torch.tensor(spec.quantiles, dtype=torch.float32), d)
+            self.value = ValueEmbedding(edges_of(spec.quantiles), d)
         self.time = scalar_embedding(d)
         self.drop = nn.Dropout(self.dropout)
         self.blocks = nn.ModuleList(MambaBlock(d, self.state) for _ in range(self.layers))
@@ -136,8 +136,10 @@ class HyMaTE(ICUModule):
             (B, V) part of the logit: the weighted sum, times the logit's gradient at it. What the summary says is in neither.
         """
         x, weight = self._items(batch)
-        with torch.enable_grad():
-            pooled = (weight.unsqueeze(1).to(x.dtype) @ x).squeeze(1).detach().requires_grad_()
+        pooled = (weight.unsqueeze(1).to(x.dtype) @ x).squeeze(1)
+        with torch.inference_mode(False), torch.enable_grad():
+            batch = Triplets(*(t.clone() for t in batch))  # tensors of inference mode know no gradient
+            pooled = pooled.detach().clone().requires_grad_()
             (slope,) = torch.autograd.grad(self.head(self._joined(pooled, batch)).sum(), pooled)
         part = weight * (x @ slope[..., None]).squeeze(-1)
         if self.attention == "variable":
@@ -214,7 +216,8 @@ class HyMaTEForecast(HyMaTE):
     supervised = False
 
     def __init__(self, **kwargs: Any):
-        super().__init__(**{**kwargs, "summary": False})  # the summary of the window would tell what is forecast
+        super().__init__(**kwargs)
+        self.summary = False  # that of the window would tell what is forecast
 
     def build(self, spec: Spec) -> None:
         super().build(spec)

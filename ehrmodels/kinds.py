@@ -78,7 +78,7 @@ def threshold(probability: Tensor, target: Tensor, operating_point: str = "youde
         target: (B,) 1 or 0.
         operating_point: ``youden``: the largest sensitivity + specificity; ``sensitivity=0.9``: the fewest alerts that
             still find 90 % of the events; ``npv=0.98``: the fewest alerts such that of those without one 98 % have no
-            event.
+            event. ``utility`` depends on the hours of a stay, which only whole predictions tell: there is none here.
 
     Returns:
         The threshold; None where only one outcome occurs or no threshold reaches the target.
@@ -93,7 +93,7 @@ def threshold(probability: Tensor, target: Tensor, operating_point: str = "youde
         )
     order = torch.argsort(probability, descending=True, stable=True)
     p, y = probability[order].double(), target[order].double()
-    if not 0 < y.sum() < len(y):
+    if not 0 < y.sum() < len(y) or name == "utility":
         return None
     true, false = y.cumsum(0), (1 - y).cumsum(0)  # at the threshold p[i]
     last_of_tie = torch.cat([p[1:] != p[:-1], torch.ones(1, dtype=torch.bool, device=p.device)])
@@ -117,12 +117,13 @@ def check_operating_point(text: str) -> tuple[str, float]:
     """
     name, _, number = text.partition("=")
     try:
-        if name == "youden" and not number:
+        if name in ("youden", "utility") and "=" not in text:
             return name, 0.0
         if name in ("sensitivity", "npv") and 0 < float(number) < 1:
             return name, float(number)
     except ValueError:
         pass
     raise ValueError(
-        f"--operating_point {text} is not known; expected youden, or a target such as sensitivity=0.9 or npv=0.98"
+        f"--operating_point {text} is not known; expected youden, utility, or a target such as sensitivity=0.9 "
+        "or npv=0.98"
     )

@@ -9,11 +9,30 @@ References:
 Shape letters: B samples, F features, K bins, D width, M members.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datamodules.contract import Spec
+
+
+def edges_of(quantiles: list[list[float]]) -> Tensor:
+    """Quantiles of a ``Spec`` as a table.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not quantiles:
+        raise ValueError("the description of the data holds no quantiles: it is of an earlier version; train anew")
+    return torch.tensor(quantiles, dtype=torch.float32)
+
+
+def spared(*parameters: nn.Parameter) -> None:
+    """Exempt parameters from weight decay that have more than one axis, and are biases or scales all the same."""
+    for parameter in parameters:
+        parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
 class PiecewiseLinear(nn.Module):
@@ -55,12 +74,13 @@ class SummaryEmbedding(nn.Module):
 
     def __init__(self, spec: Spec, dropout: float, embedding: int = 4, width: int = 256):
         super().__init__()
-        self.width, edges = width, torch.tensor(spec.summary_quantiles, dtype=torch.float32)
+        self.width, edges = width, edges_of(spec.summary_quantiles)
         features, bins = edges.shape[0], edges.shape[1] - 1
         self.encode = PiecewiseLinear(edges)
         bound = bins**-0.5
         self.weight = nn.Parameter(torch.empty(features, bins, embedding).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(features, embedding).uniform_(-bound, bound))
+        spared(self.bias)
         self.join = nn.Sequential(nn.Linear(features * embedding, width), nn.ReLU(), nn.Dropout(dropout))
 
     def forward(self, summary: Tensor) -> Tensor:
@@ -114,6 +134,7 @@ class Members(nn.Module):
         self.out = nn.Parameter(torch.ones(members, outputs))
         bound = inputs**-0.5
         self.bias = nn.Parameter(torch.empty(members, outputs).uniform_(-bound, bound))
+        spared(self.into, self.out, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x * self.into) * self.out + self.bias
@@ -138,13 +159,12 @@ class Head(nn.Module):
         super().__init__()
         self.members, self.classes, outputs = members, spec.kind != "regression", spec.outputs
         sizes = [inputs, *[width] * layers]
-        self.hidden = nn.ModuleList(
-            Members(a, b, members, first=k == 0) for k, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
-        )
+        self.hidden = nn.ModuleList(Members(a, b, members, first=k == 0) for k, (a, b) in enumerate(pairwise(sizes)))
         self.drop = nn.Dropout(dropout)
         bound = sizes[-1] ** -0.5
         self.weight = nn.Parameter(torch.empty(members, sizes[-1], outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(members, outputs).uniform_(-bound, bound))
+        spared(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, None].expand(-1, self.members, -1)

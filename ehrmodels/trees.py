@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from datamodules.contract import Spec, Summary, unlabelled
 from ehrmodels.base import ICUModule, in_range
-from ehrmodels.layers import PiecewiseLinear
+from ehrmodels.layers import PiecewiseLinear, edges_of
 
 Rows = tuple[np.ndarray, np.ndarray]  # features (N, X), targets (N,)
 
@@ -255,7 +255,7 @@ class LogisticRegression(FittedAtOnce):
 
     def build(self, spec: Spec) -> None:
         super().build(spec)
-        self.encode = PiecewiseLinear(torch.tensor(spec.summary_quantiles, dtype=torch.float32))
+        self.encode = PiecewiseLinear(edges_of(spec.summary_quantiles))
         self.linear = nn.Linear(len(spec.statics) + 2 * len(spec.summary_quantiles), 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)

@@ -144,7 +144,7 @@ def configured(verb: str, arguments: list[str]) -> dict[str, Any]:
         values["trainer"] = {k: v for k, v in trainer.as_dict().items() if v is not None or k in TRAINER_DEFAULTS}
     if "config" in own:
         values["config"] = text
-    if verb in ("train", "sweep") and values["name"] is None and (files := _files(arguments)):
+    if verb in ("train", "sweep", "benchmark") and values["name"] is None and (files := _files(arguments)):
         seed = values.get("seed", 0)
         values["name"] = f"{Path(files[-1]).stem}-{seed}" if seed else Path(files[-1]).stem
     return values
@@ -182,12 +182,15 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
 
     function = getattr(_verbs(verb), verb)
     trained = _verbs("train").train if verb == "sweep" else function  # whose flags are offered, too
+    words, word = help.POSITIONAL.get(verb, ("", ""))
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             options = [
                 option for action in parser._actions for option in action.option_strings
             ]  # ``self`` may be that of a class
+            if words and (told := mistakes.of_words(message, verb, words, word)):
+                _stop(f"{told}\nsee: ehr {verb} --help")
             classes = {name: kinds for name, kinds in mistakes.classes(trained).items() if f"--{name}" in options}
             _stop(f"{mistakes.explain(message, arguments, options, classes)}\nsee: ehr {verb} --help")
 
@@ -200,7 +203,10 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
         "-c", "--config", action="config", help="YAML file with any of these options; flags override it."
     )
     ours: set[str | int] = {"trainer", "config", "resume", "trial"}
-    parser.add_function_arguments(function, skip={*ours, *(OF_TRIALS if verb == "sweep" else ())}, as_group=False)
+    if words:
+        parser.add_argument(words, nargs="+", metavar=word, help=help.documented(verb)[1][words])
+    skipped = {*ours, words, *(OF_TRIALS if verb == "sweep" else ())}
+    parser.add_function_arguments(function, skip=skipped, as_group=False)
     if verb == "sweep":
         others = {"name", "runs", "finetune", "finetune_learning_rate", "finetune_epochs"}
         parser.add_function_arguments(trained, skip={*ours, *others}, as_group=False)
@@ -216,14 +222,12 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
 
 
 def _description(doc: str, verb: str) -> str:
-    hints = (
-        [] if verb in ("synthesize", "export") else [f"`ehr {verb} --data.help MIMICIV` lists the options of the data"]
-    )
+    hints = [] if verb in help.WITHOUT_DATA else [f"`ehr {verb} --data.help MIMICIV` lists the options of the data"]
     hints += [f"`ehr {verb} --model.help Fusion` those of the model"] if verb in ("train", "sweep") else []
     return "\n\n".join([doc.split("Args:")[0].strip(), ", ".join(hints) + "." * bool(hints)])
 
 
-def _config_file(name: str) -> str:
+def config_file(name: str) -> str:
     """A YAML file, or one of those that are shipped, by its name."""
     path = Path(name)
     shipped = Path(__file__).parent / "configs" / f"{path.stem}.yaml"
@@ -252,7 +256,7 @@ def _ordered(arguments: list[str]) -> list[str]:
             first if name in ("-c", "--config") else second if name in ("--data", "--model", "--finetune") else others
         )
         if place is first:
-            place.append(f"--config={_config_file(value if equals else next(rest, ''))}")
+            place.append(f"--config={config_file(value if equals else next(rest, ''))}")
             continue
         place.append(argument)
         if place is not others and not equals:

@@ -52,7 +52,7 @@ def evaluate(
     network, data = opened(ckpt, data, model)
     predictions = predict_split(network, data, data.split, device)
     result = {
-        **metrics.score(predictions, network.threshold),
+        **metrics.score(predictions, network.threshold, task=network.spec.task),
         "split": data.split,
         "operating_point": network.operating_point,
     }
@@ -163,7 +163,8 @@ def conclude(
     best = folder / "best.ckpt"
     network = load(best, model)
     validation = predict_split(network, data, "val", device)
-    network.threshold = metrics.choose_threshold(validation, network.operating_point)
+    task = network.spec.task
+    network.threshold = metrics.choose_threshold(validation, network.operating_point, task)
     checkpoint = read(best)
     checkpoint["ehr"]["threshold"] = network.threshold
     save(checkpoint, best)
@@ -179,8 +180,10 @@ def conclude(
             )
     both = pl.concat([validation, scored]).unique(["stay_id", "minute"], maintain_order=True)
     write_parquet(both, folder / "predictions.parquet")
-    result: dict[str, Any] = {"val": {**metrics.score(validation, network.threshold), "split": "val", **about}}
+    result: dict[str, Any] = {
+        "val": {**metrics.score(validation, network.threshold, task=task), "split": "val", **about}
+    }
     if split != "val":
-        result[split] = {**metrics.score(scored, network.threshold), "split": split, **about}
+        result[split] = {**metrics.score(scored, network.threshold, task=task), "split": split, **about}
     files.write_json(result, folder / "metrics.json")
     return scored, result[split]

@@ -43,7 +43,7 @@ def export(ckpt: str, out: str, model: type[ICUModule] | None = None) -> None:
     finally:
         unfinished.unlink(missing_ok=True)
     meaning = {
-        "inputs": inputs(network.view), "threshold": network.threshold, "operating_point": network.operating_point,
+        "inputs": inputs(network), "threshold": network.threshold, "operating_point": network.operating_point,
         **network.spec._asdict(),
     }  # fmt: skip
     write_text(path.with_suffix(".json"), json.dumps(meaning, indent=1) + "\n")

@@ -7,7 +7,7 @@ import polars as pl
 
 from datamodules.module import EICU, ICUDataModule
 from ehrmodels import ICUModule, load
-from ehrmodels.kinds import check_operating_point
+from ehrmodels.checkpoint import read, spec_of
 from experiments import distributed, figures, metrics, report, run_directory, tracking
 from experiments.evaluate import conclude, opened, predict_split
 from experiments.files import console, write_json, write_parquet
@@ -41,7 +41,8 @@ def finetune(
         seed: Seed of dropout and order of batches.
         learning_rate: Peak learning rate; default: a fifth of the source's.
         epochs: Most epochs.
-        operating_point: Where alerts begin after fine-tuning, chosen on the target's validation split: youden, sensitivity=0.9, npv=0.98.
+        operating_point: Where alerts begin after fine-tuning, chosen on the target's validation split: youden, sensitivity=0.9, npv=0.98,
+            utility.
         checkpoint_minutes: Minutes between checkpoints within an epoch; one is written after each epoch in any case.
         resume: Continue a fine-tuning that was interrupted.
         model: Class of the checkpoint's model, where it is your own.
@@ -93,7 +94,7 @@ def transfer(
     """
     recipe = recipe._replace(trainer={**recipe.trainer, "max_epochs": epochs}, monitor=MONITOR, patience=PATIENCE)
     check(recipe)
-    check_operating_point(operating_point)
+    metrics.check_operating_point(operating_point, spec_of(read(ckpt), ckpt).task)
     tracking.check(wandb)
     if learning_rate is not None and not learning_rate >= 0:
         raise ValueError(f"the learning rate of fine-tuning must be at least 0, found {learning_rate}")
@@ -111,7 +112,10 @@ def transfer(
         about = {"split": target.split, "operating_point": f"{network.operating_point} of the source"}
         scored = {
             **(beside or {}),
-            f"{target.name} zero-shot": (zero, {**metrics.score(zero, network.threshold), **about}),
+            f"{target.name} zero-shot": (
+                zero,
+                {**metrics.score(zero, network.threshold, task=network.spec.task), **about},
+            ),
         }
         write_parquet(zero, folder / "zero_shot.parquet")
         write_json(scored[f"{target.name} zero-shot"][1], folder / "zero_shot.json")

@@ -11,8 +11,10 @@ VERBS = {
     "prepare": "extract raw tables, show who is left after each rule and what was charted",
     "train": "train a model and score it; --finetune EICU also transfers it",
     "sweep": "search hyper-parameters of train with many processes, on one machine or several",
+    "benchmark": "train models x seeds x data sets with many processes, and compare them",
     "evaluate": "score a checkpoint on any hospital system",
     "finetune": "transfer a checkpoint: zero-shot score, fine-tuning, score",
+    "compare": "show runs side by side, with paired differences on the same patients",
     "predict": "write probabilities for patients whose outcome is unknown",
     "explain": "show which variables a model's predictions rest on, and test that",
     "export": "write a checkpoint as ONNX or torch.export, for programs without this package",
@@ -22,7 +24,9 @@ EXAMPLES = {
     "prepare": "ehr prepare --data MIMICIV --data.root data/mimiciv --out tables",
     "train": "ehr train -c fusion_mimiciv --name icu --finetune EICU",
     "sweep": "ehr sweep -c sweep_demo --workers 2",
+    "benchmark": "ehr benchmark -c benchmark_demo --workers 2",
     "evaluate": "ehr evaluate --ckpt runs/icu/best.ckpt --data EICU --out scores",
+    "compare": "ehr compare runs/fusion runs/hymate --reference runs/fusion --out compared",
     "finetune": "ehr finetune --ckpt runs/icu/best.ckpt --data.root data/eicu",
     "predict": "ehr predict --ckpt runs/icu/best.ckpt --data.root data/new --out risk.csv",
     "explain": "ehr explain --ckpt runs/icu/best.ckpt --out explained",
@@ -34,6 +38,10 @@ TRAINER = {  # the arguments of lightning.Trainer that matter
     "trainer.precision": "Such as 32-true or bf16-mixed; default: bf16-mixed on a GPU.",
 }
 HIDDEN = ("trainer", "trial", "config")
+POSITIONAL = {
+    "compare": ("runs", "RUN")
+}  # verb -> its argument that takes no flag but as many words as are given, and one of them
+WITHOUT_DATA = ("synthesize", "export", "compare", "benchmark")  # verbs that take no options of data
 
 
 def overview() -> str:
@@ -52,15 +60,17 @@ def overview() -> str:
 
 def screen(verb: str) -> str:
     """The options of a verb that matter, a line or two each."""
-    text, options = _documented(verb)
-    lines = [f"usage: ehr {verb} [-c FILE] [options]", "", _filled(text), ""]
+    text, options = documented(verb)
+    words = f" {POSITIONAL[verb][1]} {POSITIONAL[verb][1]} ..." if verb in POSITIONAL else ""
+    lines = [f"usage: ehr {verb}{words} [-c FILE] [options]", "", _filled(text), ""]
     if verb in ("train", "finetune", "sweep"):
         options |= {k: v for k, v in TRAINER.items() if not (verb == "finetune" and k == "trainer.max_epochs")}
     for name, about in options.items():
-        short = len(name) < 22
-        lines += [] if short else [f"  --{name}"]
-        lines.append(_filled(about, f"  --{name:<22} " if short else " " * 27, 27))
-    more = [] if verb in ("synthesize", "export") else [f"ehr {verb} --data.help MIMICIV   options of the data"]
+        flag = POSITIONAL[verb][1] if name in POSITIONAL.get(verb, ()) else f"--{name}"
+        short = len(flag) < 24
+        lines += [] if short else [f"  {flag}"]
+        lines.append(_filled(about, f"  {flag:<24} " if short else " " * 27, 27))
+    more = [] if verb in WITHOUT_DATA else [f"ehr {verb} --data.help MIMICIV   options of the data"]
     if verb in ("train", "sweep"):
         more.append(f"ehr {verb} --model.help Fusion   options of the model")
     if verb == "sweep":
@@ -72,7 +82,7 @@ def screen(verb: str) -> str:
 def completion(shell: str) -> str:
     """A script for the shell that completes verbs, flags and files."""
     cases = "\n".join(
-        f'    {verb}) words="{" ".join(f"--{o}" for o in [*_documented(verb)[1], "config", "help", "help-all"])}" ;;'
+        f'    {verb}) words="{" ".join(f"--{o}" for o in [*documented(verb)[1], "config", "help", "help-all"] if o not in POSITIONAL.get(verb, ()))}" ;;'
         for verb in VERBS
     )
     bash = f"""_ehr() {{
@@ -90,7 +100,7 @@ complete -o default -F _ehr ehr
     return bash if shell == "bash" else f"autoload -U +X bashcompinit && bashcompinit\n{bash}"
 
 
-def _documented(verb: str) -> tuple[str, dict[str, str]]:
+def documented(verb: str) -> tuple[str, dict[str, str]]:
     """First paragraph of a verb's docstring, and option -> the first words on it."""
     path = Path(__file__).parent / ("sweep/command.py" if verb == "sweep" else f"{verb}.py")
     functions = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == verb]

@@ -1,5 +1,14 @@
-"""Predictions -> metrics, each with an interval from resampled patients."""
+"""Predictions -> metrics, each with an interval from resampled patients, and paired differences between models.
 
+References:
+
+1. Reyna et al., Early prediction of sepsis from clinical data: the PhysioNet/Computing in Cardiology Challenge 2019, 2020,
+   doi:10.1097/CCM.0000000000004145: the utility of alerts.
+2. DeLong, DeLong, Clarke-Pearson, Comparing the areas under two or more correlated receiver operating characteristic curves, 1988.
+3. Sun, Xu, Fast implementation of DeLong's algorithm, 2014: the same from ranks.
+"""
+
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +16,18 @@ import numpy as np
 import polars as pl
 
 REPLICATES = 1000
+NORMAL = 1.959963984540054  # standard errors on either side that hold 95 %
+KEY = ["patient_id", "stay_id", "minute"]
+NOT_THE_SAME = "two predictions can only be compared on the same samples; evaluate both on the same data and split"
+CHALLENGE: dict[str, Any] = {
+    "name": "sepsis_onset",
+    "hours": 1,
+    "lead": 6,
+    "after_onset": True,
+}  # the task that ``utility`` is defined for
+# of an alert: hours from onset at which it begins to be of use, is of most use, and is of none any more; the most that it is
+# worth; a silent hour at the last of these; a false alert
+EARLY, OPTIMAL, LATE, MOST, MISSED, FALSE_ALERT = -12, -6, 3, 1.0, -2.0, -0.05
 
 
 class Counts(NamedTuple):
@@ -24,6 +45,8 @@ class Counts(NamedTuple):
     negatives: float
     stays: float
     squared_error: float  # summed
+    gained: float  # utility of the alerts less that of none; NaN without a threshold or where utility is not defined
+    gainable: float  # the same of the best possible alerts
 
     @property
     def true_silence(self) -> float:
@@ -43,11 +66,13 @@ class Metric(NamedTuple):
         value: its value, NaN where it has none.
         label: what tables call it; None: not shown there.
         digits: decimals that tables show.
+        everywhere: whether tables show it also where no result has a value of it.
     """
 
     value: Callable[[Counts], float]
     label: str | None
     digits: int = 3
+    everywhere: bool = True
 
 
 def _area(counts: Counts) -> float:
@@ -65,19 +90,27 @@ METRICS: dict[str, Metric] = {
     "ppv": Metric(lambda c: c.true_alerts / (c.true_alerts + c.false_alerts), "PPV"),
     "npv": Metric(lambda c: c.true_silence / (c.true_silence + c.false_silence), "NPV"),
     "alerts_per_100_stays": Metric(lambda c: 100 * (c.true_alerts + c.false_alerts) / c.stays, "alerts/100 stays", 1),
+    # 0: as good as no alert at all; 1: the best possible alerts
+    "utility": Metric(lambda c: c.gained / c.gainable if c.gainable else np.nan, "utility", everywhere=False),
     # the largest over thresholds of the smaller of recall and precision: event 1 score of the 2012 challenge
     "min_re_pr": Metric(lambda c: np.max(np.minimum(c.recall, c.precision)), None),
 }
 
 
-def score(predictions: pl.DataFrame, threshold: float | None, replicates: int = REPLICATES) -> dict[str, Any]:
+def score(
+    predictions: pl.DataFrame,
+    threshold: float | None,
+    replicates: int = REPLICATES,
+    task: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Metrics of a predictions table, each with a 95 % interval.
 
     Args:
-        predictions: columns ``stay_id, patient_id, target, probability``; rows without a target are left out.
+        predictions: columns ``stay_id, patient_id, minute, target, probability``; rows without a target are left out.
         threshold: probability from which on an alert is raised; chosen on validation data, never on these. None: there
             is none, and the metrics of alerts are null.
         replicates: bootstrap resamples of patients (all rows of a patient go together); 0 gives no intervals.
+        task: what is predicted, as a model's ``spec.task`` says it; ``utility`` is null without one that it is defined for.
 
     Returns:
         ``{metric: {"value", "low", "high"}}`` for every name in ``METRICS`` and ``n``, ``n_positive``, ``n_patients``,
@@ -86,10 +119,8 @@ def score(predictions: pl.DataFrame, threshold: float | None, replicates: int = 
     Raises:
         ValueError: no row has a target, or a probability is not a number.
     """
-    rows = Rows(predictions, threshold)
-    point = rows.metrics(METRICS)
-    drawn = np.array([rows.metrics(METRICS, times) for times in _resamples(rows.patients, replicates)])
-    return _with_intervals(METRICS, point, drawn) | {
+    rows = Rows(predictions, threshold, has_utility(task))
+    return with_intervals(METRICS, rows.drawn(METRICS, replicates)) | {
         "n": len(rows.outcome),
         "n_positive": int(rows.outcome.sum()),
         "n_patients": rows.patients,
@@ -114,19 +145,101 @@ def difference(
     Raises:
         ValueError: the two tables are not of the same samples.
     """
-    key = ["patient_id", "stay_id", "minute"]
-    if not first.select(key).sort(key).equals(second.select(key).sort(key)):
-        raise ValueError(
-            "two predictions can only be compared on the same samples; evaluate both on the same data and split"
-        )
+    if not first.select(KEY).sort(KEY).equals(second.select(KEY).sort(KEY)):
+        raise ValueError(NOT_THE_SAME)
     names = ("auroc", "auprc")
     one, two = Rows(first, None), Rows(second, None)
-    point = np.subtract(two.metrics(names), one.metrics(names))
-    drawn = [
-        np.subtract(two.metrics(names, times), one.metrics(names, times))
-        for times in _resamples(one.patients, replicates)
-    ]
-    return _with_intervals(names, point, np.array(drawn))
+    return with_intervals(names, two.drawn(names, replicates) - one.drawn(names, replicates))
+
+
+def delong(first: Sequence[pl.DataFrame], second: Sequence[pl.DataFrame]) -> dict[str, float | None]:
+    """AUROC of ``second`` less that of ``first`` with an interval and a p-value by DeLong's test of correlated curves.
+
+    Of several tables, such as those of several seeds, the mean of their AUROCs counts: the test is that of a contrast of as
+    many curves. It takes rows for independent, so every patient may have one only; else see ``difference``.
+
+    Args:
+        first: one or more predictions tables.
+        second: one or more others of the same stays and minutes.
+
+    Returns:
+        ``value, low, high, p`` (two-sided, of no difference). All but the value are null where the variance is 0 and the value
+        is not, or where an outcome occurs less than twice; the value, too, where one does not occur.
+
+    Raises:
+        ValueError: the tables are not of the same samples, or a patient has several rows.
+    """
+    tables = [_labelled(table).sort(KEY) for table in (*first, *second)]
+    if any(not table.select(*KEY, "target").equals(tables[0].select(*KEY, "target")) for table in tables):
+        raise ValueError(NOT_THE_SAME)
+    if not one_row_a_patient(tables[0]):
+        raise ValueError(
+            "DeLong's test takes rows for independent, but some patients have several: use the bootstrap by patient"
+        )
+    event = tables[0]["target"].to_numpy() == 1
+    positives, negatives = int(event.sum()), int((~event).sum())
+    if not positives or not negatives:
+        return dict.fromkeys(("value", "low", "high", "p"))
+    share = [-1 / len(first)] * len(first) + [1 / len(second)] * len(second)
+    # of each positive, the share of negatives below it, and of each negative, the share of positives above it; the
+    # contrast of the curves is taken here, so that of the matrix of covariances only one entry is left
+    above, below = np.zeros(positives), np.zeros(negatives)
+    for weight, table in zip(share, tables, strict=True):
+        score = table["probability"].to_numpy()
+        rank = _midrank(score)
+        above += weight * (rank[event] - _midrank(score[event])) / negatives
+        below += weight * (1 - (rank[~event] - _midrank(score[~event])) / positives)
+    value = float(above.mean())
+    if min(positives, negatives) < 2:
+        return {"value": value, "low": None, "high": None, "p": None}
+    error = math.sqrt(above.var(ddof=1) / positives + below.var(ddof=1) / negatives)
+    if error < 1e-12:  # ranks are exact, and so are equal curves but for the rounding of sums
+        same = abs(value) < 1e-12
+        return {"value": value, **dict.fromkeys(("low", "high"), value if same else None), "p": 1.0 if same else None}
+    return {
+        "value": value,
+        "low": value - NORMAL * error,
+        "high": value + NORMAL * error,
+        "p": math.erfc(abs(value) / error / math.sqrt(2)),
+    }
+
+
+def one_row_a_patient(predictions: pl.DataFrame) -> bool:
+    """Whether rows are those of different patients, as ``delong`` takes them to be."""
+    return not predictions["patient_id"].is_duplicated().any()
+
+
+def _midrank(values: np.ndarray) -> np.ndarray:
+    """Rank of each value from 1 on, equal ones sharing the mean of theirs."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def has_utility(task: dict[str, Any] | None) -> bool:
+    """Whether the utility of the 2019 challenge is defined for a task: its labels must be made as there."""
+    return task is not None and all(task.get(key) == value for key, value in CHALLENGE.items())
+
+
+def alert_gain(hour: np.ndarray) -> np.ndarray:
+    """Utility of an alert less that of silence, in an hour of the stay of a patient with sepsis; 0 late after the onset.
+
+    An alert is worth most six hours before the onset, less the farther from it, and is false more than twelve hours before; silence
+    costs more and more from six hours before to three hours after.
+
+    Args:
+        hour: hours from the onset of sepsis, negative before it; NaN for a patient without.
+    """
+    early = np.maximum(MOST * (hour - EARLY) / (OPTIMAL - EARLY), FALSE_ALERT)
+    late = MOST * (LATE - hour) / (LATE - OPTIMAL)
+    silence = np.where(hour <= OPTIMAL, 0.0, MISSED * (hour - OPTIMAL) / (LATE - OPTIMAL))
+    gain = np.where(hour <= OPTIMAL, early, late) - silence
+    return np.where(np.isnan(hour), FALSE_ALERT, np.where(hour > LATE, 0.0, gain))
+
+
+def hours_from_onset() -> pl.Expr:
+    """Of rows of an hourly task: hours from the onset of sepsis, which the label precedes by six hours; NaN without sepsis."""
+    labelled = pl.when(pl.col("target") == 1).then("minute").min().over("stay_id")
+    return ((pl.col("minute") - labelled) / 60 - CHALLENGE["lead"]).fill_null(float("nan"))
 
 
 def text(name: str, result: dict[str, Any]) -> str:
@@ -145,18 +258,17 @@ class Rows:
         ValueError: there is none, or a probability is not a number.
     """
 
-    def __init__(self, predictions: pl.DataFrame, threshold: float | None):
+    def __init__(self, predictions: pl.DataFrame, threshold: float | None, utility: bool = False):
         wrong = len(predictions) - predictions["probability"].is_finite().sum()
         if wrong:
             raise ValueError(
                 f"{wrong:,} of {len(predictions):,} predicted probabilities are not finite numbers: the model's weights "
                 "or its input are not either; train it again with a lower learning rate"
             )
-        labelled = (
-            predictions.drop_nulls("target")
-            .filter(pl.col("target").is_not_nan())
-            .sort("probability", descending=True, maintain_order=True)
-        )
+        labelled = _labelled(predictions)
+        if utility:
+            labelled = labelled.with_columns(hour=hours_from_onset())
+        labelled = labelled.sort("probability", descending=True, maintain_order=True)
         if labelled.is_empty():
             raise ValueError(
                 "no row with a known outcome to score; use `ehr predict` for patients whose outcome is unknown"
@@ -170,6 +282,9 @@ class Rows:
         alert: Any = np.nan if threshold is None else self.probability >= threshold
         self._true, self._false = self.outcome * alert, (1 - self.outcome) * alert
         self._squared_error = (self.probability - self.outcome) ** 2
+        hour = labelled["hour"].to_numpy() if utility else np.full(len(labelled), np.nan)
+        self.gain = alert_gain(hour) if utility else hour
+        self._gained, self._gainable = self.gain * alert, self.gain * ((hour >= EARLY) & (hour <= LATE))
 
     def counts(self, weight: np.ndarray | None = None) -> Counts:
         """The counts under a weight of each row; default: each counts once."""
@@ -187,6 +302,8 @@ class Rows:
                 negatives=false[-1],
                 stays=w @ self.first_of_stay,
                 squared_error=w @ self._squared_error,
+                gained=w @ self._gained,
+                gainable=w @ self._gainable,
             )
 
     def metrics(self, names: Iterable[str], times: np.ndarray | None = None) -> list[float]:
@@ -195,13 +312,60 @@ class Rows:
         with np.errstate(invalid="ignore", divide="ignore"):
             return [METRICS[name].value(counts) for name in names]
 
+    def drawn(self, names: Iterable[str], replicates: int) -> np.ndarray:
+        """(1 + replicates, names): the named metrics, and those of resamples of patients, which are the same for all rows of the
+        same patients, so that differences are paired."""
+        names = list(names)
+        resampled = [self.metrics(names, times) for times in _resamples(self.patients, replicates)]
+        return np.array([self.metrics(names), *resampled])
 
-def choose_threshold(predictions: pl.DataFrame, operating_point: str = "youden") -> float | None:
-    """``ehrmodels.kinds.threshold`` of the rows of a predictions table whose target is known."""
+    def most_useful_threshold(self) -> float | None:
+        """The probability that as a threshold has the largest utility, the greatest of equals; None where no alert is better."""
+        gained = np.cumsum(self.gain)[self._last_of_tie]
+        best = int(np.argmax(gained))
+        return float(self.probability[self._last_of_tie][best]) if gained[best] > 0 else None
+
+
+def choose_threshold(
+    predictions: pl.DataFrame, operating_point: str = "youden", task: dict[str, Any] | None = None
+) -> float | None:
+    """``ehrmodels.kinds.threshold`` of the rows of a predictions table whose target is known, or the most useful one."""
+    if operating_point == "utility":
+        check_operating_point(operating_point, task)
+        return Rows(predictions, None, utility=True).most_useful_threshold()
     from ehrmodels.kinds import threshold  # here, since ``ehr prepare`` prints tables without torch
 
     labelled = predictions.filter(pl.col("target").is_not_nan())
     return threshold(labelled["probability"].to_torch(), labelled["target"].to_torch(), operating_point)
+
+
+def check_operating_point(text: str, task: dict[str, Any] | None) -> None:
+    """Refuse an operating point that there is not, or not for a task.
+
+    Raises:
+        ValueError: says what is expected.
+    """
+    from ehrmodels import kinds
+
+    kinds.check_operating_point(text)
+    if text == "utility" and not has_utility(task):
+        raise ValueError(
+            "--operating_point utility is defined for hourly sepsis as in the 2019 challenge alone: expected --data.task "
+            f"sepsis_onset --data.hours 1 --data.lead 6 --data.after_onset true, found {_told(task)}; choose youden, or a target "
+            "such as sensitivity=0.9"
+        )
+
+
+def _told(task: dict[str, Any] | None) -> str:
+    if task is None:
+        return "no task"
+    return f"--data.task {task.get('name')} " + " ".join(
+        f"--data.{key} {str(task.get(key)).lower()}" for key in CHALLENGE if key != "name"
+    )
+
+
+def _labelled(predictions: pl.DataFrame) -> pl.DataFrame:
+    return predictions.drop_nulls("target").filter(pl.col("target").is_not_nan())
 
 
 def _resamples(patients: int, replicates: int) -> Iterator[np.ndarray]:
@@ -210,12 +374,12 @@ def _resamples(patients: int, replicates: int) -> Iterator[np.ndarray]:
     return (rng.multinomial(patients, share).astype(np.float64) for _ in range(replicates))
 
 
-def _with_intervals(names: Iterable[str], point: Sequence[float] | np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
-    """Each value with the middle 95 % of those ``drawn`` (replicates, names); null where it is no number."""
+def with_intervals(names: Iterable[str], drawn: np.ndarray) -> dict[str, Any]:
+    """Each value, the first row of ``drawn`` (1 + replicates, names), with the middle 95 % of the others; null where it is no number."""
     result: dict[str, Any] = {}
     for k, name in enumerate(names):
-        finite = drawn[np.isfinite(drawn[:, k]), k] if len(drawn) else drawn
+        finite = drawn[1:, k][np.isfinite(drawn[1:, k])]
         low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) else (np.nan, np.nan)
-        triple = {"value": point[k], "low": low, "high": high}
+        triple = {"value": drawn[0, k], "low": low, "high": high}
         result[name] = {part: float(value) if np.isfinite(value) else None for part, value in triple.items()}
     return result

@@ -127,6 +127,15 @@ def explain(
     return message.replace("Problems parsing config:", "the YAML file cannot be read:")
 
 
+def of_words(message: str, verb: str, name: str, word: str) -> str | None:
+    """What to say of the argument ``name`` of a verb that takes words and no flag; None where the message is on something else."""
+    usage = f"ehr {verb} {word} {word} --option value"
+    if re.search(rf"arguments are required: {name}\b", message):
+        return f"no {word} is named: expected {usage}"
+    stray = re.search(r"unrecognized arguments: ([^-\s]\S*)", message)
+    return f"{stray[1]!r} stands apart: name every {word} in one place, as in {usage}" if stray else None
+
+
 def _of_another_class(flag: str, arguments: Sequence[str], classes: dict[str, dict[str, list[str]]]) -> str:
     """What to say of an option that there is, but not for the class that was chosen."""
     option, _, parameter = flag.lstrip("-").partition(".")

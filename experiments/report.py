@@ -29,7 +29,11 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
     labels = [*(["split"] if any("split" in r for r in several) else []), *labels, "events", "threshold"]
     if any("operating_point" in r for r in several):
         labels.append("operating point")
-    shown = {name: metric.label for name, metric in METRICS.items() if metric.label is not None}
+    shown = {
+        name: metric.label
+        for name, metric in METRICS.items()
+        if metric.label is not None and (metric.everywhere or any(r[name]["value"] is not None for r in several))
+    }
     labels += shown.values()
     columns = [Column("", labels, max(map(len, labels)))]
     for name, result in results.items():

@@ -139,4 +139,4 @@ def sync_command(folder: Path) -> str:
 
 def scores(name: str, metrics: dict[str, Any]) -> dict[str, float]:
     """Scores without their intervals, under names such as test/auroc."""
-    return {f"{name}/{m}": v["value"] for m, v in metrics.items() if isinstance(v, dict)}
+    return {f"{name}/{m}": v["value"] for m, v in metrics.items() if isinstance(v, dict) and v["value"] is not None}

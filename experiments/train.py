@@ -1,5 +1,6 @@
 """``ehr train``: a model, trained and scored, and with ``--finetune`` transferred."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +10,8 @@ import torch
 from datamodules.module import ICUDataModule
 from ehrmodels import ICUModule
 from ehrmodels.checkpoint import read, spec_of
-from ehrmodels.kinds import check_operating_point
 from ehrmodels.trees import FittedAtOnce
-from experiments import distributed, figures, files, report, run_directory, tracking
+from experiments import distributed, figures, files, metrics, report, run_directory, tracking
 from experiments.evaluate import conclude
 from experiments.files import console
 from experiments.finetune import check_validation, transfer
@@ -56,7 +56,7 @@ def train(
             (val_loss for a model that predicts no outcome).
         patience: Epochs without improvement after which training stops.
         operating_point: Where alerts begin, chosen on the validation split: youden (sensitivity + specificity), or a target such as
-            sensitivity=0.9 or npv=0.98 with the fewest alerts that reach it.
+            sensitivity=0.9 or npv=0.98 with the fewest alerts that reach it; utility, that of the 2019 challenge, for hourly sepsis.
         resume: Continue a run that was interrupted.
         init_from: Checkpoint whose weights, variables and scaler training starts from, such as one of HyMaTEForecast.
         teacher: lightgbm, or the run of a LightGBM whose settings are used: trees, cross-fitted inside the training split, whose
@@ -76,7 +76,7 @@ def train(
     monitor = monitor or ("val_auroc_auprc" if model.supervised else "val_loss")
     recipe = Recipe(trainer, seed, monitor, patience, checkpoint_minutes)
     check(recipe)
-    check_operating_point(operating_point)
+    metrics.check_operating_point(operating_point, asdict(data.task))
     tracking.check(wandb)
     if name is not None and Path(name).name != name:
         raise ValueError(f"--name {name} must be the name of one folder; --runs says where it lies")

@@ -139,6 +139,7 @@ def test_a_stay_is_drawn_in_units_and_hours(target: float, outcome: str, monkeyp
     spec = Spec(["heart_rate", "lactate"], ["/min", "mmol/L"], [], [80.0, 2.0], [10.0, 1.0], [], [], task)
     one = Triplets(
         torch.zeros(1, 0),
+        torch.zeros(1, 0, 16),
         torch.tensor([[-1.0, 0.0, 0.5, 0.0]]),  # the start, the middle and three quarters of the window; padding
         torch.tensor([[1, 2, 1, 0]]),
         torch.tensor([[0.5, 5.0, -1.5, 0.0]]),

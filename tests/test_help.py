@@ -25,7 +25,8 @@ def test_help_is_one_screen_with_every_option(verb: str, capsys: pytest.CaptureF
     text = printed(f"{verb} --help", capsys)
     assert len(text.splitlines()) <= 45 and max(map(len, text.splitlines())) <= 100
     for name in inspect.signature(getattr(_verbs(verb), verb)).parameters:
-        assert name in help.HIDDEN or f"--{name} " in text or f"--{name}\n" in text, name
+        flag = help.POSITIONAL[verb][1] if name in help.POSITIONAL.get(verb, ()) else f"--{name}"
+        assert name in help.HIDDEN or f"{flag} " in text or f"{flag}\n" in text, name
     assert help.EXAMPLES[verb] in text
 
 

@@ -114,7 +114,7 @@ def test_where_there_is_no_threshold() -> None:
     assert threshold(torch.tensor([0.1, 0.9]), torch.tensor([1.0, 0.0]), "npv=0.9") is None
     with pytest.raises(ValueError, match="1 of 2 probabilities are no number"):
         threshold(torch.tensor([0.2, math.nan]), torch.tensor([0.0, 1.0]))
-    for text in ("foo", "npv", "npv=2", "sensitivity=x", "youden=1"):
+    for text in ("foo", "npv", "npv=2", "sensitivity=x", "youden=1", "utility=", "utility=1"):
         with pytest.raises(ValueError, match=f"--operating_point {text} is not known"):
             threshold(probability, torch.tensor([0.0, 1.0]), text)
 

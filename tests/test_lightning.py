@@ -16,7 +16,7 @@ from datamodules.module import ICUDataModule
 from ehrmodels import Fusion, HyMaTE, HyMaTEForecast, ICUModule
 from experiments.cli import main
 
-CONFIGS = sorted((Path(__file__).parents[1] / "experiments" / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "experiments" / "configs").glob("[!b]*.yaml"))  # but benchmarks
 MAKE: dict[str, Any] = {
     "Fusion": lambda: Fusion(width=8),
     **{

@@ -1,5 +1,6 @@
 """Scores: against torchmetrics, against numbers worked out by hand, and intervals against a loop that really draws patients."""
 
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -243,3 +244,219 @@ def test_difference_is_paired() -> None:
         metrics.difference(weak, strong.head(10))
     one_class = weak.with_columns(target=0.0)
     assert metrics.difference(one_class, one_class, 20)["auroc"] == {"value": None, "low": None, "high": None}
+
+
+# ---- DeLong's test -----------------------------------------------------------------------------------------------------------
+
+
+NORMAL = NormalDist()
+
+
+def psi(rows: pl.DataFrame) -> np.ndarray:
+    """(positives, negatives): 1 where the positive is above the negative, 1/2 where they tie."""
+    p, y = rows["probability"].to_numpy(), rows["target"].to_numpy()
+    above = p[y == 1][:, None] - p[y == 0][None, :]
+    return (np.sign(above) + 1) / 2
+
+
+def by_all_pairs(tables: list[pl.DataFrame], contrast: list[float]) -> tuple[float, float]:
+    """Value and standard error of a contrast of AUROCs, from DeLong's matrices of covariances."""
+    matrices = [psi(rows) for rows in tables]
+    positives, negatives = matrices[0].shape
+    s10 = np.atleast_2d(np.cov([m.mean(1) for m in matrices]))
+    s01 = np.atleast_2d(np.cov([m.mean(0) for m in matrices]))
+    weights = np.array(contrast)
+    variance = weights @ (s10 / positives + s01 / negatives) @ weights
+    return float(weights @ [m.mean() for m in matrices]), float(np.sqrt(variance))
+
+
+def models(seed: int, patients: int, number: int, ties: int = 0) -> list[pl.DataFrame]:
+    """Predictions of several models for the same patients, each a noisy look at the same risk."""
+    rng = np.random.default_rng(seed)
+    risk = rng.normal(size=patients)
+    target = (rng.normal(size=patients) + risk > 1).astype(float)
+    made = []
+    for k in range(number):
+        p = 1 / (1 + np.exp(-risk - (0.5 + 0.3 * k) * rng.normal(size=patients)))
+        made.append(table(target, np.round(p * ties) / ties if ties else p))
+    return made
+
+
+@pytest.mark.parametrize("ties", [0, 30, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_delong_equals_all_pairs(seed: int, ties: int) -> None:
+    one, two = models(seed, 200, 2, ties)
+    value, error = by_all_pairs([one, two], [-1, 1])
+    result = metrics.delong([one], [two.sample(fraction=1, shuffle=True, seed=1)])
+    assert result["value"] == pytest.approx(value, abs=1e-12)
+    assert (result["high"] - result["low"]) / 2 == pytest.approx(NORMAL.inv_cdf(0.975) * error, rel=1e-9)
+    assert result["p"] == pytest.approx(2 * NORMAL.cdf(-abs(value) / error), rel=1e-9)
+
+
+def test_delong_of_seeds_is_a_contrast_of_all_their_curves() -> None:
+    tables = models(5, 300, 5, ties=50)
+    value, error = by_all_pairs(tables, [-1 / 2, -1 / 2, 1 / 3, 1 / 3, 1 / 3])
+    result = metrics.delong(tables[:2], tables[2:])
+    assert result["value"] == pytest.approx(value, abs=1e-12)
+    assert result["high"] == pytest.approx(value + NORMAL.inv_cdf(0.975) * error, rel=1e-9)
+
+
+def test_delong_of_a_small_table_by_hand() -> None:
+    # events 1 2, others 3 4 5       first: 0.9 0.4 | 0.5 0.3 0.2       second: 0.9 0.8 | 0.8 0.3 0.2
+    first, second = (table([1, 1, 0, 0, 0], p) for p in ([0.9, 0.4, 0.5, 0.3, 0.2], [0.9, 0.8, 0.8, 0.3, 0.2]))
+    # share of others below each event: 1 2/3, then 1 5/6; share of events above each other: 1/2 1 1, then 3/4 1 1
+    # differences: 0 1/6 of mean 1/12 and variance 1/72; 1/4 0 0 of mean 1/12 and variance 1/48
+    error = np.sqrt(1 / 72 / 2 + 1 / 48 / 3)
+    result = metrics.delong([first], [second])
+    assert result["value"] == pytest.approx(1 / 12)
+    assert result["low"] == pytest.approx(1 / 12 - 1.959964 * error)
+    assert result["p"] == pytest.approx(2 * NORMAL.cdf(-1 / 12 / error))
+
+
+def test_delong_agrees_with_the_bootstrap() -> None:
+    one, two = models(8, 1500, 2)
+    theirs, ours = metrics.difference(one, two, 1000)["auroc"], metrics.delong([one], [two])
+    assert ours["value"] == pytest.approx(theirs["value"])
+    assert ours["high"] - ours["low"] == pytest.approx(theirs["high"] - theirs["low"], rel=0.1)
+
+
+def test_delong_where_there_is_nothing_to_tell() -> None:
+    one, two = models(1, 100, 2)
+    assert metrics.delong([one], [one]) == {"value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+    reverse = table([1, 1, 0, 0], [0.1, 0.2, 0.8, 0.9])
+    right = reverse.with_columns(probability=1 - pl.col("probability"))
+    assert metrics.delong([reverse], [right]) == {"value": 1.0, "low": None, "high": None, "p": None}
+    nobody = [rows.with_columns(target=0.0) for rows in (one, two)]
+    assert metrics.delong(nobody[:1], nobody[1:])["value"] is None
+    once = table([1, 0, 0, 0], [0.5, 0.1, 0.6, 0.2])
+    assert metrics.delong([once], [once])["p"] is None
+    with pytest.raises(ValueError, match="some patients have several"):
+        hourly = simulated(np.random.default_rng(0), 50, rows=3).with_columns(
+            minute=pl.int_range(pl.len()).cast(pl.Int32)
+        )
+        metrics.delong([hourly], [hourly])
+    with pytest.raises(ValueError, match="same samples"):
+        metrics.delong([one], [two.head(90)])
+
+
+# ---- utility of the 2019 challenge ---------------------------------------------------------------------------------------------
+
+SEPSIS = {"name": "sepsis_onset", "hours": 1, "lead": 6, "after_onset": True, "kind": "hourly_binary"}
+
+
+def hourly(stays: dict[str, tuple[int, list[int], list[float]]]) -> pl.DataFrame:
+    """Patient -> hour of the first row, labels, probabilities."""
+    rows = [
+        {"stay_id": k, "patient_id": name, "minute": 60 * (first + i), "target": float(y), "probability": p}
+        for k, (name, (first, labels, risk)) in enumerate(stays.items())
+        for i, (y, p) in enumerate(zip(labels, risk, strict=True))
+    ]
+    return pl.DataFrame(rows)
+
+
+def utility_by_a_loop(rows: pl.DataFrame, threshold: float) -> float:
+    """Normalised utility, patient by patient and hour by hour, from the formulas of the paper's figure."""
+    observed = best = none = 0.0
+    for _, stay in rows.group_by("stay_id"):
+        hours = (stay["minute"] / 60).to_list()
+        labels = stay["target"].to_list()
+        positive = [hour for hour, label in zip(hours, labels, strict=True) if label == 1]
+        sepsis = min(positive) + 6 if positive else None
+        for hour, p in zip(hours, stay["probability"].to_list(), strict=True):
+
+            def worth(alert: bool, hour: float = hour, sepsis: float | None = sepsis) -> float:
+                if sepsis is None:
+                    return -0.05 if alert else 0.0
+                t = hour - sepsis
+                if t > 3:
+                    return 0.0
+                if alert:
+                    return max(t / 6 + 2, -0.05) if t <= -6 else 1 / 3 - t / 9
+                return 0.0 if t <= -6 else -2 / 9 * t - 4 / 3
+
+            observed += worth(p >= threshold)
+            none += worth(False)
+            best += worth(sepsis is not None and sepsis - 12 <= hour <= sepsis + 3)
+    return (observed - none) / (best - none)
+
+
+def test_utility_of_a_small_table_by_hand() -> None:
+    # the label turns 1 at hour 14, so sepsis begins at hour 20; a record of every third hour
+    # hour     5      8    11    14    17    20    23    26
+    # label    0      0     0     1     1     1     1     1
+    # alert    yes    -     yes   -     yes   yes   yes   yes
+    # of it   -0.05   0    0.5    1    2/3   1/3    0     0        of silence: 0 0 0 0 -2/3 -4/3 -2 0
+    rows = hourly({
+        "septic": (0, [0] * 14 + [1] * 13, [0.1] * 27),
+        "healthy": (1, [0] * 4, [0.9, 0.1, 0.1, 0.9]),
+    })  # fmt: skip
+    third = rows.filter((pl.col("patient_id") == "healthy") | pl.col("minute").is_in([60 * h for h in range(5, 27, 3)]))
+    alerts = [60 * h for h in (5, 11, 17, 20, 23, 26)]
+    third = third.with_columns(
+        probability=pl.when(pl.col("patient_id") == "septic")
+        .then(pl.col("minute").is_in(alerts).cast(pl.Float64))
+        .otherwise("probability")
+    )
+    none = -2 / 3 - 4 / 3 - 2
+    observed = (-0.05 + 0.5 + 0 + 2 / 3 + 1 / 3 + 0) - 2 * 0.05
+    best = 0 + 0.5 + 1 + 2 / 3 + 1 / 3 + 0
+    expected = (observed - none) / (best - none)
+    assert metrics.score(third, 0.5, 0, SEPSIS)["utility"]["value"] == pytest.approx(expected)
+    assert utility_by_a_loop(third, 0.5) == pytest.approx(expected)
+    assert metrics.score(third, 2.0, 0, SEPSIS)["utility"]["value"] == 0
+    perfect = third.with_columns(
+        probability=((pl.col("patient_id") == "septic") & pl.col("minute").is_between(480, 1380)).cast(pl.Float64)
+    )
+    assert metrics.score(perfect, 0.5, 0, SEPSIS)["utility"]["value"] == pytest.approx(1)
+
+
+def challenge(seed: int, patients: int = 80) -> pl.DataFrame:
+    """Stays of all kinds: without sepsis, labelled in the middle, at the first row and at the last, and begun late."""
+    rng = np.random.default_rng(seed)
+    stays = {}
+    for k in range(patients):
+        hours, first = int(rng.integers(1, 40)), int(rng.integers(1, 4))
+        onset = [hours, 0, hours - 1, int(rng.integers(0, hours))][k % 4] if k % 3 else hours
+        labels = [int(i >= onset) for i in range(hours)]
+        risk = np.round(1 / (1 + np.exp(2 - np.array(labels) - rng.normal(size=hours))), 2)
+        stays[f"p{k}"] = (first, labels, risk.tolist())
+    return hourly(stays)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_utility_equals_a_loop(seed: int) -> None:
+    rows = challenge(seed)
+    for threshold in (0.0, 0.15, 0.3, 0.6):
+        value = metrics.score(rows.sample(fraction=1, shuffle=True, seed=3), threshold, 0, SEPSIS)["utility"]["value"]
+        assert value == pytest.approx(utility_by_a_loop(rows, threshold))
+    chosen = metrics.choose_threshold(rows, "utility", SEPSIS)
+    assert chosen is not None
+    best = max(utility_by_a_loop(rows, t) for t in rows["probability"].unique())
+    assert utility_by_a_loop(rows, chosen) == pytest.approx(best)
+
+
+def test_utility_has_an_interval_of_patients() -> None:
+    rows = challenge(4, 60)
+    result = metrics.score(rows, 0.3, 300, SEPSIS)["utility"]
+    by_patient = [part for _, part in rows.group_by("patient_id", maintain_order=True)]
+    rng, drawn = np.random.default_rng(5), []
+    for _ in range(150):
+        chosen = [by_patient[i].with_columns(stay_id=pl.lit(k)) for k, i in enumerate(rng.integers(60, size=60))]
+        drawn.append(utility_by_a_loop(pl.concat(chosen), 0.3))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    width = result["high"] - result["low"]
+    assert result["low"] == pytest.approx(low, abs=0.2 * width)
+    assert result["high"] == pytest.approx(high, abs=0.2 * width)
+
+
+def test_utility_is_null_where_it_is_not_defined() -> None:
+    rows = challenge(1)
+    null = {"value": None, "low": None, "high": None}
+    for task in (None, {**SEPSIS, "lead": 4}, {**SEPSIS, "after_onset": False}, {**SEPSIS, "name": "mortality_24h"}):
+        assert metrics.score(rows, 0.3, 5, task)["utility"] == null
+        with pytest.raises(ValueError, match=r"utility is defined for hourly sepsis.*found"):
+            metrics.choose_threshold(rows, "utility", task)
+    assert metrics.score(rows, None, 5, SEPSIS)["utility"] == null
+    nobody = rows.with_columns(target=0.0)
+    assert metrics.score(nobody, 0.3, 5, SEPSIS)["utility"] == null
+    assert metrics.choose_threshold(nobody, "utility", SEPSIS) is None  # every alert is false

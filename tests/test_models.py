@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.contract import Batch, Grid, Spec, Triplets
+from datamodules.contract import Batch, Grid, Spec, Summary, Triplets
 from ehrmodels.base import ICUModule
 from ehrmodels.checkpoint import load, read
 from ehrmodels.fusion import Fusion
@@ -48,6 +48,8 @@ def spec(variables: int = 65, hours: int = 24, statics: int = 10) -> Spec:
         [0.0] * statics,
         [1.0] * statics,
         task,
+        quantiles=[torch.linspace(-2, 2, 9).tolist()] * variables,
+        summary_quantiles=[torch.linspace(-2, 2, 9).tolist()] * (16 * variables),
     )
 
 
@@ -59,11 +61,23 @@ def batch(model: ICUModule, count: int, seed: int = 0, charted: float = 0.3) -> 
     target = (torch.arange(count) % 3 == 0).float()
     row = torch.arange(count)
     mask = (torch.rand(count, hours, width, generator=rng) < charted).float()
+    summary = torch.randn(count, width, 16, generator=rng)
+    summary[torch.rand(summary.shape, generator=rng) >= charted] = torch.nan
+    if not (model.summary or model.view == "summary"):
+        summary = summary[:, :0]
+    if model.view == "summary":
+        return Summary(static, summary, target, row)
     if model.view == "grid":
         seen = mask.cummax(1).values
         value = torch.randn(count, hours, width, generator=rng).clamp(-5, 5) * seen
         return Grid(
-            static, value, mask, torch.where(seen > 0, torch.rand(count, hours, width, generator=rng), 1.0), target, row
+            static,
+            summary,
+            value,
+            mask,
+            torch.where(seen > 0, torch.rand(count, hours, width, generator=rng), 1.0),
+            target,
+            row,
         )
     length = torch.randint(1, 60, (count,), generator=rng) if charted else torch.zeros(count, dtype=torch.int64)
     shape = (count, max(int(length.max()), 1))
@@ -71,6 +85,7 @@ def batch(model: ICUModule, count: int, seed: int = 0, charted: float = 0.3) -> 
     time = (torch.rand(shape, generator=rng) * 2 - 1).sort(1).values * real
     return Triplets(
         static,
+        summary,
         time,
         torch.randint(1, width + 1, shape, generator=rng) * real,
         torch.randn(shape, generator=rng) * real,

@@ -237,7 +237,7 @@ def test_killed_training_on_triplets(
     killed: Run, trained: Path, mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches gathered by length and observations left out at random are the same after a restart."""
-    model = "--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --model.thinning 0.3"
+    model = "--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --data.thinning 0.3"
     line = f"train {model} --data SyntheticMIMICIV --data.root {mimic} --trainer.max_epochs 4 --name run --data.batch_size 32"
     folders = unbroken(line, tmp_path, monkeypatch)
     assert killed(folders[1], line, lambda: rows(folders[1] / "runs" / "run" / "metrics.csv") >= 2) == -signal.SIGKILL
@@ -255,7 +255,7 @@ FORMS = {
         "--model Fusion --model.width 16 --trainer.accumulate_grad_batches 3",
         (2, 7),
     ),
-    "HyMaTE": ("--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --model.thinning 0.3", (4, 20)),
+    "HyMaTE": ("--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --data.thinning 0.3", (4, 20)),
     "HyMaTEForecast": (
         "--model HyMaTEForecast --model.width 16 --model.layers 1 --model.state 4 --monitor val_loss",
         (4, 20),

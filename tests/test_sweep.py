@@ -20,7 +20,7 @@ from test_cli import refused
 from test_study import SETTINGS, claimed, eventually
 
 from ehrmodels import load
-from experiments import train
+from experiments import processes, train
 from experiments.benchmarks.check_sweep import workers
 from experiments.cli import main
 from experiments.sweep import report as sweep_report
@@ -116,7 +116,7 @@ def test_what_may_be_searched() -> None:
 
 def test_a_command_reads_the_last_error_of_its_own_workers(tmp_path: Path) -> None:
     (tmp_path / "worker-elsewhere-1-0.log").write_text("ehr: what another command's worker said\n")
-    workers = worker.Workers({"folder": str(tmp_path)}, 1)
+    workers = processes.Workers("experiments.sweep.worker", {"folder": str(tmp_path)}, 1)
     workers.log(0).write_text("a line\nehr: no such folder\n")
     workers.processes[0] = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
     workers.processes[0].wait()
@@ -126,7 +126,7 @@ def test_a_command_reads_the_last_error_of_its_own_workers(tmp_path: Path) -> No
 
 def test_cores_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
-    assert worker._cores() == os.cpu_count()
+    assert processes._cores() == os.cpu_count()
 
 
 # ---- one trial ---------------------------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def test_same_command_shows_the_summary_again_and_more_trials_go_on(
     main(["sweep", "-c", str(path), "--trials", "5"])
     assert "5 trials" in capsys.readouterr().out and (swept / "best.yaml").read_bytes() == before
     began: list[int] = []
-    monkeypatch.setattr(worker.Workers, "run", lambda self, study: began.append(self.order["trials"]))
+    monkeypatch.setattr(processes.Workers, "run", lambda self, *_: began.append(self.order["trials"]))
     main(["sweep", "-c", str(path), "--trials", "9"])
     assert began == [9]
 

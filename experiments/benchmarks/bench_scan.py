@@ -340,6 +340,7 @@ def whole_model(scans: dict[str, Scan], count: int = 32, events: int = 600, roun
     length, target = torch.full((count,), events), (torch.arange(count) % 2).float()
     batch = Triplets(
         torch.randn(count, 1),
+        torch.zeros(count, 0, 16),
         time_of,
         torch.randint(1, 41, (count, events)),
         torch.randn(count, events),
@@ -347,7 +348,7 @@ def whole_model(scans: dict[str, Scan], count: int = 32, events: int = 600, roun
         target,
         length,
     )
-    model = HyMaTE(width=64, layers=3, state=16)
+    model = HyMaTE(width=64, layers=3, state=16, piecewise=False, summary=False, members=1)
     model.initialise(spec, 1.0)
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
     taken: dict[str, list[float]] = {OURS: [], PSCAN: []}

@@ -12,12 +12,13 @@ from ehrmodels import ICUModule
 from experiments import cli, run_directory, tracking
 from experiments.files import console, write_text
 from experiments.fit import MONITORS
+from experiments.processes import Workers
 from experiments.settings import TRAINER_DEFAULTS
 from experiments.sweep.locks import server_lost
 from experiments.sweep.report import summarise
 from experiments.sweep.space import check_names, distributions, flag
 from experiments.sweep.study import Study
-from experiments.sweep.worker import Workers
+from experiments.sweep.worker import standing
 from experiments.train import Monitor
 
 
@@ -97,7 +98,8 @@ def sweep(
             with study.locked():
                 write_text(folder / "train.yaml", config)
             if not study.finished(trials):
-                Workers(order, workers or max(torch.cuda.device_count(), 1)).run(study)
+                number = workers or max(torch.cuda.device_count(), 1)
+                Workers("experiments.sweep.worker", order, number).run(lambda: standing(study, order), trials, "trials")
             with study.locked():
                 summarise(study, folder, monitor, name)
         if wandb == "offline":
