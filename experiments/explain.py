@@ -62,8 +62,8 @@ def explain(
     """Show which variables the predictions of a checkpoint rest on, for a cohort and for one stay, and test it.
 
     A variable matters as much as the log odds change without its observations; at most 800 samples are explained. Writes
-    ``attribution.csv`` (a row a variable: ``importance``, the mean absolute change; how much of it ``raises`` and ``lowers``
-    the log odds; among samples that have the variable; how often it is charted; of HyMaTE also its share of the fusion
+    ``attribution.csv`` (a row a variable: ``importance``, the mean absolute change; what of it ``raises`` and ``lowers`` the
+    log odds; the mean among samples that have the variable; how often it is charted; of HyMaTE also its share of the fusion
     weights), ``deletion.csv`` and ``cohort.png`` (the same, and AUROC when a sample's variables are left out, the most
     important first, beside random orders), and ``stay.png``.
 
