@@ -271,7 +271,7 @@ class ICUModule(lightning.LightningModule, ABC):
             )  # the first weights are soon forgotten
             return average + (1 - decay) * (current - average)
 
-        return [WeightAveraging(use_buffers=False, avg_fn=averaged)]
+        return [_Average(use_buffers=False, avg_fn=averaged)]
 
     def configure_gradient_clipping(
         self,
@@ -324,6 +324,14 @@ class ICUModule(lightning.LightningModule, ABC):
                 "differ; give --model the same class of layers and arguments as the checkpoint's, shown by config.yaml beside it"
             )
         self.load_state_dict(fits, strict=False)
+
+
+class _Average(WeightAveraging):
+    """Lightning's moving average, of a model whose layers are only made when a trainer has its data."""
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        pl_module.setup(stage)
+        super().setup(trainer, pl_module, stage)
 
 
 class Mean:

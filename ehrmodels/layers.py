@@ -67,12 +67,12 @@ class SummaryEmbedding(nn.Module):
 
     Args:
         spec: with the quantiles of each statistic of each variable.
-        dropout: of the vector.
+        dropout: of the embedded features, and of the vector.
         embedding: numbers that each feature becomes.
         width: D.
     """
 
-    def __init__(self, spec: Spec, dropout: float, embedding: int = 4, width: int = 256):
+    def __init__(self, spec: Spec, dropout: float, embedding: int = 8, width: int = 128):
         super().__init__()
         self.width, edges = width, edges_of(spec.summary_quantiles)
         features, bins = edges.shape[0], edges.shape[1] - 1
@@ -81,13 +81,14 @@ class SummaryEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(features, bins, embedding).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(features, embedding).uniform_(-bound, bound))
         spared(self.bias)
+        self.drop = nn.Dropout(dropout)
         self.join = nn.Sequential(nn.Linear(features * embedding, width), nn.ReLU(), nn.Dropout(dropout))
 
     def forward(self, summary: Tensor) -> Tensor:
         value = summary.flatten(1)
         there = (~torch.isnan(value)).to(self.bias.dtype)[..., None]
         embedded = torch.einsum("bfk,fkd->bfd", self.encode(value), self.weight) + there * self.bias
-        return self.join(torch.relu(embedded).flatten(1))
+        return self.join(self.drop(torch.relu(embedded).flatten(1)))
 
 
 class ValueEmbedding(nn.Module):
@@ -155,7 +156,7 @@ class Head(nn.Module):
         layers: hidden layers.
     """
 
-    def __init__(self, inputs: int, spec: Spec, dropout: float, members: int, width: int = 256, layers: int = 2):
+    def __init__(self, inputs: int, spec: Spec, dropout: float, members: int, width: int = 128, layers: int = 1):
         super().__init__()
         self.members, self.classes, outputs = members, spec.kind != "regression", spec.outputs
         sizes = [inputs, *[width] * layers]

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from datamodules.contract import Spec, Summary, unlabelled
+from datamodules.contract import STATISTICS, Spec, Summary, unlabelled
 from ehrmodels.base import ICUModule, in_range
 from ehrmodels.layers import PiecewiseLinear, edges_of
 
@@ -27,14 +28,22 @@ class FittedAtOnce(ICUModule):
 
     A checkpoint holds the fitted model as its own text. Training that starts from such a checkpoint goes on from it.
     Probabilities need no weight of positives: ``pos_weight`` is 1.
+
+    Args:
+        seed: Of what is drawn at random.
+        folds: Parts of the training split for a cross-validation inside it, by patient; its mean AUROC and AUPRC are logged as
+            ``cv_auroc`` and ``cv_auprc``, and their sum can be monitored, as a sweep should. 0: none.
+        kwargs: As in ``ICUModule``.
     """
 
     view = "summary"
 
-    def __init__(self, seed: int = 0, **kwargs: Any):
+    def __init__(self, seed: int = 0, folds: int = 0, **kwargs: Any):
         super().__init__(**{"pos_weight": 1.0, **kwargs})
-        self.seed, self.fitted = seed, ""
-        self.gathered: list[tuple[Tensor, Tensor]] = []
+        if folds < 0 or folds == 1:
+            raise ValueError(f"--model.folds must be 0 or at least 2, found {folds}")
+        self.seed, self.folds, self.fitted = seed, folds, ""
+        self.gathered: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @abstractmethod
     def fit_rows(self, rows: Rows) -> str:
@@ -62,23 +71,44 @@ class FittedAtOnce(ICUModule):
         self.fitted = state
 
     def forward(self, batch: Summary) -> Tensor:
-        """Log odds, or values, from a ``Summary``: (B,)."""
+        """Log odds, or values, from a ``Summary``: (B,); 0 before anything was fitted."""
+        if not self.fitted:
+            return batch.static.new_zeros(len(batch.static))
         features = torch.cat([batch.static, batch.summary.flatten(1)], 1)
         return torch.as_tensor(self.output(features.cpu().numpy()), dtype=torch.float32, device=features.device)
 
     def training_step(self, batch: Summary, index: int) -> Tensor:  # type: ignore[override]
-        self.gathered.append((torch.cat([batch.static, batch.summary.flatten(1)], 1).cpu(), batch.target.cpu()))
+        features = torch.cat([batch.static, batch.summary.flatten(1)], 1)
+        self.gathered.append((features.cpu(), batch.target.cpu(), batch.row.cpu()))
         nothing = 0 * self.unused.sum()  # Lightning steps an optimiser, and saves no checkpoint before it has
         if index + 1 < self.trainer.num_training_batches:
             return nothing
-        features, target = (torch.cat(parts) for parts in zip(*self.gathered, strict=True))
+        features, target, row = (torch.cat(parts) for parts in zip(*self.gathered, strict=True))
         self.gathered = []
         labelled = ~unlabelled(target)
-        features, target = features[labelled], target[labelled]
+        features, target, row = features[labelled], target[labelled], row[labelled]
+        if self.folds:
+            self.log_dict(self._cross_validated((features.numpy(), target.numpy()), row.numpy()))
         self.fitted = self.fit_rows((features.numpy(), target.numpy()))
         output = torch.as_tensor(self.output(features.numpy()), dtype=torch.float32)
         self.losses["train"].add(self.kind.loss(output, target, 1.0), len(target))
         return nothing
+
+    def _cross_validated(self, rows: Rows, row: np.ndarray) -> dict[str, Tensor]:
+        """Mean over parts of the training split of what a model of the other parts scores on each."""
+        patients = self.trainer.datamodule.samples["patient_id"].cast(str).gather(row)  # type: ignore[attr-defined]
+        part = patients.rank("dense").to_numpy() - 1
+        part = np.random.default_rng(self.seed).permutation(int(part.max()) + 1)[part] % self.folds
+        before, scores = self.fitted, []
+        for k in range(self.folds):
+            self.fitted = before
+            self.fitted = self.fit_rows((rows[0][part != k], rows[1][part != k]))
+            output = torch.as_tensor(self.output(rows[0][part == k]), dtype=torch.float32)
+            target = torch.from_numpy(rows[1][part == k]).long()
+            scores.append(torch.stack([binary_auroc(output, target), binary_average_precision(output, target)]))
+        self.fitted = before
+        auroc, auprc = torch.stack(scores).mean(0)
+        return {"cv_auroc": auroc, "cv_auprc": auprc, "cv_auroc_auprc": auroc + auprc}
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
@@ -86,8 +116,6 @@ class FittedAtOnce(ICUModule):
 
     def names(self) -> list[str]:
         """X names of the features."""
-        from datamodules.contract import STATISTICS
-
         return [*self.spec.statics, *(f"{v} {s}" for v in self.spec.variables for s in STATISTICS)]
 
 
@@ -105,7 +133,8 @@ class LightGBM(FittedAtOnce):
         l2: Penalty of the squared weight of a leaf.
         bins: Most values that a feature is rounded to.
         seed: Of features and rows.
-        kwargs: As in ``ICUModule``; those of its optimiser and average are not used.
+        kwargs: ``folds``: parts of the training split for a cross-validation inside it, logged as cv_auroc and cv_auprc; 0: none.
+            And as in ``ICUModule``, of which those of the optimiser and the average are not used.
     """
 
     def __init__(
@@ -162,7 +191,8 @@ class XGBoost(FittedAtOnce):
         rows: Share of the samples that each tree is grown on.
         l2: Penalty of the squared weight of a leaf.
         seed: Of features and rows.
-        kwargs: As in ``ICUModule``; those of its optimiser and average are not used.
+        kwargs: ``folds``: parts of the training split for a cross-validation inside it, logged as cv_auroc and cv_auprc; 0: none.
+            And as in ``ICUModule``, of which those of the optimiser and the average are not used.
     """
 
     trees = 1  # of a round
@@ -221,7 +251,8 @@ class RandomForest(XGBoost):
         rows: Share of the samples that each tree is grown on.
         l2: Penalty of the squared weight of a leaf.
         seed: Of features and rows.
-        kwargs: As in ``ICUModule``; those of its optimiser and average are not used.
+        kwargs: ``folds``: parts of the training split for a cross-validation inside it, logged as cv_auroc and cv_auprc; 0: none.
+            And as in ``ICUModule``, of which those of the optimiser and the average are not used.
     """
 
     trees = 500
@@ -245,7 +276,8 @@ class LogisticRegression(FittedAtOnce):
 
     Args:
         l2: Penalty of the squared coefficients, per sample.
-        kwargs: As in ``ICUModule``; those of its optimiser and average are not used.
+        kwargs: ``folds``: parts of the training split for a cross-validation inside it, logged as cv_auroc and cv_auprc; 0: none.
+            And as in ``ICUModule``, of which those of the optimiser and the average are not used.
     """
 
     def __init__(self, l2: float = 0.003, **kwargs: Any):
@@ -300,4 +332,4 @@ def _imported(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f"{package} is not installed: pip install 'ehr[trees]'") from error
+        raise ValueError(f"{package} is not installed: pip install {package}") from error

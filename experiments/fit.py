@@ -21,7 +21,13 @@ from experiments.resume import Epochs, Files, Report
 from experiments.run_directory import precision
 from experiments.settings import TRAINER_DEFAULTS
 
-MONITORS = {"val_auroc_auprc": "max", "val_auroc": "max", "val_auprc": "max", "val_loss": "min"}
+MONITORS = {
+    "cv_auroc_auprc": "max",
+    "val_auroc_auprc": "max",
+    "val_auroc": "max",
+    "val_auprc": "max",
+    "val_loss": "min",
+}
 
 
 NOISE = (  # what Lightning says of choices that are made here on purpose

@@ -158,7 +158,7 @@ class Epochs(Callback):
         self.rows.append(row)
         if trainer.is_global_zero:
             write_text(self.path, self._table())
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k.startswith(("train", "val")))
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k.startswith(("train", "val", "cv")))
             console.print(f"epoch {trainer.current_epoch:3d}  {shown}", highlight=False, soft_wrap=True)
             if self.report is not None:
                 self.report(trainer.current_epoch, row)

@@ -18,7 +18,7 @@ from experiments.finetune import check_validation, transfer
 from experiments.fit import Recipe, Trial, check, fit, quiet, why_stopped
 from experiments.teacher import teacher as cross_fitted
 
-Monitor = Literal["val_auroc_auprc", "val_auroc", "val_auprc", "val_loss"]
+Monitor = Literal["cv_auroc_auprc", "val_auroc_auprc", "val_auroc", "val_auprc", "val_loss"]
 WandB = Literal["offline", "online"]
 
 
@@ -53,14 +53,14 @@ def train(
         runs: Folder that holds the run directories.
         seed: Seed of initial weights, dropout and order of batches. The split has its own, --data.seed.
         monitor: Validation metric that chooses the best checkpoint and stops training; default: val_auroc_auprc, the sum of both
-            (val_loss for a model that predicts no outcome).
+            (val_loss for a model that predicts no outcome). cv_auroc_auprc is that of --model.folds, for trees.
         patience: Epochs without improvement after which training stops.
         operating_point: Where alerts begin, chosen on the validation split: youden (sensitivity + specificity), or a target such as
             sensitivity=0.9 or npv=0.98 with the fewest alerts that reach it; utility, that of the 2019 challenge, for hourly sepsis.
         resume: Continue a run that was interrupted.
         init_from: Checkpoint whose weights, variables and scaler training starts from, such as one of HyMaTEForecast.
         teacher: lightgbm, or the run of a LightGBM whose settings are used: trees, cross-fitted inside the training split, whose
-            probabilities are half of what the network is trained towards.
+            probabilities are nine tenths of what the network is trained towards.
         finetune: Second hospital system: scored zero-shot, then fine-tuned and scored again on the same held-out patients.
         finetune_learning_rate: Peak learning rate of fine-tuning; default: a fifth of the model's.
         finetune_epochs: Most epochs of fine-tuning.

@@ -399,7 +399,7 @@ def test_training_goes_on_from_forecasting(pretrained: Path, mimic: Path, tmp_pa
     )
     forecast, on = load(pretrained / "best.ckpt"), load(tmp_path / "on" / "best.ckpt")
     assert on.spec == forecast.spec
-    assert on.head.weight.shape == (16, 256, 1)  # members, not the forecast's variables
+    assert on.head.weight.shape == (16, 128, 1)  # members, not the forecast's variables
     before, after = forecast.state_dict(), on.state_dict()
     for name in after:
         if not name.startswith(("head.", "summarised.")):
