@@ -378,23 +378,3 @@ def test_mamba_is_residual_blocks_and_the_mean_of_what_is_there() -> None:
             steps.append(model.norms[-1](now))
         expected = torch.cat(steps, 1).mean(1)[0]
         torch.testing.assert_close(model.read(samples)[i], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_mamba_equals_that_of_transformers() -> None:
-    """Our blocks with the weights of a ``MambaModel`` give its last hidden states."""
-    transformers = pytest.importorskip(
-        "transformers", reason="transformers is not installed: pip install -e '.[bench]'"
-    )
-    model: Any = make("Mamba")
-    about = {"vocab_size": 2, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "use_mambapy": False}
-    theirs = transformers.MambaModel(
-        transformers.MambaConfig(**about, time_step_rank=1, layer_norm_epsilon=torch.finfo(torch.float32).eps)
-    ).eval()
-    for ours, layer in zip(model.blocks, theirs.layers, strict=True):
-        layer.mixer.load_state_dict(ours.state_dict())
-    samples: Any = batch(model, [9])
-    x = model.embed(samples)
-    with torch.no_grad():
-        expected = theirs(inputs_embeds=x).last_hidden_state.mean(1)
-        torch.testing.assert_close(model.read(samples), expected, rtol=1e-4, atol=1e-5)
