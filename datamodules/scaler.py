@@ -12,7 +12,10 @@ from datamodules.tasks import OUTCOMES, STATICS
 from datamodules.views import CLIP, Views
 
 FIT_SAMPLES = 8192  # training samples from which the scaler is fitted
-BINS = 16  # between the quantiles of values and of statistics
+# Quantiles at which values and statistics are cut into bins: close together where the few are who are very ill. Bins of
+# equal number lost 0.003 of AUROC and 0.008 of AUPRC in a cross-validation inside the training split of PhysioNet 2012.
+_TAIL = (0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4)
+LEVELS = (0.0, *_TAIL, 0.5, *(1 - level for level in reversed(_TAIL)), 1.0)
 NUMBER, PER_HOUR = "number of ", "number per hour of "  # names of what has elapsed, after HOURS
 
 
@@ -86,9 +89,9 @@ def fit(hospital: Hospital, store: Store, stay: np.ndarray, minute: np.ndarray) 
 
 
 def _quantiles(values: np.ndarray) -> list[float]:
-    """The edges of ``BINS`` bins that hold equally many of the values that are numbers; all 0 where there is none."""
+    """The quantiles ``LEVELS`` of the values that are numbers; all 0 where there is none."""
     values = values[~np.isnan(values)]
-    return np.quantile(values, np.linspace(0, 1, BINS + 1)).tolist() if len(values) else [0.0] * (BINS + 1)
+    return np.quantile(values, LEVELS).tolist() if len(values) else [0.0] * len(LEVELS)
 
 
 def static_columns(stays: pl.DataFrame, statics: list[str]) -> tuple[list[str], np.ndarray]:
