@@ -32,6 +32,7 @@ from experiments.train import train
 
 ATTEMPTS = 5  # times that a training may lose its process without one more epoch
 OURS = ("name", "runs", "seed", "resume", "config", "finetune", "finetune_learning_rate", "finetune_epochs")
+OF_TRAINING = ("batch_size", "thinning")  # options of the data that belong to how a model is trained
 ON_ONE_DEVICE = (
     "devices",
     "num_nodes",
@@ -57,8 +58,8 @@ def benchmark(
     of the data (test), or val where there is no such patient.
 
     Args:
-        models: Names of models, and of each a YAML file of ehr train, shipped or your own, of whose data only the batch_size is used; or
-            class_path, init_args, trainer, batch_size and other options of ehr train.
+        models: Names of models, and of each a YAML file of ehr train, shipped or your own, of whose data only batch_size and
+            thinning are used; or class_path, init_args, trainer, batch_size, thinning and other options of ehr train.
         data: Names of data sets, and of each class_path and init_args, as the data of ehr train.
         seeds: Seeds that every model is trained with; default: [0, 1, 2].
         reference: Name of the model that the others are compared with; default: the first.
@@ -189,19 +190,16 @@ def composed(model: str, entry: Any, of: str, section: dict[str, Any]) -> dict[s
         if not isinstance(config, dict) or "model" not in config or "space" in config:
             raise ValueError(f"{place}: {entry} is no file of ehr train: expected a model section, and no space")
         config = {key: value for key, value in config.items() if key not in OURS}
-        size = ((config.pop("data", None) or {}).get("init_args") or {}).get("batch_size")
+        of_data = (config.pop("data", None) or {}).get("init_args") or {}
     elif isinstance(entry, dict) and isinstance(entry.get("class_path"), str):
         wrong = sorted({*OURS, "data", "model"} & set(entry))
         if wrong:
             raise ValueError(
                 f"{place}: {', '.join(wrong)} is not for a model to say: the benchmark trains all alike; leave it out"
             )
-        rest = {k: v for k, v in entry.items() if k not in ("class_path", "init_args", "batch_size")}
+        rest = {k: v for k, v in entry.items() if k not in ("class_path", "init_args", *OF_TRAINING)}
         arguments = entry.get("init_args") or {}
-        config, size = (
-            {"model": {"class_path": entry["class_path"], "init_args": arguments}, **rest},
-            entry.get("batch_size"),
-        )
+        config, of_data = {"model": {"class_path": entry["class_path"], "init_args": arguments}, **rest}, entry
     else:
         raise ValueError(
             f"{place}: expected the name of a YAML file of ehr train, or class_path and init_args, found {entry}"
@@ -216,8 +214,7 @@ def composed(model: str, entry: Any, of: str, section: dict[str, Any]) -> dict[s
     config = deepcopy(
         {**config, "data": {"class_path": section["class_path"], "init_args": section.get("init_args") or {}}}
     )
-    if size is not None:
-        config["data"]["init_args"]["batch_size"] = size
+    config["data"]["init_args"].update({name: of_data[name] for name in OF_TRAINING if name in of_data})
     return config
 
 
