@@ -243,14 +243,14 @@ class Transformer(Baseline):
 class STraTS(Baseline):
     """STraTS [5] over triplets: a Transformer over the observations, and attention that sums them up.
 
-    Of a sample with more than 2,048 observations it reads the last ones (the authors: 880 at random). It learns from outcomes
-    alone, without the authors' forecasting before.
+    Of a sample with more than 2,048 observations it reads the last ones (the authors: some at random). It learns from outcomes
+    alone, without the authors' forecasting before, and the weights of its attention have no dropout.
 
     Args:
         width: D, width of the embedding.
         layers: Layers of the Transformer.
         heads: Attention heads, each of width D / heads.
-        dropout: Dropout of the embedding and in every layer.
+        dropout: Dropout of the embedding, of what each layer adds, and before the head.
         learning_rate: Peak learning rate of AdamW.
         kwargs: As in ``ICUModule``.
     """
@@ -275,6 +275,8 @@ class STraTS(Baseline):
         d = self.width
         self.embed = TripletEmbedding(len(spec.variables), d)
         self.encoder = _encoder(d, self.heads, self.layers, self.dropout)
+        for layer in self.encoder.layers:  # with dropout in it, torch would keep a weight of every pair of observations
+            layer.self_attn.dropout = 0.0  # type: ignore[union-attr, assignment]
         self.pool = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 1, bias=False))
 
     def read(self, batch: Triplets) -> Tensor:
