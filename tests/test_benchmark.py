@@ -198,7 +198,10 @@ def test_of_a_file_all_but_its_data_is_used() -> None:
     config = composed("h", "hymate_physionet2012", "d", {"class_path": "PhysioNet2012", "init_args": {"sets": "b"}})
     file = yaml.safe_load((CONFIGS / "hymate_physionet2012.yaml").read_text())
     assert {k: config[k] for k in ("model", "trainer")} == {k: file[k] for k in ("model", "trainer")}
-    assert config["data"] == {"class_path": "PhysioNet2012", "init_args": {"sets": "b", "batch_size": 32}}
+    assert config["data"] == {
+        "class_path": "PhysioNet2012",
+        "init_args": {"sets": "b", "batch_size": 64, "thinning": 0.3},
+    }
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,10 @@ def shapes(model: ICUModule) -> list[tuple[Tensor, ...]]:
     )
     tensors = [example(model, samples, events) for samples, events in lengths]
     if model.view == "triplets":
-        static, time, variable, value, length = tensors[1]
+        *first, time, variable, value, length = tensors[1]
         length[1] = 0
         tensors[1] = (
-            static,
+            *first,
             *(torch.where(torch.arange(7) < length[:, None], t, 0) for t in (time, variable, value)),
             length,
         )
@@ -62,9 +62,9 @@ def test_onnx_gives_the_same(name: str, tmp_path: Path) -> None:
     model = made(name)
     to_onnx(model, str(tmp_path / "model.onnx"))
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    assert [i.name for i in session.get_inputs()] == inputs(model.view)
+    assert [i.name for i in session.get_inputs()] == inputs(model)
     for tensors in shapes(model):
-        (prediction,) = session.run(None, dict(zip(inputs(model.view), (t.numpy() for t in tensors), strict=True)))
+        (prediction,) = session.run(None, dict(zip(inputs(model), (t.numpy() for t in tensors), strict=True)))
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(prediction), Scorer(model)(*tensors), rtol=0, atol=1e-4)
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]

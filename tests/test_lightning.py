@@ -93,8 +93,11 @@ def test_a_model_without_data_says_what_it_needs() -> None:
         trainer().fit(Fusion(), loader)
 
 
+OURS = {"space", "teacher", "operating_point"}  # what LightningCLI has no word for
+
+
 @pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if "space" not in yaml.safe_load(p.read_text())], ids=lambda p: p.stem
+    "path", [p for p in CONFIGS if not OURS & set(yaml.safe_load(p.read_text()))], ids=lambda p: p.stem
 )
 def test_lightning_cli_reads_every_configuration(path: Path) -> None:
     cli = LightningCLI(
@@ -106,7 +109,8 @@ def test_lightning_cli_reads_every_configuration(path: Path) -> None:
     assert type(cli.datamodule).__name__ == written["data"]["class_path"]
     for name, value in written["model"].get("init_args", {}).items():
         assert cli.model.hparams[name] == value
-    assert cli.trainer.max_epochs == written["trainer"]["max_epochs"]
+    if "trainer" in written:
+        assert cli.trainer.max_epochs == written["trainer"]["max_epochs"]
 
 
 class Count(Callback):
