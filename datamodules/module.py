@@ -265,13 +265,20 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def batch(self, rows: np.ndarray, epoch: int | None = None, without: np.ndarray | None = None) -> Batch:
-        """The samples ``rows`` as one batch of the view that the model asks for.
+    def batch(
+        self,
+        rows: np.ndarray,
+        epoch: int | None = None,
+        without: np.ndarray | None = None,
+        view: View | None = None,
+    ) -> Batch:
+        """The samples ``rows`` as one batch.
 
         Args:
             rows: row numbers of ``samples``.
             epoch: of training, in which observations are left out and a teacher is heard; None: neither.
             without: (B, F) variables of each sample that are left out of its record, whatever is made of it.
+            view: what is made of it; None: what the model asks for.
         """
         assert self.spec is not None
         stay, minute, thinning = self._stay[rows], self._minute[rows], None
@@ -283,20 +290,22 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
             thinning = Thinning(self.thinning, self.seed if self.order_seed is None else self.order_seed, epoch)
         static, target = statics.batch(stay, minute), self._target[rows]
         teacher = self.teacher if epoch is not None else None
+        view = view or self.view
+        read = self.summary or view == "summary"
         summary = np.zeros((len(rows), 0, len(STATISTICS)), np.float32)
-        if self.summary or self.view == "summary" or teacher:
+        if read or teacher:
             summary = views.summary(stay, minute, thinning)
         if teacher:
             target = teacher.mixed(target, rows, static, summary)
-            if not (self.summary or self.view == "summary"):
-                summary = summary[:, :0]
+        if not read:
+            summary = summary[:, :0]
         first, last = (
             (torch.from_numpy(static), torch.from_numpy(summary)),
             (torch.from_numpy(target), torch.from_numpy(rows)),
         )
-        if self.view == "grid":
+        if view == "grid":
             return Grid(*first, *views.grid(self.spec, stay, minute, thinning), *last)
-        if self.view == "triplets":
+        if view == "triplets":
             return Triplets(*first, *views.triplets(self.spec, stay, minute, thinning), *last)
         return Summary(*first, *last)
 

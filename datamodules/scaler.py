@@ -42,7 +42,8 @@ def fit(hospital: Hospital, store: Store, stay: np.ndarray, minute: np.ndarray) 
     allowed = [c for c in CONCEPTS if hospital.treatment or not c.treatment]
     views = Views(store, [c.name for c in allowed], hospital.task.window_hours)
     moments = np.zeros((3, len(allowed)))
-    for piece in np.array_split(np.arange(len(stay)), max(len(stay) // 256, 1)):
+    pieces = np.array_split(np.arange(len(stay)), max(len(stay) // 256, 1))
+    for piece in pieces:
         value, mask, _ = views.hourly(stay[piece], minute[piece])
         value = np.where(mask, value, 0).astype(np.float64)  # sums of squares need the digits
         moments += [mask.sum((0, 1)), value.sum((0, 1)), (value**2).sum((0, 1))]
@@ -57,7 +58,6 @@ def fit(hospital: Hospital, store: Store, stay: np.ndarray, minute: np.ndarray) 
     scale = np.where(rate, np.sqrt(second[seen] / count[seen]), scale)  # a rate keeps 0 at 0: off
     center, scale = np.where(rate, 0, center), np.where(scale > 1e-6, scale, 1)
     views = Views(store, names, hospital.task.window_hours)
-    pieces = np.array_split(np.arange(len(stay)), max(len(stay) // 256, 1))
     summary = np.concatenate([views.summary(stay[piece], minute[piece]) for piece in pieces])
     charted = [views.events(stay[piece], minute[piece])[2:] for piece in pieces]
     variable, value = (np.concatenate(column) for column in zip(*charted, strict=True))

@@ -330,7 +330,8 @@ class _Average(WeightAveraging):
     """Lightning's moving average, of a model whose layers are only made when a trainer has its data."""
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        pl_module.setup(stage)
+        if getattr(pl_module, "spec", None) is None:
+            pl_module.setup(stage)
         super().setup(trainer, pl_module, stage)
 
 

@@ -26,6 +26,7 @@ from datamodules.contract import Batch, Grid, Spec, Triplets
 from ehrmodels.base import ICUModule, in_range
 from ehrmodels.hymate import scalar_embedding
 from ehrmodels.kernels import exporting
+from ehrmodels.layers import AttentionPool
 from ehrmodels.mamba import MambaBlock
 
 MOST = 2048  # observations of a stay that STraTS reads: attention costs their square
@@ -277,16 +278,14 @@ class STraTS(Baseline):
         self.encoder = _encoder(d, self.heads, self.layers, self.dropout)
         for layer in self.encoder.layers:  # with dropout in it, torch would keep a weight of every pair of observations
             layer.self_attn.dropout = 0.0  # type: ignore[union-attr, assignment]
-        self.pool = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 1, bias=False))
+        self.pool = AttentionPool(d)
 
     def read(self, batch: Triplets) -> Tensor:
         batch, real = _latest(batch)
         position = torch.arange(real.shape[1], device=real.device)
         seen = real | (position == 0)  # nothing at all to attend to would be no number
         x = self.encoder(self.drop(self.embed(batch)), src_key_padding_mask=~seen)
-        score = self.pool(x).squeeze(-1).float().masked_fill(~real, torch.finfo(torch.float32).min)
-        weight = torch.softmax(score, 1) * real  # a stay without observations has no weight anywhere
-        return (weight.unsqueeze(1).to(x.dtype) @ x).squeeze(1)
+        return (self.pool.weights(x, real).unsqueeze(1).to(x.dtype) @ x).squeeze(1)
 
 
 class Mamba(Baseline):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from datamodules.contract import Grid, Spec
 from ehrmodels.base import ICUModule, in_range
-from ehrmodels.layers import Head, PiecewiseLinear, SummaryEmbedding, edges_of
+from ehrmodels.layers import AttentionPool, Head, PiecewiseLinear, SummaryEmbedding, edges_of
 
 
 class Fusion(ICUModule):
@@ -97,7 +97,7 @@ class Fusion(ICUModule):
             self.to_global = nn.MultiheadAttention(d, self.heads, drop, batch_first=True)
         self.join = nn.Linear(2 * d, d)
         self.norm = nn.LayerNorm(d)
-        self.pool = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 1, bias=False))
+        self.pool = AttentionPool(d)
         self.static = nn.Sequential(nn.Linear(len(spec.statics), d // 2), nn.GELU(), nn.Dropout(drop))
         joined = 2 * d + d // 2
         if self.summary:

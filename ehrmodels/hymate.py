@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.contract import Spec, Triplets
 from ehrmodels.base import ICUModule, in_range
 from ehrmodels.kernels import exporting
-from ehrmodels.layers import Head, SummaryEmbedding, ValueEmbedding, edges_of
+from ehrmodels.layers import AttentionPool, Head, SummaryEmbedding, ValueEmbedding, edges_of
 from ehrmodels.mamba import MambaBlock
 
 WINDOW = 2048  # observations that attend to one another; longer stays are attended to in windows of this length
@@ -105,7 +105,7 @@ class HyMaTE(ICUModule):
         )
         if self.attention == "channel":
             self.temperature = nn.Parameter(torch.ones(self.heads, 1, 1))
-        self.pool = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 1, bias=False))
+        self.pool = AttentionPool(d)
         self.static = nn.Sequential(nn.Linear(len(spec.statics), 2 * d), nn.Tanh(), nn.Linear(2 * d, d), nn.Tanh())
         joined = 2 * d
         if self.summary:
@@ -161,8 +161,7 @@ class HyMaTE(ICUModule):
         x = x + self.context(batch.static).unsqueeze(1)  # ours: what an observation means depends on age and the like
         x = x + self.drop(self.attended(self._attend(self.attention_norm(x), real)))
         x = x + self.drop(self.feedforward(x))  # ours
-        score = self.pool(x).squeeze(-1).float().masked_fill(~real, torch.finfo(torch.float32).min)
-        return x, torch.softmax(score, 1) * real  # a stay without observations has no weight anywhere
+        return x, self.pool.weights(x, real)
 
     def _by_variable(self, x: Tensor, variable: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Mean, maximum, last and number of each variable's observations, joined (ours): (B, V, D), and which variables occur (B, V)."""

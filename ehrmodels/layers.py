@@ -120,6 +120,18 @@ class ValueEmbedding(nn.Module):
         return below + share.to(below.dtype) * (above - below)
 
 
+class AttentionPool(nn.Sequential):
+    """A score of each item, (B, M, D) to (B, M, 1): u^T tanh(W c + b)."""
+
+    def __init__(self, width: int):
+        super().__init__(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
+
+    def weights(self, x: Tensor, real: Tensor) -> Tensor:
+        """Softmax of the scores among the items that are there, (B, M); 0 everywhere where there is none."""
+        score = self(x).squeeze(-1).float().masked_fill(~real, torch.finfo(torch.float32).min)
+        return torch.softmax(score, 1) * real
+
+
 class Members(nn.Module):
     """A linear layer of ``members`` networks that share its weights; each scales its inputs and outputs by itself [2].
 

@@ -74,11 +74,11 @@ class FittedAtOnce(ICUModule):
         """Log odds, or values, from a ``Summary``: (B,); 0 before anything was fitted."""
         if not self.fitted:
             return batch.static.new_zeros(len(batch.static))
-        features = torch.cat([batch.static, batch.summary.flatten(1)], 1)
-        return torch.as_tensor(self.output(features.cpu().numpy()), dtype=torch.float32, device=features.device)
+        output = self.output(features_of(batch.static, batch.summary).cpu().numpy())
+        return torch.as_tensor(output, dtype=torch.float32, device=batch.static.device)
 
     def training_step(self, batch: Summary, index: int) -> Tensor:  # type: ignore[override]
-        features = torch.cat([batch.static, batch.summary.flatten(1)], 1)
+        features = features_of(batch.static, batch.summary)
         self.gathered.append((features.cpu(), batch.target.cpu(), batch.row.cpu()))
         nothing = 0 * self.unused.sum()  # Lightning steps an optimiser, and saves no checkpoint before it has
         if index + 1 < self.trainer.num_training_batches:
@@ -119,7 +119,26 @@ class FittedAtOnce(ICUModule):
         return [*self.spec.statics, *(f"{v} {s}" for v in self.spec.variables for s in STATISTICS)]
 
 
-class LightGBM(FittedAtOnce):
+class Boosted(FittedAtOnce):
+    """Base of trees of a library, which are read from their text once."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._booster: tuple[str, Any] = ("", None)
+
+    @property
+    def booster(self) -> Any:
+        """The library's own object of ``fitted``."""
+        if self._booster[0] != self.fitted:
+            self._booster = (self.fitted, self.loaded(self.fitted))
+        return self._booster[1]
+
+    @abstractmethod
+    def loaded(self, text: str) -> Any:
+        """The library's object from its text."""
+
+
+class LightGBM(Boosted):
     """Gradient-boosted trees [1] on the summary. The default settings were chosen by cross-validation inside the training
     split of PhysioNet 2012 (tuned); ``sweep_lightgbm.yaml`` tunes them to other data.
 
@@ -157,7 +176,6 @@ class LightGBM(FittedAtOnce):
         in_range(0, None, l2=l2)
         self.rounds, self.leaves, self.min_samples, self.l2, self.bins = rounds, leaves, min_samples, l2, bins
         self.features, self.rows = features, rows
-        self._booster: tuple[str, Any] = ("", None)
 
     def fit_rows(self, rows: Rows) -> str:
         lightgbm = _imported("lightgbm")
@@ -170,16 +188,17 @@ class LightGBM(FittedAtOnce):
             "force_row_wise": True, "verbose": -1, "num_threads": torch.get_num_threads(),
         }  # fmt: skip
         data = lightgbm.Dataset(rows[0], rows[1], free_raw_data=False)
-        before = lightgbm.Booster(model_str=self.fitted) if self.fitted else None
+        before = self.loaded(self.fitted) if self.fitted else None
         return str(lightgbm.train(parameters, data, self.rounds, init_model=before).model_to_string(num_iteration=-1))
 
     def output(self, features: np.ndarray) -> np.ndarray:
-        if self._booster[0] != self.fitted:
-            self._booster = (self.fitted, _imported("lightgbm").Booster(model_str=self.fitted))
-        return self._booster[1].predict(features, raw_score=True, num_threads=torch.get_num_threads())
+        return self.booster.predict(features, raw_score=True, num_threads=torch.get_num_threads())
+
+    def loaded(self, text: str) -> Any:
+        return _imported("lightgbm").Booster(model_str=text)
 
 
-class XGBoost(FittedAtOnce):
+class XGBoost(Boosted):
     """Gradient-boosted trees [2] on the summary; settings near those of ``LightGBM``, not tuned by themselves.
 
     Args:
@@ -215,7 +234,6 @@ class XGBoost(FittedAtOnce):
         in_range(0, 1, features=features, rows=rows)
         self.rounds, self.depth, self.min_weight, self.l2 = rounds, depth, min_weight, l2
         self.features, self.rows = features, rows
-        self._booster: tuple[str, Any] = ("", None)
 
     def fit_rows(self, rows: Rows) -> str:
         xgboost = _imported("xgboost")
@@ -226,18 +244,16 @@ class XGBoost(FittedAtOnce):
             "colsample_bynode" if self.trees > 1 else "colsample_bytree": self.features, "tree_method": "hist",
             "num_parallel_tree": self.trees, "seed": self.seed, "nthread": torch.get_num_threads(), "verbosity": 0,
         }  # fmt: skip
-        before = self._loaded() if self.fitted else None
+        before = self.loaded(self.fitted) if self.fitted else None
         booster = xgboost.train(parameters, xgboost.DMatrix(*rows), self.rounds, xgb_model=before)
         return bytes(booster.save_raw("json")).decode()
 
     def output(self, features: np.ndarray) -> np.ndarray:
-        if self._booster[0] != self.fitted:
-            self._booster = (self.fitted, self._loaded())
-        return self._booster[1].inplace_predict(features, predict_type="margin")
+        return self.booster.inplace_predict(features, predict_type="margin")
 
-    def _loaded(self) -> Any:
+    def loaded(self, text: str) -> Any:
         booster = _imported("xgboost").Booster()
-        booster.load_model(bytearray(self.fitted.encode()))
+        booster.load_model(bytearray(text.encode()))
         return booster
 
 
@@ -319,6 +335,11 @@ class LogisticRegression(FittedAtOnce):
         encode = self.encode.cpu()
         score = torch.cat([encode(piece).mean(-1) for piece in value.split(1024)])
         return torch.cat([static, (2 * score - 1) * there, there], 1)
+
+
+def features_of(static: Tensor, summary: Tensor) -> Tensor:
+    """(B, X) from static features (B, S) and statistics (B, F, 16)."""
+    return torch.cat([static, summary.flatten(1)], 1)
 
 
 def _imported(package: str) -> Any:

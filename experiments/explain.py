@@ -24,7 +24,7 @@ from rich.progress import track
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from datamodules.contract import STATISTICS, Batch, Spec, Triplets, View, unlabelled
+from datamodules.contract import STATISTICS, Batch, Spec, Triplets, unlabelled
 from datamodules.module import ICUDataModule
 from datamodules.tasks import TASKS
 from datamodules.views import CLIP
@@ -43,6 +43,7 @@ class Explained(NamedTuple):
     """What is known of samples, in the order of ``groups``."""
 
     groups: list[np.ndarray]  # rows of each batch
+    target: Tensor  # (N,), or (N, K)
     output: Tensor  # (N,) log odds, or values; the mean over labels where there are several
     probability: Tensor  # (N,) or the value
     part: np.ndarray  # (N, V) output less that without the variable
@@ -103,7 +104,7 @@ def explain(
     title = f"{data.name} {data.split}, {len(cohort.output):,} samples"
     unit = "prediction" if network.spec.kind == "regression" else "log odds"
     _draw_cohort(variables, deletion, title, unit, folder / "cohort.png")
-    minute, events = int(data.samples["minute"][row]), _viewed(data, "triplets", np.array([row]))
+    minute, events = int(data.samples["minute"][row]), data.batch(np.array([row]), view="triplets")
     _draw_stay(events, _of_one(one, network.spec), network.spec, ids[row], minute, folder / "stay.png")  # type: ignore[arg-type]
     report.print_table(
         variables.head(SHOWN).with_columns(pl.col(pl.Float64).round(4)), "what predictions rest on", console
@@ -143,9 +144,10 @@ def _explained(model: ICUModule, data: ICUDataModule, groups: list[np.ndarray], 
                 without[:, v] = True
                 into[mine, v] = (whole[mine] - _output(model, data.batch(rows[mine], without=without))).numpy()
     number = STATISTICS.index("number")
-    observations = [_viewed(data, "summary", rows).summary[..., number].numpy() for rows in groups]
+    observations = [data.batch(rows, view="summary").summary[..., number].numpy() for rows in groups]
     return Explained(
         groups,
+        torch.cat([batch.target for batch in batches]).cpu(),
         torch.cat(output),
         _scalar(model.kind.prediction(torch.cat(raw), model.pos_weight or 1.0)),
         np.concatenate(part),
@@ -167,15 +169,6 @@ def _moved(batch: Batch, model: ICUModule) -> Batch:
 def _scalar(output: Tensor) -> Tensor:
     """(N,): the mean over labels where there are several."""
     return (output.mean(-1) if output.ndim > 1 else output).double().cpu()
-
-
-def _viewed(data: ICUDataModule, view: View, rows: np.ndarray) -> Any:
-    """A batch of another view than the model's."""
-    before, data.view = data.view, view
-    try:
-        return data.batch(rows)
-    finally:
-        data.view = before
 
 
 def _followed(items: Collection[Any], step: str) -> Iterable[Any]:
@@ -219,7 +212,7 @@ def _of_one(one: Explained, spec: Spec) -> pl.DataFrame:
 def _deletion(model: ICUModule, data: ICUDataModule, cohort: Explained) -> pl.DataFrame:
     """``order, share, auroc, change``: what is left of AUROC without a share of each sample's variables, and how far the
     output moves."""
-    target = torch.cat([_viewed(data, "summary", rows).target for rows in cohort.groups])
+    target = cohort.target
     known = ~unlabelled(target)
     both = model.kind.classes and 0 < target[known].sum() < known.sum()
     rng = np.random.default_rng(0)

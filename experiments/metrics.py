@@ -335,7 +335,7 @@ def choose_threshold(
         return Rows(predictions, None, utility=True).most_useful_threshold()
     from ehrmodels.kinds import threshold  # here, since ``ehr prepare`` prints tables without torch
 
-    labelled = predictions.filter(pl.col("target").is_not_nan())
+    labelled = _labelled(predictions)
     return threshold(labelled["probability"].to_torch(), labelled["target"].to_torch(), operating_point)
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from datamodules.contract import Summary
 from datamodules.module import ICUDataModule
 from ehrmodels import LightGBM
 from ehrmodels.checkpoint import read
+from ehrmodels.trees import Rows, features_of
 from experiments.files import console, write_text
 
 FOLDS = 5
@@ -41,7 +41,7 @@ class CrossFitted:
         """(B,) outcome and probability, mixed, of samples of the training split; an unknown outcome stays unknown."""
         part, soft = self.part[rows], np.array(target, np.float64)
         assert (part >= 0).all(), "a teacher labels the training split only"
-        features = np.concatenate([static, summary.reshape(len(rows), -1)], 1)
+        features = features_of(torch.from_numpy(static), torch.from_numpy(summary)).numpy()
         for k, trees in enumerate(self.trees):
             if (mine := part == k).any():
                 soft[mine] = 1 / (1 + np.exp(-trees.output(features[mine])))
@@ -78,24 +78,20 @@ def teacher(name: str, data: ICUDataModule) -> CrossFitted:
     }
     key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
     path = data.store.folder / "teachers" / f"{key}.json"
-    trees = []
-    texts = json.loads(path.read_text()) if path.exists() else []
-    if not texts:
-        static, summary, target = _features(data, rows)
-        features = np.concatenate([static, summary.reshape(len(rows), -1)], 1)
-    for k in range(FOLDS):
-        model = LightGBM(**arguments)
+    trees = [LightGBM(**arguments) for _ in range(FOLDS)]
+    for model in trees:
         model.initialise(data.spec)
-        if texts:
-            model.fitted = texts[k]
-        else:
-            console.print(f"teacher: trees for part {k + 1} of {FOLDS} of the training split", soft_wrap=True)
-            others = (part[rows] != k) & ~np.isnan(target)
-            model.fitted = model.fit_rows((features[others], target[others]))
-        trees.append(model)
-    if not texts:
-        path.parent.mkdir(exist_ok=True)
-        write_text(path, json.dumps([model.fitted for model in trees]))
+    if path.exists():
+        for model, text in zip(trees, json.loads(path.read_text()), strict=True):
+            model.fitted = text
+        return CrossFitted(trees, part)
+    features, target = _training(data, rows)
+    for k, model in enumerate(trees):
+        console.print(f"teacher: trees for part {k + 1} of {FOLDS} of the training split", soft_wrap=True)
+        others = (part[rows] != k) & ~np.isnan(target)
+        model.fitted = model.fit_rows((features[others], target[others]))
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, json.dumps([model.fitted for model in trees]))
     return CrossFitted(trees, part)
 
 
@@ -112,15 +108,9 @@ def _part(patient: Any) -> int:
     return int.from_bytes(hashlib.blake2b(f"teacher {patient}".encode(), digest_size=8).digest()) % FOLDS
 
 
-def _features(data: ICUDataModule, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Static features, summaries and outcomes of samples."""
-    view, data.view = data.view, "summary"
-    try:
-        batches: list[Any] = [data.batch(piece) for piece in np.array_split(rows, max(len(rows) // 512, 1))]
-    finally:
-        data.view = view
-    assert isinstance(batches[0], Summary)
-    static, summary, target = (
-        torch.cat([getattr(b, name) for b in batches]).numpy() for name in ("static", "summary", "target")
-    )
-    return static, summary, target
+def _training(data: ICUDataModule, rows: np.ndarray) -> Rows:
+    """Features and outcomes of samples, with all of their observations."""
+    pieces = np.array_split(rows, max(len(rows) // 512, 1))
+    batches = [data.batch(piece, view="summary") for piece in pieces]
+    features = torch.cat([features_of(b.static, b.summary) for b in batches])
+    return features.numpy(), torch.cat([b.target for b in batches]).numpy()
