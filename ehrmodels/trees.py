@@ -139,8 +139,8 @@ class Boosted(FittedAtOnce):
 
 
 class LightGBM(Boosted):
-    """Gradient-boosted trees [1] on the summary. The default settings were chosen by cross-validation inside the training
-    split of PhysioNet 2012 (tuned); ``sweep_lightgbm.yaml`` tunes them to other data.
+    """Gradient-boosted trees [1] on the summary. The default settings are the best of three by cross-validation inside
+    the training split of PhysioNet 2012; ``sweep_lightgbm.yaml`` tunes them.
 
     Args:
         rounds: Trees.
