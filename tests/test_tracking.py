@@ -35,7 +35,9 @@ tracking.end({"test/auroc": 0.75})
 def train(folder: Path, first: int, epochs: int, ending: str) -> subprocess.CompletedProcess[str]:
     places = {f"WANDB_{name}_DIR": str(folder / name) for name in ("CONFIG", "CACHE")}
     command = [sys.executable, "-c", TRAINING, str(folder), str(first), str(epochs), ending]
-    return subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True, timeout=120)
+    # WANDB_SERVICE is of the process that runs the tests: it would keep the run of one that was killed open
+    inherited = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
+    return subprocess.run(command, env={**inherited, **places}, capture_output=True, text=True, timeout=120)
 
 
 def inspected(*arguments: str) -> str:
