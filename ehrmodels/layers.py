@@ -55,8 +55,8 @@ class PiecewiseLinear(nn.Module):
         self.register_buffer("width", torch.where(width > 0, width, torch.finfo(torch.float32).tiny))
 
     def forward(self, value: Tensor) -> Tensor:
-        code = ((value[..., None] - self.lower) / self.width).clamp(0, 1)
-        return torch.where(torch.isnan(value)[..., None], 0.0, code)
+        value = torch.where(torch.isnan(value), -torch.inf, value)  # below every edge
+        return ((value[..., None] - self.lower) / self.width).clamp(0, 1)
 
 
 class SummaryEmbedding(nn.Module):
