@@ -16,7 +16,7 @@ from datamodules.hospitals.base import Hospital
 from datamodules.tasks import STATICS
 
 OF_TASK = ("task", "hours", "window", "rolling", "lead", "after_onset")
-OF_SPLIT = ("seed", "split_by")
+OF_SPLIT = ("seed", "split_by", "fold")
 HOURS = "hours in the ICU"  # the first of the features that say what has elapsed
 Trained = list[dict[str, Any]]  # whose patients a model was trained on: ``population``, and the options of their split
 
@@ -71,13 +71,14 @@ def agree(hospital: Hospital, spec: Spec, trained: Trained, population: str, own
         if other["population"] != population:
             continue
         for name in OF_SPLIT:
-            if name in asked and asked[name] != other[name]:
+            of_model = other.get(name)  # earlier checkpoints know no folds
+            if name in asked and asked[name] != of_model:
                 raise ValueError(
                     f"--data.{name} {asked[name]}, but the model was trained on patients of these data with "
-                    f"{other[name]}: patients that it has seen would be scored as held out; leave --data.{name} out, "
-                    f"or give it {other[name]}"
+                    f"{'none' if of_model is None else of_model}: patients that it has seen would be scored as held "
+                    f"out; leave --data.{name} out" + ("" if of_model is None else f", or give it {of_model}")
                 )
-            options[name] = other[name]
+            options[name] = of_model
     hospital.take({**hospital.options(), **options, **{n: v for n, v in asked.items() if n == "sepsis"}})
 
 

@@ -17,7 +17,7 @@ from datamodules.build import ahead, bucket_tables, build, fingerprint, once
 from datamodules.derive.sepsis import check_definition, known_septic, sepsis3, summarise
 from datamodules.derive.sofa import sofa
 from datamodules.dictionary import RATES, digest, limits
-from datamodules.hospitals.base import Hospital, Split, Tables
+from datamodules.hospitals.base import Hospital, Split, Tables, part_of
 from datamodules.schema import INFUSIONS
 from datamodules.store import Store
 
@@ -207,7 +207,7 @@ class Cohort:
         Raises:
             ValueError: nobody is left, or the data do not carry the outcome.
         """
-        task = self.hospital.task
+        hospital, task = self.hospital, self.hospital.task
         excluded_by, attrition = self.excluded()
         stays = self.stays()
         if self.labelled:
@@ -221,6 +221,12 @@ class Cohort:
             )
         samples = task.samples(included, self.labelled)
         of_stay = included.select("stay", "stay_id", "patient_id", split=self.splits(included))
+        if hospital.fold is not None:
+            of_stay = _folded(of_stay, *part_of(hospital.fold))
+            rule = f"in the training split, of which fold {hospital.fold} is val"
+            left = included.join(of_stay, on="stay", how="semi", maintain_order="left")
+            attrition = attrition.vstack(pl.DataFrame([_count(rule, left)], attrition.schema))
+            samples = samples.join(of_stay, on="stay", how="semi", maintain_order="left")
         samples = samples.join(of_stay, on="stay", maintain_order="left")
         return (samples.filter(pl.col("target").is_not_null()) if self.labelled else samples), attrition
 
@@ -276,6 +282,18 @@ def _count(rule: str, left: pl.DataFrame) -> dict[str, Any]:
     }
 
 
+def _folded(stays: pl.DataFrame, part: int, parts: int) -> pl.DataFrame:
+    """Patients of the training split, divided into ``parts`` by a hash of the patient; ``part`` is val."""
+    stays = stays.filter(pl.col("split") == "train")
+    patients = stays["patient_id"].unique()
+    val = [p for p in patients if _hash(f"fold:{p}") % parts == part - 1]
+    return stays.with_columns(split=pl.when(pl.col("patient_id").is_in(val)).then(pl.lit("val")).otherwise("split"))
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
 def _split_of(key: str) -> str:
-    part = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+    part = _hash(key) / 2**64
     return "train" if part < 0.70 else "val" if part < 0.85 else "test"

@@ -159,7 +159,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
             for name, value in self.hparams.items()
             if name not in OF_MACHINE
         }
-        trained = {"population": self.population(), "seed": self.seed, "split_by": self.split_by}
+        trained = {"population": self.population(), **{name: getattr(self, name) for name in agreement.OF_SPLIT}}
         return {
             "data": {"class": type(self).__name__, "arguments": {**arguments, **self.options()}},
             "split_hash": self.split_hash(),

@@ -25,7 +25,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from experiments import cli, fit, metrics, settings, tracking
-from experiments.compare import Run, contrasts, draw, show
+from experiments.compare import Run, contrasts, draw, joined, show
 from experiments.files import console, write, write_json, write_text
 from experiments.processes import RENEW, Standing, Workers, why_failed
 from experiments.train import train
@@ -44,6 +44,7 @@ def benchmark(
     models: dict[str, str | dict],  # not Any, of which jsonargparse would make objects
     data: dict[str, dict],
     seeds: list[int] | None = None,
+    folds: int = 0,
     reference: str | None = None,
     name: str | None = None,
     runs: str = "runs",
@@ -62,6 +63,8 @@ def benchmark(
             thinning are used; or class_path, init_args, trainer, batch_size, thinning and other options of ehr train.
         data: Names of data sets, and of each class_path and init_args, as the data of ehr train.
         seeds: Seeds that every model is trained with; default: [0, 1, 2].
+        folds: Cross-validate inside the training split, as choices should be: every training is done once a fold, by patient, val
+            and test stay unread, and a row of the table is what all folds scored together; 0: no.
         reference: Name of the model that the others are compared with; default: the first.
         name: Name of the benchmark; default: that of the YAML file, or benchmark.
         runs: Folder that holds run directories; the benchmark's are in runs/NAME.
@@ -72,7 +75,7 @@ def benchmark(
     """
     seeds = [0, 1, 2] if seeds is None else seeds
     reference = reference or next(iter(models), None)
-    _check(models, data, seeds, reference, workers)
+    _check(models, data, seeds, folds, reference, workers)
     folder = Path(runs) / (name or "benchmark")
     if (folder / "last.ckpt").exists():
         raise ValueError(f"{folder} holds a training run; choose another --name")
@@ -86,7 +89,8 @@ def benchmark(
     for hospital in made.values():
         hospital.prepare_data()  # once, and before any worker says that the files are not there
     # one seed of all models before the next
-    trainings = [Training(str(folder), of, model, seed) for of, seed, model in product(data, seeds, models)]
+    parts = [f"{k + 1}/{folds}" for k in range(folds)] or [None]
+    trainings = [Training(str(folder), *what) for what in product(data, seeds, parts, models)]
     (folder / "queue").mkdir(parents=True, exist_ok=True)
     alone = FileLock(folder / "queue" / "benchmark.lock")  # the same command may be given twice
     with alone:
@@ -107,11 +111,13 @@ class Training(NamedTuple):
 
     folder: str
     data: str
-    model: str
     seed: int
+    fold: str | None
+    model: str
 
     def __str__(self) -> str:
-        return f"{self.data}/{self.model}-{self.seed}"
+        fold = f"-fold-{self.fold.replace('/', '-of-')}" if self.fold else ""
+        return f"{self.data}/{self.model}-{self.seed}{fold}"
 
     @property
     def run(self) -> Path:
@@ -149,7 +155,9 @@ class Training(NamedTuple):
         Raises:
             ValueError: another configuration is there.
         """
-        config = {**config, "seed": self.seed, "name": self.run.name, "runs": str(self.run.parent)}
+        config = deepcopy({**config, "seed": self.seed, "name": self.run.name, "runs": str(self.run.parent)})
+        if self.fold:
+            config["data"]["init_args"] |= {"fold": self.fold, "split": "val"}
         path = self.queued("yaml")
         if path.exists():
             unequal = settings.differences(yaml.safe_load(path.read_text()), config, train)
@@ -219,7 +227,12 @@ def composed(model: str, entry: Any, of: str, section: dict[str, Any]) -> dict[s
 
 
 def _check(
-    models: dict[str, Any], data: dict[str, Any], seeds: list[int], reference: str | None, workers: int | None
+    models: dict[str, Any],
+    data: dict[str, Any],
+    seeds: list[int],
+    folds: int,
+    reference: str | None,
+    workers: int | None,
 ) -> None:
     for what, names in (("models", models), ("data", data)):
         if not names:
@@ -231,6 +244,10 @@ def _check(
             )
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"--seeds: expected different numbers of at least 0, found {seeds}")
+    if folds < 0 or folds == 1:
+        raise ValueError(f"--folds must be 0 or at least 2, found {folds}")
+    if folds and any("fold" in ((section or {}).get("init_args") or {}) for section in data.values()):
+        raise ValueError("--folds divides the training split: leave fold out of the data")
     if reference not in models:
         raise ValueError(f"--reference {reference} is none of the models: choose among {', '.join(models)}")
     if workers is not None and workers < 1:
@@ -363,10 +380,7 @@ def _summarised(folder: Path, trainings: list[Training], reference: str | None) 
     tables: dict[str, pl.DataFrame] = {}
     for of in dict.fromkeys(training.data for training in trainings):
         scored = [t for t in trainings if t.data == of and t.scored()]
-        groups = {
-            model: [Run.read(str(t.run)) for t in scored if t.model == model]
-            for model in dict.fromkeys(t.model for t in scored)
-        }
+        groups = _groups([t for t in trainings if t.data == of])
         if reference not in groups:
             console.print(
                 f"{of}: no training of {reference}, the reference, has ended", soft_wrap=True, highlight=False
@@ -378,9 +392,11 @@ def _summarised(folder: Path, trainings: list[Training], reference: str | None) 
             [(t.model, t.state()["minutes"] or None) for t in scored], ["model", "minutes"], orient="row"
         )
         table = table.join(minutes.group_by("model").mean(), on="model", maintain_order="left")
-        show(table, reference, f"{of}, {split} split")
-        tables[f"{of}, {split} split"] = table.insert_column(0, pl.lit(of).alias("data")).insert_column(
-            1, pl.lit(split).alias("split")
+        folds = len({t.fold for t in scored} - {None})
+        title = f"{of}, {folds} folds of the train split" if folds else f"{of}, {split} split"
+        show(table, reference, title)
+        tables[title] = table.insert_column(0, pl.lit(of).alias("data")).insert_column(
+            1, pl.lit(f"train, {folds} folds" if folds else split).alias("split")
         )
     if tables:
         whole = pl.concat(tables.values(), how="diagonal")
@@ -394,6 +410,17 @@ def _summarised(folder: Path, trainings: list[Training], reference: str | None) 
             f"{len(failed)} of {len(trainings)} trainings failed:\n{reasons}\nthe same command tries them again; {folder}/worker-*.log say more"
         )
     return whole
+
+
+def _groups(trainings: list[Training]) -> dict[str, list[Run]]:
+    """Models of one data set and their runs, one a seed: what all folds scored together where there are folds, and only of
+    seeds of which all of it was scored."""
+    groups: dict[str, list[Run]] = {}
+    for model, seed in dict.fromkeys((t.model, t.seed) for t in trainings):
+        parts = [t for t in trainings if (t.model, t.seed) == (model, seed)]
+        if all(t.scored() for t in parts):
+            groups.setdefault(model, []).append(joined([Run.read(str(t.run)) for t in parts]))
+    return groups
 
 
 if __name__ == "__main__":

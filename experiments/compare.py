@@ -356,6 +356,14 @@ def _forest(axis: Any, table: pl.DataFrame, column: str, sd: pl.Series | None) -
         axis.plot(value, k, "o", color=f"C{k % 10}", markersize=5, markerfacecolor=None if clear else "white")
 
 
+def joined(runs: Sequence[Run]) -> Run:
+    """One run of the validation rows of the folds of a cross-validation, each of which has a threshold of its own."""
+    if len(runs) == 1:
+        return runs[0]
+    rows = pl.concat([run.rows("val") for run in runs])
+    return runs[0]._replace(name=" ".join(run.name for run in runs), predictions=rows, threshold=None, utility=False)
+
+
 def blended(runs: Sequence[Run], split: Split, how: Blend) -> Run:
     """The average of runs; its threshold is chosen, as that of the first, on the val rows where all have the same."""
     parts = [split]

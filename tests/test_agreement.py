@@ -64,7 +64,7 @@ def test_rules_of_the_cohort_are_obeyed(rule: str, trained: Path, eicu: Path, tm
     assert 0 < fewer["n"] < everyone["n"]
 
 
-@pytest.mark.parametrize("option", ["--data.seed 1", "--data.split_by hospital"])
+@pytest.mark.parametrize("option", ["--data.seed 1", "--data.split_by hospital", "--data.fold 1/5"])
 @pytest.mark.parametrize("verb", ["evaluate", "finetune"])
 def test_another_split_of_the_same_patients_is_refused(
     verb: str, option: str, trained: Path, mimic: Path, tmp_path: Path, refused: Callable[[str], str]

@@ -16,6 +16,7 @@ from filelock import FileLock
 from test_cli import refused
 from test_study import eventually
 
+from datamodules import SyntheticMIMICIV
 from experiments import benchmark as module
 from experiments.benchmark import Training, benchmark, composed, work
 from experiments.benchmarks.check_sweep import workers
@@ -137,6 +138,27 @@ def test_the_same_command_trains_what_was_added_alone(
         benchmark(**arguments, name="tiny")
 
 
+def test_folds_score_every_patient_of_the_training_split_once(
+    mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
+    models = {
+        "lightgbm": {"class_path": "LightGBM", "init_args": {"rounds": 20}},
+        "linear": {"class_path": "LogisticRegression"},
+    }
+    data = {"simulated": {"class_path": "SyntheticMIMICIV", "init_args": {"root": str(mimic)}}}
+    table = benchmark(models, data, seeds=[0], folds=2, name="cv", runs=str(tmp_path))
+    hospital = SyntheticMIMICIV(str(mimic))
+    hospital.setup()
+    train = hospital.rows("train")
+    assert table.select("model", "split", "n", "events").rows() == [
+        (model, "train, 2 folds", len(train), int(hospital.targets("train").sum())) for model in models
+    ]
+    folds = [tmp_path / "cv" / "simulated" / f"lightgbm-0-fold-{k}-of-2" / "predictions.parquet" for k in (1, 2)]
+    stays = pl.concat(pl.read_parquet(path).filter(split="val") for path in folds)["stay_id"]
+    assert sorted(stays) == sorted(hospital.samples["stay_id"].gather(train))
+
+
 def test_one_that_fails_is_told_and_tried_again(mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began = in_this_process(monkeypatch)
     arguments = yaml.safe_load(file_of(tmp_path, mimic, seeds=[0]).read_text())
@@ -218,6 +240,7 @@ def test_of_a_file_all_but_its_data_is_used() -> None:
         ("{a: {class_path: Fusion, trainer: {devices: 2}}}", {}, "one training runs on one device"),
         ("{a: {class_path: Fusion, operating_point: utility}}", {}, "utility is defined for hourly sepsis"),
         ("{a: {class_path: HyMaTEForecast}}", {}, "models.a predicts no outcome"),
+        ("{a: demo}", {"--folds": "1"}, "--folds must be 0 or at least 2, found 1"),
         ("{a: demo}", {"--seeds": "[0, 0]"}, "--seeds: expected different numbers of at least 0, found [0, 0]"),
         ("{a: demo}", {"--workers": "0"}, "--workers must be at least 1"),
         ("{a: demo}", {"--reference": "b"}, "--reference b is none of the models: choose among a"),

@@ -86,7 +86,10 @@ def test_bad_sweep(more: str, message: str, mimic: Path, tmp_path: Path, capsys:
         ("seed", "a lucky seed is no setting"),
         ("finetune finetune_epochs finetune-learning-rate finetune.hours", "fine-tune what the sweep has found"),
         ("data data.class_path data.task data.init_args.task", "one sweep for each"),
-        ("data.split data.split_by data.seed data.init_args.seed data.sets data.root data.cache", "the same patients"),
+        (
+            "data.split data.split_by data.seed data.fold data.init_args.seed data.sets data.root data.cache",
+            "the same patients",
+        ),
         (
             "data.hours data.window data.rolling data.lead data.after_onset data.sepsis data.definition",
             "which patients",

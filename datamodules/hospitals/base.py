@@ -1,5 +1,6 @@
 """What a hospital system has to give: six methods. Everything after them is the same for every hospital."""
 
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -50,6 +51,8 @@ class Hospital(ABC):
         split_by: Keep the patients ("patient", the default) or whole hospitals ("hospital") of train, val and test
             apart; with the latter a patient's stays outside the hospital of the first one are left out.
         seed: Seed of the split; default: 0.
+        fold: Part of a cross-validation inside the training split, such as 1/5: that fifth of its patients is val, the
+            others are train, and everyone else is left out; default: none.
         cache: Folder for extracted stores; default: $EHR_CACHE or .cache in the current folder.
     """
 
@@ -62,6 +65,7 @@ class Hospital(ABC):
     defaults: ClassVar[dict[str, Any]] = {
         "task": "mortality_hospital", "hours": 24, "window": None, "rolling": False, "lead": 6, "after_onset": False,
         "sepsis": False, "treatment": True, "statics": list(STATICS), "elapsed": None, "split_by": "patient", "seed": 0,
+        "fold": None,
     }  # fmt: skip  # of the options that a trained model has, too
     published_ids = True  # the same patient_id is the same patient in every copy of the data
 
@@ -86,6 +90,7 @@ class Hospital(ABC):
         elapsed: bool | None = None,
         split_by: Literal["patient", "hospital"] | None = None,
         seed: int | None = None,
+        fold: str | None = None,
         cache: str | None = None,
         **others: Any,
     ):
@@ -95,7 +100,7 @@ class Hospital(ABC):
         options = {
             "task": task, "hours": hours, "window": window, "rolling": rolling, "lead": lead,
             "after_onset": after_onset, "sepsis": sepsis, "treatment": treatment, "statics": statics,
-            "elapsed": elapsed, "split_by": split_by, "seed": seed,
+            "elapsed": elapsed, "split_by": split_by, "seed": seed, "fold": fold,
         }  # fmt: skip
         self.stated = {name: value for name, value in options.items() if value is not None}
         self.take({**Hospital.defaults, **self.defaults, **self.stated})
@@ -113,12 +118,15 @@ class Hospital(ABC):
         self.split_by, self.seed = options["split_by"], options["seed"]
         if self.seed < 0:
             raise ValueError(f"--data.seed must be at least 0, found {self.seed}")
+        self.fold = options["fold"]
+        if self.fold is not None:
+            part_of(self.fold)
 
     def options(self) -> dict[str, Any]:
         """The options of ``defaults`` as they are now."""
         fields = ("hours", "window", "rolling", "sepsis", "lead", "after_onset")
         of_task = {"task": self.task.name, **{name: getattr(self.task, name) for name in fields}}
-        others = {name: getattr(self, name) for name in ("treatment", "statics", "elapsed", "split_by", "seed")}
+        others = {name: getattr(self, name) for name in ("treatment", "statics", "elapsed", "split_by", "seed", "fold")}
         return of_task | others
 
     # ---- the six methods -------------------------------------------------------------------------------------------
@@ -212,6 +220,19 @@ class Hospital(ABC):
     def split_advice(self) -> str:
         """What to do where ``published_split`` cannot tell."""
         return "use --data.split all"
+
+
+def part_of(fold: str) -> tuple[int, int]:
+    """k and n of a fold k/n.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", fold)
+    part, parts = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= part <= parts or parts < 2:
+        raise ValueError(f"--data.fold must be K/N with K from 1 to N and N at least 2, such as 1/5, found {fold}")
+    return part, parts
 
 
 _NO_SEPSIS = "{} carries no antibiotics and cultures: Sepsis-3 needs MIMICIV or EICU; leave out --data.sepsis"

@@ -15,7 +15,7 @@ REFUSED = {  # flags, as a pattern -> why they are not searched
     r"seed": "a lucky seed is no setting: search without it, then train the best with several seeds of its own",
     r"finetune.*": "trials are scored on their own data alone: fine-tune what the sweep has found",
     r"data": "values of different data cannot be compared: one sweep for each",
-    r"data\.(split|split_by|seed)": "trials must be scored on the same patients; a lucky split is no setting",
+    r"data\.(split|split_by|seed|fold)": "trials must be scored on the same patients; a lucky split is no setting",
     r"data\.task": "values of different tasks cannot be compared: one sweep for each",
     rf"data\.({COHORT.replace(' ', '|')})(\..*)?": "it changes which patients or labels are scored: one sweep for each value",
     rf"data\.({FILES.replace(' ', '|')})": "trials must be scored on the same patients: give it for all of them",

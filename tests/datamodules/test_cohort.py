@@ -264,6 +264,29 @@ def test_splits_are_by_patient_and_depend_on_the_patient_alone(tmp_path: Path) -
         rows_of(samples, "dev", made.hospital)  # type: ignore[arg-type]
 
 
+def test_folds_divide_the_patients_of_the_training_split(tmp_path: Path) -> None:
+    stays = people(400, patient_id=[f"p{i // 2}" for i in range(400)])
+    options = {"first_stay": False}
+    train = {
+        stay
+        for stay, split in split_of(cohort(tmp_path / "t", stays, **options), "stay_id").items()
+        if split == "train"
+    }
+    scored: list[int] = []
+    for k in range(1, 6):
+        made = cohort(tmp_path / "t", stays, fold=f"{k}/5", **options)
+        samples, attrition = made.samples()
+        assert set(samples["stay_id"]) == train
+        assert attrition["rule"][-1] == f"in the training split, of which fold {k}/5 is val"
+        assert attrition["stays"][-1] == len(train)
+        assert set(split_of(made).values()) == {"train", "val"}  # by patient
+        scored += samples.filter(split="val")["stay_id"].to_list()
+    assert sorted(scored) == sorted(train)  # each once
+    for wrong in ("0/5", "6/5", "1/1", "1", "a/b"):
+        with pytest.raises(ValueError, match=r"--data\.fold must be K/N"):
+            cohort(tmp_path / "t", stays, fold=wrong)
+
+
 def test_splits_by_hospital_keep_hospitals_and_patients_apart(tmp_path: Path) -> None:
     """A patient's stays outside the first hospital are left out, and counted."""
     count = 240
