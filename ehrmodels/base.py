@@ -38,6 +38,7 @@ class ICUModule(lightning.LightningModule, ABC):
     view: View
     summary = False  # whether it reads the statistics of the window beside its view
     supervised = True  # False: learns from the records alone and predicts no outcome
+    resumes_within = True  # False: an epoch that was interrupted begins anew
 
     def __init__(
         self,

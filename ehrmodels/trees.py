@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from datamodules.contract import STATISTICS, Spec, Summary, unlabelled
+from datamodules.contract import Spec, Summary, unlabelled
 from ehrmodels.base import ICUModule, in_range
 from ehrmodels.layers import PiecewiseLinear, edges_of
 
@@ -37,6 +37,7 @@ class FittedAtOnce(ICUModule):
     """
 
     view = "summary"
+    resumes_within = False  # what has been gathered is in no checkpoint
 
     def __init__(self, seed: int = 0, folds: int = 0, **kwargs: Any):
         super().__init__(**{"pos_weight": 1.0, **kwargs})
@@ -113,10 +114,6 @@ class FittedAtOnce(ICUModule):
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
         self.trainer.should_stop = True  # another epoch would fit the same rows
-
-    def names(self) -> list[str]:
-        """X names of the features."""
-        return [*self.spec.statics, *(f"{v} {s}" for v in self.spec.variables for s in STATISTICS)]
 
 
 class Boosted(FittedAtOnce):

@@ -89,7 +89,7 @@ def benchmark(
     for hospital in made.values():
         hospital.prepare_data()  # once, and before any worker says that the files are not there
     # one seed of all models before the next
-    parts = [f"{k + 1}/{folds}" for k in range(folds)] or [None]
+    parts: list[str | None] = [f"{k + 1}/{folds}" for k in range(folds)] if folds else [None]
     trainings = [Training(str(folder), *what) for what in product(data, seeds, parts, models)]
     (folder / "queue").mkdir(parents=True, exist_ok=True)
     alone = FileLock(folder / "queue" / "benchmark.lock")  # the same command may be given twice

@@ -129,6 +129,7 @@ class Epochs(Callback):
         done = batch_idx + 1
         if (
             trainer.is_last_batch
+            or not pl_module.resumes_within
             or done % trainer.accumulate_grad_batches
             or done % (trainer.val_check_batch or 1) == 0
         ):

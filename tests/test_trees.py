@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightgbm
 import lightning
@@ -12,13 +13,13 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression as SklearnRegression
 
-from datamodules.contract import STATISTICS
 from datamodules.module import MIMICIV, ICUDataModule
 from ehrmodels import Fusion, LightGBM, LogisticRegression, RandomForest, XGBoost, load
 from ehrmodels.base import ICUModule
 from ehrmodels.trees import FittedAtOnce
 from experiments import teacher as teaching
 from experiments.cli import main
+from experiments.resume import Files
 from experiments.teacher import CrossFitted, teacher
 
 SMALL = {
@@ -62,8 +63,24 @@ def test_log_odds_are_those_of_the_library(data: ICUDataModule) -> None:
     booster = lightgbm.Booster(model_str=model.fitted)
     probability = model.predict_step(data.batch(data.rows("val")), 0)[1]  # type: ignore[arg-type]
     np.testing.assert_allclose(probability, booster.predict(rows_of(data, "val")[0]), rtol=1e-5)
-    assert booster.num_feature() == len(model.names()) == len(data.spec.statics) + 16 * len(data.spec.variables)  # type: ignore[union-attr]
-    assert model.names()[-1] == f"{data.spec.variables[-1]} {STATISTICS[-1]}"  # type: ignore[union-attr]
+    assert booster.num_feature() == len(data.spec.statics) + 16 * len(data.spec.variables)  # type: ignore[union-attr]
+
+
+def test_an_interrupted_epoch_begins_anew(mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was gathered is in no checkpoint, and a fit to the rest of the training split would pass for one to all of it."""
+    saved: list[dict[str, Any]] = []
+    save = Files.save_checkpoint
+
+    def record(self: Files, checkpoint: dict[str, Any], *rest: Any, **more: Any) -> None:
+        saved.append(checkpoint["callbacks"]["_Epochs"])
+        save(self, checkpoint, *rest, **more)
+
+    monkeypatch.setattr(Files, "save_checkpoint", record)
+    monkeypatch.chdir(tmp_path)
+    line = f"train --model LightGBM --model.rounds 5 --data MIMICIV --data.root {mimic} --data.batch_size 8 --checkpoint_minutes 0"
+    main(line.split())
+    assert saved
+    assert all(state["within"] is None and len(state["rows"]) == 1 for state in saved)
 
 
 def test_regression_is_that_of_scikit_learn(data: ICUDataModule) -> None:
