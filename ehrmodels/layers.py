@@ -72,7 +72,7 @@ class SummaryEmbedding(nn.Module):
         width: D.
     """
 
-    def __init__(self, spec: Spec, dropout: float, embedding: int = 8, width: int = 128):
+    def __init__(self, spec: Spec, dropout: float, embedding: int = 8, width: int = 256):
         super().__init__()
         self.width, edges = width, edges_of(spec.summary_quantiles)
         features, bins = edges.shape[0], edges.shape[1] - 1
@@ -168,7 +168,7 @@ class Head(nn.Module):
         layers: hidden layers.
     """
 
-    def __init__(self, inputs: int, spec: Spec, dropout: float, members: int, width: int = 128, layers: int = 1):
+    def __init__(self, inputs: int, spec: Spec, dropout: float, members: int, width: int = 256, layers: int = 2):
         super().__init__()
         self.members, self.classes, outputs = members, spec.kind != "regression", spec.outputs
         sizes = [inputs, *[width] * layers]

@@ -31,11 +31,11 @@ class TabM(ICUModule):
 
     def __init__(
         self,
-        width: int = 128,
-        layers: int = 1,
+        width: int = 256,
+        layers: int = 2,
         embedding: int = 8,
         members: int = 16,
-        dropout: float = 0.2,
+        dropout: float = 0.1,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)

@@ -19,7 +19,7 @@ from ehrmodels.checkpoint import read
 from experiments.cli import main
 from experiments.files import save
 
-TRAIN = "train --model Fusion --model.width 16 --trainer.max_epochs 2 --data MIMICIV --data.root {root} --runs {out} --name run"
+TRAIN = "train --model Fusion --model.width 16 --model.summary false --model.members 2 --trainer.max_epochs 2 --data MIMICIV --data.root {root} --runs {out} --name run"
 PREPARE = "prepare --data MIMICIV --data.root {root} --data.cache {out}/cache --out {out}/tables"
 
 

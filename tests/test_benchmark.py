@@ -27,11 +27,12 @@ CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
 
 def file_of(folder: Path, mimic: Path, **more: Any) -> Path:
     """A benchmark of two tiny models and two seeds."""
+    small = {"summary": False, "members": 2}
     tiny = {"class_path": "Fusion", "trainer": {"max_epochs": 3}}
     content = {
         "models": {
-            "a": {**tiny, "init_args": {"width": 8}},
-            "b": {**tiny, "init_args": {"width": 16}, "batch_size": 16},
+            "a": {**tiny, "init_args": {"width": 8, **small}},
+            "b": {**tiny, "init_args": {"width": 16, **small}, "batch_size": 16},
         },
         "seeds": [0, 1],
         "data": {"simulated": {"class_path": "SyntheticMIMICIV", "init_args": {"root": str(mimic)}}},
@@ -179,7 +180,7 @@ def test_one_that_fails_is_told_and_tried_again(mimic: Path, tmp_path: Path, mon
 def test_a_process_leaves_what_another_has_and_gives_up_what_kills(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = (Training(str(tmp_path), "d", name, 0) for name in "ab")
+    one, two = (Training(str(tmp_path), "d", 0, None, name) for name in "ab")
     one.begin({"model": {"class_path": "Fusion"}, "data": {"class_path": "SyntheticMIMICIV"}})
     two.begin({"model": {"class_path": "Fusion"}, "data": {"class_path": "SyntheticMIMICIV"}})
     order = {"name": "n", "trainings": [one, two], "parent": os.getppid()}

@@ -25,7 +25,7 @@ from experiments.sweep import command as sweep
 
 CONFIGS = sorted((Path(__file__).parents[1] / "experiments" / "configs").glob("[!b]*.yaml"))  # but benchmarks
 COLUMNS = ["stay_id", "patient_id", "minute", "target", "probability", "split"]
-TINY = "--model Fusion --model.width 16 --trainer.max_epochs 1"
+TINY = "--model Fusion --model.width 16 --model.summary false --model.members 2 --trainer.max_epochs 1"
 
 
 def ehr(line: str | list[str]) -> None:

@@ -247,7 +247,10 @@ def test_a_quiet_process_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------------
 
-TRAIN = "train --model Fusion --model.width 16 --data SyntheticMIMICIV --data.root {} --name run --trainer.max_epochs 2"
+TRAIN = (
+    "train --model Fusion --model.width 16 --model.summary false --model.members 2 --data SyntheticMIMICIV --data.root {} --name run "
+    "--trainer.max_epochs 2"
+)
 PLAIN = f"{TRAIN} --model.dropout 0 --finetune SyntheticEICU --finetune.root {{}} --finetune_epochs 1"
 BROKEN = f"{TRAIN} --data.batch_size 8 --trainer.devices 2 --trainer.accumulate_grad_batches 2 --checkpoint_minutes 0"
 

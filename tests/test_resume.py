@@ -132,7 +132,10 @@ def test_killed_extraction(
 
 # ---- train ----------------------------------------------------------------------------------------------------------------
 
-LINE = "train --model Fusion --model.width 16 --data SyntheticMIMICIV --data.root {} --trainer.max_epochs 4 --name run --data.batch_size 32"
+LINE = (
+    "train --model Fusion --model.width 16 --model.members 2 --data SyntheticMIMICIV --data.root {} --trainer.max_epochs 4 "
+    "--name run --data.batch_size 32"
+)
 TRANSFER = " --finetune SyntheticEICU --finetune.root {} --finetune_epochs 3"
 
 

@@ -28,7 +28,7 @@ from experiments.sweep import worker
 from experiments.sweep.space import check_names
 from experiments.sweep.study import Study
 
-LINE = "sweep --model Fusion --model.width 8 --data SyntheticMIMICIV --data.root {} --runs {} --trainer.max_epochs 3 --name s --trials 4"
+LINE = "sweep --model Fusion --model.width 8 --model.summary false --model.members 2 --data SyntheticMIMICIV --data.root {} --runs {} --trainer.max_epochs 3 --name s --trials 4"
 
 
 @pytest.mark.parametrize(
