@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from datamodules.build import once
 from datamodules.module import ICUDataModule
 from ehrmodels import LightGBM
 from ehrmodels.checkpoint import read
 from ehrmodels.trees import Rows, features_of
-from experiments.files import console, write_text
+from experiments.files import console
 
 FOLDS = 5
 SHARE = 0.9  # of the teacher in what training aims at
@@ -77,21 +78,21 @@ def teacher(name: str, data: ICUDataModule) -> CrossFitted:
         "folds": FOLDS,
     }
     key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
-    path = data.store.folder / "teachers" / f"{key}.json"
+    folder = data.store.folder / "teachers" / key
     trees = [LightGBM(**arguments) for _ in range(FOLDS)]
     for model in trees:
         model.initialise(data.spec)
-    if path.exists():
-        for model, text in zip(trees, json.loads(path.read_text()), strict=True):
-            model.fitted = text
-        return CrossFitted(trees, part)
-    features, target = _training(data, rows)
+
+    def fit(partial: Path) -> None:
+        features, target = _training(data, rows)
+        for k, model in enumerate(trees):
+            console.print(f"teacher: trees for part {k + 1} of {FOLDS} of the training split", soft_wrap=True)
+            others = (part[rows] != k) & ~np.isnan(target)
+            (partial / f"{k}.txt").write_text(model.fit_rows((features[others], target[others])))
+
+    once(folder, fit)  # also where several processes train together, or beside each other
     for k, model in enumerate(trees):
-        console.print(f"teacher: trees for part {k + 1} of {FOLDS} of the training split", soft_wrap=True)
-        others = (part[rows] != k) & ~np.isnan(target)
-        model.fitted = model.fit_rows((features[others], target[others]))
-    path.parent.mkdir(exist_ok=True)
-    write_text(path, json.dumps([model.fitted for model in trees]))
+        model.fitted = (folder / f"{k}.txt").read_text()
     return CrossFitted(trees, part)
 
 

@@ -171,7 +171,6 @@ def test_nobody_is_labelled_by_trees_that_saw_them(
         return ""
 
     monkeypatch.setattr(LightGBM, "fit_rows", seen)
-    monkeypatch.setattr(teaching, "write_text", lambda *_: None)
     monkeypatch.setattr(teaching, "FOLDS", 4)  # not in the cache
     again = teacher("lightgbm", data)
     patients = data.samples["patient_id"].gather(rows)
