@@ -13,6 +13,7 @@ import polars as pl
 from datamodules.contract import Spec
 from datamodules.dictionary import BY_NAME
 from datamodules.hospitals.base import Hospital
+from datamodules.scores import SCORES
 from datamodules.tasks import STATICS
 
 OF_TASK = ("task", "hours", "window", "rolling", "lead", "after_onset")
@@ -28,7 +29,7 @@ def options_of(spec: Spec) -> dict[str, Any]:
     treated = any(name in BY_NAME and BY_NAME[name].treatment for name in spec.variables)
     options["treatment"] = task.get("treatment", treated)
     options["statics"] = [s for s in STATICS if any(n == s or n.startswith(f"{s}=") for n in spec.statics)]
-    options["elapsed"] = HOURS in spec.statics
+    options["elapsed"], options["scores"] = HOURS in spec.statics, SCORES[0] in spec.statics
     return options
 
 
@@ -60,7 +61,7 @@ def agree(hospital: Hospital, spec: Spec, trained: Trained, population: str, own
                 f"these data have windows of {hospital.task.window_hours} hours, but the model was trained with "
                 f"{options['window']}: add --data.window {options['window']}"
             )
-        options = {name: options[name] for name in ("treatment", "statics", "elapsed")}
+        options = {name: options[name] for name in ("treatment", "statics", "elapsed", "scores")}
     for name, value in options.items():
         if name in asked and name != "sepsis" and _comparable(asked[name]) != _comparable(value):
             raise ValueError(

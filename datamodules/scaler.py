@@ -7,6 +7,7 @@ from datamodules.agreement import HOURS, task_of
 from datamodules.contract import Spec
 from datamodules.dictionary import BY_NAME, CARE_UNITS, CONCEPTS
 from datamodules.hospitals.base import Hospital
+from datamodules.scores import SCORES, scores
 from datamodules.store import Store
 from datamodules.tasks import OUTCOMES, STATICS
 from datamodules.views import CLIP, Views
@@ -65,10 +66,14 @@ def fit(hospital: Hospital, store: Store, stay: np.ndarray, minute: np.ndarray) 
     quantiles = [_quantiles(standard[variable == k]) for k in range(len(names))]
     static_names, raw = static_columns(store.stays, hospital.statics)
     elapsed = hospital.task.hourly if hospital.elapsed is None else hospital.elapsed
-    mine = raw[everyone]
+    derived = hospital.task.hourly if hospital.scores is None else hospital.scores
+    mine = raw[stay if elapsed or derived else everyone]
     if elapsed:
         static_names = [*static_names, HOURS, *(NUMBER + n for n in names), *(PER_HOUR + n for n in names)]
-        mine = np.concatenate([raw[stay], views.elapsed(stay, minute)], 1)
+        mine = np.concatenate([mine, views.elapsed(stay, minute)], 1)
+    if derived:
+        static_names = [*static_names, *SCORES]
+        mine = np.concatenate([mine, scores(views.last(stay, minute), names)], 1)
     mine = np.where(np.isnan(mine).all(0), 0, mine)
     static_center, static_scale = np.nan_to_num(np.nanmean(mine, 0)), np.nanstd(mine, 0)
     onehot = np.array(["=" in n for n in static_names], bool)
@@ -107,14 +112,14 @@ def static_columns(stays: pl.DataFrame, statics: list[str]) -> tuple[list[str], 
 
 
 class Statics:
-    """Static features as a model expects them, and for tasks of every hour what has elapsed; unknown is the mean."""
+    """Static features as a model expects them, what has elapsed and derived scores; unknown is the mean."""
 
     def __init__(self, stays: pl.DataFrame, spec: Spec, views: Views):
         wanted = [s for s in STATICS if s in spec.statics or any(n.startswith(f"{s}=") for n in spec.statics)]
         names, raw = static_columns(stays, wanted)
         of_stay = [n for n in spec.statics if n in names]
         self.raw = raw[:, [names.index(n) for n in of_stay]]
-        self.views, self.elapsed = views, HOURS in spec.statics
+        self.views, self.elapsed, self.scores = views, HOURS in spec.statics, SCORES[0] in spec.statics
         self.center, self.scale = np.array(spec.static_center, np.float32), np.array(spec.static_scale, np.float32)
 
     def batch(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
@@ -122,4 +127,6 @@ class Statics:
         raw = self.raw[stay]
         if self.elapsed:
             raw = np.concatenate([raw, self.views.elapsed(stay, minute)], 1)
+        if self.scores:
+            raw = np.concatenate([raw, scores(self.views.last(stay, minute), self.views.variables)], 1)
         return np.nan_to_num(np.clip((raw - self.center) / self.scale, -CLIP, CLIP)).astype(np.float32)

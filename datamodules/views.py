@@ -133,6 +133,13 @@ class Views:
         hours = np.maximum(minute / 60, 1)[:, None]
         return np.concatenate([minute[:, None] / 60, np.log1p(number), np.log1p(number / hours)], 1)
 
+    def last(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
+        """(B, F) The last value of each variable, of those that are carried into the grid; NaN where there is none."""
+        owner, _, variable, value = self.events(stay, minute, CARRY)
+        last = np.full((len(stay), len(self.variables)), np.nan)
+        last[owner, variable] = value  # in order of time: of several, the last one stays
+        return last
+
     def lengths(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
         """(B,) events in each sample's window, of any variable: what ``triplets`` gives is at most that long."""
         low, high = self._rows(stay, minute, self.window)

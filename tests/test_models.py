@@ -161,7 +161,7 @@ def test_gradients_reach_every_parameter(model: ICUModule) -> None:
 def test_default_size(model: ICUModule) -> None:
     of_summary = sum(p.numel() for p in model.summarised.parameters())  # grows with the number of variables
     assert 50_000 <= sum(p.numel() for p in model.parameters()) - of_summary <= 500_000
-    assert of_summary <= 1_500_000
+    assert of_summary <= 2_500_000
 
 
 @pytest.mark.parametrize(("variables", "hours", "statics"), [(1, 1, 1), (3, 48, 0), (120, 72, 12)])

@@ -48,6 +48,8 @@ class Hospital(ABC):
         statics: Features known at admission: any of age, sex, unit, admit_minute (default: all), such as age,sex.
         elapsed: Let models see how many hours the patient has been in the ICU, and of each variable the number of
             observations so far and per hour; default: where there is a prediction every hour.
+        scores: Let models see scores that are derived from the last value of several variables, such as the shock
+            index and a partial SOFA (``scores.SCORES``); default: where there is a prediction every hour.
         split_by: Keep the patients ("patient", the default) or whole hospitals ("hospital") of train, val and test
             apart; with the latter a patient's stays outside the hospital of the first one are left out.
         seed: Seed of the split; default: 0.
@@ -64,8 +66,8 @@ class Hospital(ABC):
     ] = {}  # of Sepsis-3, the default first; empty where the data cannot tell
     defaults: ClassVar[dict[str, Any]] = {
         "task": "mortality_hospital", "hours": 24, "window": None, "rolling": False, "lead": 6, "after_onset": False,
-        "sepsis": False, "treatment": True, "statics": list(STATICS), "elapsed": None, "split_by": "patient", "seed": 0,
-        "fold": None,
+        "sepsis": False, "treatment": True, "statics": list(STATICS), "elapsed": None, "scores": None,
+        "split_by": "patient", "seed": 0, "fold": None,
     }  # fmt: skip  # of the options that a trained model has, too
     published_ids = True  # the same patient_id is the same patient in every copy of the data
 
@@ -88,6 +90,7 @@ class Hospital(ABC):
         treatment: bool | None = None,
         statics: list[str] | str | None = None,
         elapsed: bool | None = None,
+        scores: bool | None = None,
         split_by: Literal["patient", "hospital"] | None = None,
         seed: int | None = None,
         fold: str | None = None,
@@ -100,7 +103,7 @@ class Hospital(ABC):
         options = {
             "task": task, "hours": hours, "window": window, "rolling": rolling, "lead": lead,
             "after_onset": after_onset, "sepsis": sepsis, "treatment": treatment, "statics": statics,
-            "elapsed": elapsed, "split_by": split_by, "seed": seed, "fold": fold,
+            "elapsed": elapsed, "scores": scores, "split_by": split_by, "seed": seed, "fold": fold,
         }  # fmt: skip
         self.stated = {name: value for name, value in options.items() if value is not None}
         self.take({**Hospital.defaults, **self.defaults, **self.stated})
@@ -113,7 +116,8 @@ class Hospital(ABC):
         """Set the options of ``defaults``."""
         fields = ("hours", "window", "rolling", "sepsis", "lead", "after_onset")
         self.task = Task(options["task"], **{name: options[name] for name in fields})
-        self.treatment, self.statics, self.elapsed = options["treatment"], options["statics"], options["elapsed"]
+        self.treatment, self.statics = options["treatment"], options["statics"]
+        self.elapsed, self.scores = options["elapsed"], options["scores"]
         check_statics(self.statics)
         self.split_by, self.seed = options["split_by"], options["seed"]
         if self.seed < 0:
@@ -126,7 +130,10 @@ class Hospital(ABC):
         """The options of ``defaults`` as they are now."""
         fields = ("hours", "window", "rolling", "sepsis", "lead", "after_onset")
         of_task = {"task": self.task.name, **{name: getattr(self.task, name) for name in fields}}
-        others = {name: getattr(self, name) for name in ("treatment", "statics", "elapsed", "split_by", "seed", "fold")}
+        others = {
+            name: getattr(self, name)
+            for name in ("treatment", "statics", "elapsed", "scores", "split_by", "seed", "fold")
+        }
         return of_task | others
 
     # ---- the six methods -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 
 from datamodules.dictionary import BY_NAME, RATES
 from datamodules.module import EICU, MIMICIV, ICUDataModule, PhysioNet2012
+from datamodules.scores import SCORES
 from datamodules.summary import STATISTICS, summarise
 from datamodules.views import CARRY, COMMON, Thinning
 
@@ -172,8 +173,8 @@ def test_what_has_elapsed_is_counted_from_what_was_known(mimic: Path) -> None:
     data.setup()
     assert data.spec is not None
     names = data.spec.variables
-    assert data.spec.statics[-2 * len(names) - 1 :] == [
-        "hours in the ICU", *(f"number of {v}" for v in names), *(f"number per hour of {v}" for v in names)
+    assert data.spec.statics[-2 * len(names) - 1 - len(SCORES) :] == [
+        "hours in the ICU", *(f"number of {v}" for v in names), *(f"number per hour of {v}" for v in names), *SCORES
     ]  # fmt: skip
     rows = np.random.default_rng(0).permutation(len(data.samples))[:100]
     elapsed = data._views.elapsed(data._stay[rows], data._minute[rows])
@@ -188,7 +189,12 @@ def test_what_has_elapsed_is_counted_from_what_was_known(mimic: Path) -> None:
     fixed.prepare_data()
     fixed.setup()
     assert fixed.spec is not None
-    assert "hours in the ICU" not in fixed.spec.statics
+    assert not {"hours in the ICU", "shock index"} & set(fixed.spec.statics)
+
+
+def told(data: MIMICIV, stay: np.ndarray, minute: np.ndarray) -> tuple[np.ndarray, ...]:
+    views = data._views
+    return views.summary(stay, minute), views.elapsed(stay, minute), views.last(stay, minute)
 
 
 def test_nothing_that_follows_changes_a_summary(mimic: Path) -> None:
@@ -199,13 +205,13 @@ def test_nothing_that_follows_changes_a_summary(mimic: Path) -> None:
     rows = np.random.default_rng(0).permutation(len(data.samples))[:60]
     for row in rows:
         stay, minute = data._stay[[row]], data._minute[[row]]
-        before = data._views.summary(stay, minute), data._views.elapsed(stay, minute)
+        before = told(data, stay, minute)
         store = data.store
         later = (store.minute >= minute[0]) | (store.known >= minute[0])
         value, kept = store.value, np.where(later, np.float32(1e6), store.value)
         store.value = kept
         try:
-            after = data._views.summary(stay, minute), data._views.elapsed(stay, minute)
+            after = told(data, stay, minute)
         finally:
             store.value = value
         for one, other in zip(before, after, strict=True):
