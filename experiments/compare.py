@@ -336,6 +336,7 @@ def draw(tables: dict[str, pl.DataFrame], reference: str, path: Path) -> None:
             right.set_title(f"{label} less {reference}", fontsize=10)
             for axis in (left, right):
                 axis.set_ylim(len(table) - 0.4, -0.6)
+                axis.locator_params(axis="x", nbins=5)  # else their labels overlap
                 axis.spines[["top", "right"]].set_visible(False)
         drawn.supxlabel(
             "bars: 95 % intervals over patients; grey: mean over seeds and one standard deviation", fontsize=8
