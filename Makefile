@@ -16,7 +16,7 @@ demo: .venv/.installed ## simulated raw tables -> cohort -> trained model -> zer
 	.venv/bin/ehr train -c experiments/configs/demo.yaml --finetune SyntheticEICU --resume
 
 test: lint ## lint, then all tests (real open data are used where they are there)
-	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed ## ruff and mypy
 	.venv/bin/ruff check .

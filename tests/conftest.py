@@ -13,6 +13,15 @@ from experiments.cli import main
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
 
+SLOWEST = ("resume", "distributed", "sweep", "benchmark", "hymate", "tracking", "docs", "explain", "study", "bad_input")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that processes that share the tests end together."""
+    place = {f"test_{name}.py": k for k, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One cache for the whole run: no test reads or leaves a store in the project."""

@@ -618,6 +618,7 @@ def test_the_key_follows_the_dictionary_and_the_code(tmp_path: Path, monkeypatch
         "module.py",
         "sampler.py",
         "scaler.py",
+        "scores.py",
         "summary.py",
         "tasks.py",
         "views.py",
