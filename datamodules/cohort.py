@@ -226,7 +226,6 @@ class Cohort:
             rule = f"in the training split, of which fold {hospital.fold} is val"
             left = included.join(of_stay, on="stay", how="semi", maintain_order="left")
             attrition = attrition.vstack(pl.DataFrame([_count(rule, left)], attrition.schema))
-            samples = samples.join(of_stay, on="stay", how="semi", maintain_order="left")
         samples = samples.join(of_stay, on="stay", maintain_order="left")
         return (samples.filter(pl.col("target").is_not_null()) if self.labelled else samples), attrition
 
@@ -286,14 +285,15 @@ def _folded(stays: pl.DataFrame, part: int, parts: int) -> pl.DataFrame:
     """Patients of the training split, divided into ``parts`` by a hash of the patient; ``part`` is val."""
     stays = stays.filter(pl.col("split") == "train")
     patients = stays["patient_id"].unique()
-    val = [p for p in patients if _hash(f"fold:{p}") % parts == part - 1]
+    val = [p for p in patients if hashed(f"fold:{p}") % parts == part - 1]
     return stays.with_columns(split=pl.when(pl.col("patient_id").is_in(val)).then(pl.lit("val")).otherwise("split"))
 
 
-def _hash(key: str) -> int:
+def hashed(key: str) -> int:
+    """A number of 64 bits that is the same everywhere: what patients are divided by."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
 def _split_of(key: str) -> str:
-    part = _hash(key) / 2**64
+    part = hashed(key) / 2**64
     return "train" if part < 0.70 else "val" if part < 0.85 else "test"

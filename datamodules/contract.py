@@ -23,7 +23,7 @@ class Grid(NamedTuple):
     rate is the mean over the hour, one that was set before the window included.
     """
 
-    static: Tensor  # (B, S) standardised; units of care one-hot; for hourly tasks also what has elapsed
+    static: Tensor  # (B, S) standardised; units of care one-hot; for hourly tasks also what has elapsed, scores
     summary: Tensor  # (B, F, 16)
     value: Tensor  # (B, T, F) standardised, clipped to +-5
     mask: Tensor  # (B, T, F) 1 where charted in that hour

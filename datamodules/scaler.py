@@ -9,6 +9,7 @@ from datamodules.dictionary import BY_NAME, CARE_UNITS, CONCEPTS
 from datamodules.hospitals.base import Hospital
 from datamodules.scores import SCORES, scores
 from datamodules.store import Store
+from datamodules.summary import STATISTICS
 from datamodules.tasks import OUTCOMES, STATICS
 from datamodules.views import CLIP, Views
 
@@ -73,7 +74,7 @@ def fit(hospital: Hospital, store: Store, stay: np.ndarray, minute: np.ndarray) 
         mine = np.concatenate([mine, views.elapsed(stay, minute)], 1)
     if derived:
         static_names = [*static_names, *SCORES]
-        mine = np.concatenate([mine, scores(views.last(stay, minute), names)], 1)
+        mine = np.concatenate([mine, scores(summary[..., STATISTICS.index("last")], names)], 1)
     mine = np.where(np.isnan(mine).all(0), 0, mine)
     static_center, static_scale = np.nan_to_num(np.nanmean(mine, 0)), np.nanstd(mine, 0)
     onehot = np.array(["=" in n for n in static_names], bool)

@@ -18,13 +18,9 @@ SCORES = (
     "SIRS criteria",  # that are met, of those that can be told [3]
     "partial SOFA",  # points of what can be told, without drugs, urine and ventilation [4]
 )
-POINTS: dict[str, tuple[float, ...]] = {  # limits beyond which SOFA has 1, 2, ... points; below where they fall
-    "platelets": (150, 100, 50, 20),
-    "mean_bp": (70,),
-    "gcs": (15, 13, 10, 6),
-    "bilirubin_total": (1.2, 2, 6, 12),
-    "creatinine": (1.2, 2, 3.5, 5),
-}
+# A point of SOFA [4] for each limit that a value lies below, or reaches.
+BELOW: dict[str, tuple[float, ...]] = {"platelets": (150, 100, 50, 20), "mean_bp": (70,), "gcs": (15, 13, 10, 6)}
+REACHED: dict[str, tuple[float, ...]] = {"bilirubin_total": (1.2, 2, 6, 12), "creatinine": (1.2, 2, 3.5, 5)}
 
 
 def scores(last: np.ndarray, variables: list[str]) -> np.ndarray:
@@ -50,7 +46,8 @@ def scores(last: np.ndarray, variables: list[str]) -> np.ndarray:
             value("spo2") / share,
             value("pao2") / share,
         ]
-    points = [_points(value(name), limits) for name, limits in POINTS.items()]
+    points = [_points(value(name), np.less, limits) for name, limits in BELOW.items()]
+    points += [_points(value(name), np.greater_equal, limits) for name, limits in REACHED.items()]
     return np.stack([*ratios, _total(sirs), _total(points)], 1)
 
 
@@ -61,11 +58,9 @@ def _any(*criteria: tuple[np.ndarray, np.ufunc, float]) -> np.ndarray:
     return np.where(told.any(0), met.any(0).astype(np.float64), np.nan)
 
 
-def _points(value: np.ndarray, limits: tuple[float, ...]) -> np.ndarray:
-    """How many limits a value lies beyond; a single limit, and limits that fall, are passed downwards."""
-    falling = len(limits) == 1 or limits[0] > limits[-1]
-    beyond = [value < limit if falling else value >= limit for limit in limits]
-    return np.where(np.isnan(value), np.nan, np.sum(beyond, 0))
+def _points(value: np.ndarray, passes: np.ufunc, limits: tuple[float, ...]) -> np.ndarray:
+    """How many limits a value passes; NaN where it is not known."""
+    return np.where(np.isnan(value), np.nan, np.sum([passes(value, limit) for limit in limits], 0))
 
 
 def _total(parts: list[np.ndarray]) -> np.ndarray:

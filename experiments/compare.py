@@ -273,6 +273,25 @@ def show(table: pl.DataFrame, reference: str, title: str) -> None:
         reference: the row that the others are compared with.
         title: which rows these are.
     """
+    tests = "paired bootstrap over patients"
+    if table["auroc_test"][0] == "DeLong":
+        tests = f"DeLong for differences of AUROC, {tests} for the others"
+    counts = f"n = {table['n'][0]:,}, {table['events'][0]:,} events"
+    report.print_table(readable(table, reference), f"{title}: {counts}; 95 % intervals: {tests}; * without 0", console)
+    n, events = table["n"][0], table["events"][0]
+    if min(events, n - events) < report.FEW:
+        console.print(
+            f"[yellow]fewer than {report.FEW} positives or negatives: too few to tell models apart[/]", highlight=False
+        )
+
+
+def readable(table: pl.DataFrame, reference: str) -> pl.DataFrame:
+    """What ``contrasts`` returns, for people.
+
+    Args:
+        table: of ``contrasts``, or what was read of its CSV.
+        reference: the row that the others are compared with.
+    """
     names = [name for name in COMPARED if name in table.columns]
     shown: dict[str, list[Any]] = {"": table["model"].to_list()}
     if table["seeds"].str.len_chars().max():
@@ -292,16 +311,7 @@ def show(table: pl.DataFrame, reference: str, title: str) -> None:
             shown["p"] = ["-" if r["auroc_p"] is None else f"{r['auroc_p']:.2g}" for r in records]
     if "minutes" in table.columns:
         shown["minutes"] = ["-" if minutes is None else f"{minutes:.1f}" for minutes in table["minutes"]]
-    tests = "paired bootstrap over patients"
-    if table["auroc_test"][0] == "DeLong":
-        tests = f"DeLong for differences of AUROC, {tests} for the others"
-    counts = f"n = {table['n'][0]:,}, {table['events'][0]:,} events"
-    report.print_table(pl.DataFrame(shown), f"{title}: {counts}; 95 % intervals: {tests}; * without 0", console)
-    n, events = table["n"][0], table["events"][0]
-    if min(events, n - events) < report.FEW:
-        console.print(
-            f"[yellow]fewer than {report.FEW} positives or negatives: too few to tell models apart[/]", highlight=False
-        )
+    return pl.DataFrame(shown)
 
 
 def _difference(record: dict[str, Any], name: str) -> str:
