@@ -222,6 +222,11 @@ class Cohort:
         samples = task.samples(included, self.labelled)
         of_stay = included.select("stay", "stay_id", "patient_id", split=self.splits(included))
         if hospital.fold is not None:
+            if not (of_stay["split"] == "train").any():
+                raise ValueError(
+                    f"--data.fold {hospital.fold} divides the training split, and no stay of {hospital.root} is in it: "
+                    f"leave it out"
+                )
             of_stay = _folded(of_stay, *part_of(hospital.fold))
             rule = f"in the training split, of which fold {hospital.fold} is val"
             left = included.join(of_stay, on="stay", how="semi", maintain_order="left")

@@ -28,7 +28,7 @@ from datamodules.contract import STATISTICS, Batch, Spec, Triplets, unlabelled
 from datamodules.module import ICUDataModule
 from datamodules.tasks import TASKS
 from datamodules.views import CLIP
-from ehrmodels import HyMaTE, ICUModule, load
+from ehrmodels import HyMaTE, ICUModule
 from experiments import figures, files, report
 from experiments.evaluate import Device, opened, resolved
 from experiments.files import console
@@ -76,11 +76,11 @@ def explain(
         model: Class of the checkpoint's model, where it is your own.
         device: Where to compute; auto: on the GPU where there is one.
     """
-    if not load(ckpt, model).supervised:
+    network, data = opened(ckpt, data, model)
+    if not network.supervised:
         raise ValueError(
             f"{ckpt} predicts no outcome: train a HyMaTE from it with `ehr train --init_from`, and explain that"
         )
-    network, data = opened(ckpt, data, model)
     network.to(resolved(device)).eval()
     ids, shown = data.samples["stay_id"].cast(pl.String), data.rows(data.split)
     if stay is not None:

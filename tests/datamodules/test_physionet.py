@@ -341,6 +341,8 @@ def test_2012_has_one_split_whichever_sets_are_chosen(three: Path) -> None:
     assert split_2012(three, "a,c") == {i: whole[i] for i in (*range(1, 21), *range(130, 150))}
     _, attrition = Cohort(PhysioNet2012(str(three), sets="b")).samples()
     assert attrition.row(by_predicate=pl.col("rule") == "set b", named=True)["stays"] == 30
+    with pytest.raises(ValueError, match=r"--data\.fold 1/5 divides the training split, and no stay of .* is in it"):
+        Cohort(PhysioNet2012(str(three), sets="a", fold="1/5", cache=str(three / "cache"))).samples()
 
 
 def test_2012_reads_both_b_and_c_where_one_is_chosen(three: Path) -> None:
