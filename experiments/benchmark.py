@@ -1,18 +1,9 @@
-"""``ehr benchmark``: models x seeds x data sets, trained by many processes and compared; ``python -m experiments.benchmark`` is one of them.
-
-A training is a file ``runs/NAME/queue/DATA/MODEL-SEED.yaml`` of ``ehr train`` and the run directory that comes of it. What is left to
-do is told by the run directories alone, and who does it by a lock a training, which the kernel frees when its process ends, however it
-ends: whoever finds a training neither ended nor locked goes on with it at its last checkpoint.
-"""
+"""``ehr benchmark``: models x seeds x data sets, trained by many processes and compared."""
 
 import json
-import os
 import re
 import sys
 import tempfile
-import time
-import traceback
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from itertools import product
@@ -20,18 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import polars as pl
-import torch
 import yaml
-from filelock import FileLock, Timeout
 
-from experiments import cli, fit, metrics, settings, tracking
+from experiments import cli, metrics
 from experiments.compare import Run, contrasts, draw, joined, show
-from experiments.files import console, write, write_json, write_text
-from experiments.processes import RENEW, Standing, Workers, why_failed
-from experiments.train import train
+from experiments.files import console, write
+from experiments.trainings import Training, begun, check_all, complete
 
-ATTEMPTS = 5  # times that a training may lose its process without one more epoch
-OURS = ("name", "runs", "seed", "resume", "config", "finetune", "finetune_learning_rate", "finetune_epochs")
+OURS = ("name", "runs", "seed", "resume", "config", "finetune", "finetune_learning_rate", "finetune_epochs", "transfer")
 OF_TRAINING = ("batch_size", "thinning")  # options of the data that belong to how a model is trained
 ON_ONE_DEVICE = (
     "devices",
@@ -90,26 +77,18 @@ def benchmark(
         hospital.prepare_data()  # once, and before any worker says that the files are not there
     # one seed of all models before the next
     parts: list[str | None] = [f"{k + 1}/{folds}" for k in range(folds)] if folds else [None]
-    trainings = [Training(str(folder), *what) for what in product(data, seeds, parts, models)]
-    (folder / "queue").mkdir(parents=True, exist_ok=True)
-    alone = FileLock(folder / "queue" / "benchmark.lock")  # the same command may be given twice
-    with alone:
-        for training in trainings:
-            training.begin(configurations[training.data, training.model])
-    order = {"name": folder.name, "folder": str(folder), "trainings": trainings}
-    if not all(training.ended() for training in trainings):
-        number = workers or max(torch.cuda.device_count(), 1)
-        Workers("experiments.benchmark", order, number).run(
-            lambda: _standing(folder.name, trainings), len(trainings), "trainings"
-        )
+    entries = [Entry(*what) for what in product(data, seeds, parts, models)]
+    trainings = {entry: Training(str(folder), str(entry)) for entry in entries}
+    queue = {trainings[entry]: entry.configuration(configurations[entry.data, entry.model]) for entry in entries}
+    alone = begun(folder, queue, "give the model another name in the YAML file, choose another --name")
+    complete(folder, list(queue), workers)
     with alone:
         return _summarised(folder, trainings, reference)
 
 
-class Training(NamedTuple):
-    """One model with one seed on one data set, in the folder of the benchmark."""
+class Entry(NamedTuple):
+    """One model with one seed on one data set, whole or one fold of it."""
 
-    folder: str
     data: str
     seed: int
     fold: str | None
@@ -119,60 +98,12 @@ class Training(NamedTuple):
         fold = f"-fold-{self.fold.replace('/', '-of-')}" if self.fold else ""
         return f"{self.data}/{self.model}-{self.seed}{fold}"
 
-    @property
-    def run(self) -> Path:
-        """Its run directory."""
-        return Path(self.folder) / str(self)
-
-    def queued(self, kind: str) -> Path:
-        """Its file in the queue: yaml, what is trained; lock; json, what happened."""
-        return Path(self.folder) / "queue" / f"{self}.{kind}"
-
-    def state(self) -> dict[str, Any]:
-        """``minutes`` of its epochs so far; ``lost``: after how many epochs it last lost its process, and how often;
-        ``failed``: why."""
-        with suppress(FileNotFoundError):
-            return json.loads(self.queued("json").read_text())
-        return {"minutes": 0.0, "lost": [0, 0], "failed": None}
-
-    def ended(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.scored() or self.state()["failed"] is not None
-
-    def scored(self) -> bool:
-        """Whether it was trained and scored."""
-        return (self.run / "metrics.json").exists()
-
-    def epochs(self) -> int:
-        """How many there are so far."""
-        with suppress(FileNotFoundError):
-            return max(len((self.run / "metrics.csv").read_text().splitlines()) - 1, 0)
-        return 0
-
-    def begin(self, config: dict[str, Any]) -> None:
-        """Put it into the queue, or see that it is what is there; one that failed is tried again.
-
-        Raises:
-            ValueError: another configuration is there.
-        """
-        config = deepcopy({**config, "seed": self.seed, "name": self.run.name, "runs": str(self.run.parent)})
+    def configuration(self, config: dict[str, Any]) -> dict[str, Any]:
+        """That of its model on its data, with the seed and the fold."""
+        config = deepcopy({**config, "seed": self.seed})
         if self.fold:
             config["data"]["init_args"] |= {"fold": self.fold, "split": "val"}
-        path = self.queued("yaml")
-        if path.exists():
-            unequal = settings.differences(yaml.safe_load(path.read_text()), config, train)
-            if unequal:
-                raise ValueError(
-                    f"{self.run} was begun with another configuration:\n{settings.as_flags(unequal)}\n"
-                    f"give the model another name in the YAML file, choose another --name, or delete {self.run} and {path}"
-                )
-        elif self.run.exists():
-            raise ValueError(f"{self.run} holds a run of another command; choose another --name, or delete it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, yaml.safe_dump(config, sort_keys=False))
-        with suppress(Timeout), FileLock(self.queued("lock"), timeout=0):  # else it is being trained
-            if not self.scored():
-                write_json({**self.state(), "lost": [0, 0], "failed": None}, self.queued("json"))
+        return config
 
 
 def composed(model: str, entry: Any, of: str, section: dict[str, Any]) -> dict[str, Any]:
@@ -276,123 +207,31 @@ def _tried(model: str, of: str, config: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-# ---- the processes -----------------------------------------------------------------------------------------------------------
-
-
-def work(order: dict[str, Any]) -> None:
-    """Train what nobody trains until nothing is left, or until the process that started this one is gone."""
-    trainings = [Training(*place) for place in order["trainings"]]
-    while os.getppid() == order["parent"]:
-        left = [training for training in trainings if not training.ended()]
-        if not left:
-            return
-        for training in left:
-            lock = FileLock(training.queued("lock"))
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            try:
-                if not training.ended():
-                    _attempt(training, trainings.index(training), order)
-                    break
-            finally:
-                lock.release()
-        else:
-            time.sleep(1)  # another process may die, and its training is then ours
-
-
-def _attempt(training: Training, number: int, order: dict[str, Any]) -> None:
-    """Train one, or go on with it where a process before this one left it."""
-    state, path, began = training.state(), training.queued("json"), time.monotonic()
-    minutes, epochs = state["minutes"], training.epochs()
-    after, losses = state["lost"]
-    state["lost"] = [epochs, losses + 1 if after == epochs else 1]
-    if state["lost"][1] > ATTEMPTS:
-        state["failed"] = (
-            f"its process was killed {ATTEMPTS} times in the same epoch: did the machine run out of memory?"
-        )
-    write_json(state, path)
-    if state["failed"]:
-        return
-
-    def report(epoch: int, row: dict[str, float]) -> None:
-        state["minutes"] = minutes + (time.monotonic() - began) / 60
-        write_json(state, path)
-        if os.getppid() != order["parent"]:
-            raise KeyboardInterrupt
-
-    def failed(reason: str) -> None:
-        write_json({**state, "failed": reason}, path)
-        tracking.end({"state": "failed"}, failed=True)
-
-    try:
-        values = cli.configured("train", ["-c", str(training.queued("yaml"))])
-        train(**{**values, "resume": True}, trial=fit.Trial(order["name"], number, {}, report))
-        if not state["minutes"]:  # a model that has no epochs
-            state["minutes"] = (time.monotonic() - began) / 60
-            write_json(state, path)
-    except KeyboardInterrupt:
-        write_json({**state, "lost": [0, 0]}, path)  # left to another by intention
-        raise
-    except OSError:
-        raise  # the disk: no fault of the training
-    except SystemExit:
-        failed("its command line was refused: see the worker's log")
-    except ValueError as error:
-        print(f"{training}: {error}", flush=True)
-        failed(str(error))
-    except Exception as error:
-        traceback.print_exc()
-        failed(why_failed(error))
-        raise SystemExit(RENEW) from error
-
-
-def _standing(name: str, trainings: list[Training]) -> Standing:
-    ended = {str(training): _outcome(training) for training in trainings if training.ended()}
-    return Standing(ended, name, len(ended) + sum(training.epochs() for training in trainings))
-
-
-def _outcome(training: Training) -> str:
-    """What became of a training, in one line."""
-    state = training.state()
-    if not training.scored():
-        return f"{training}  failed: {state['failed']}"
-    split, result = list(json.loads((training.run / "metrics.json").read_text()).items())[-1]
-    scores = "  ".join(
-        f"{name.upper()} {result[name]['value']:.3f}"
-        for name in ("auroc", "auprc")
-        if result[name]["value"] is not None
-    )
-    return f"{training}  {split} {scores}  {state['minutes']:.1f} minutes"
-
-
-# ---- what was found ------------------------------------------------------------------------------------------------------------
-
-
-def _summarised(folder: Path, trainings: list[Training], reference: str | None) -> pl.DataFrame:
+def _summarised(folder: Path, trainings: dict[Entry, Training], reference: str | None) -> pl.DataFrame:
     """Print and write the tables; say what failed.
 
     Raises:
         ValueError: a training failed.
     """
-    failed = [training for training in trainings if not training.scored()]
     tables: dict[str, pl.DataFrame] = {}
-    for of in dict.fromkeys(training.data for training in trainings):
-        scored = [t for t in trainings if t.data == of and t.scored()]
-        groups = _groups([t for t in trainings if t.data == of])
+    for of in dict.fromkeys(entry.data for entry in trainings):
+        of_data = {entry: training for entry, training in trainings.items() if entry.data == of}
+        scored = {entry: training for entry, training in of_data.items() if training.scored()}
+        groups = _groups(of_data)
         if reference not in groups:
             console.print(
                 f"{of}: no training of {reference}, the reference, has ended", soft_wrap=True, highlight=False
             )
             continue
-        split = list(json.loads((scored[0].run / "metrics.json").read_text()))[-1]
+        split = list(json.loads((next(iter(scored.values())).run / "metrics.json").read_text()))[-1]
         table = contrasts(groups, reference, split)
         minutes = pl.DataFrame(
-            [(t.model, t.state()["minutes"] or None) for t in scored], ["model", "minutes"], orient="row"
+            [(entry.model, training.state()["minutes"] or None) for entry, training in scored.items()],
+            ["model", "minutes"],
+            orient="row",
         )
         table = table.join(minutes.group_by("model").mean(), on="model", maintain_order="left")
-        folds = len({t.fold for t in scored} - {None})
+        folds = len({entry.fold for entry in scored} - {None})
         title = f"{of}, {folds} folds of the train split" if folds else f"{of}, {split} split"
         show(table, reference, title)
         tables[title] = table.insert_column(0, pl.lit(of).alias("data")).insert_column(
@@ -404,24 +243,16 @@ def _summarised(folder: Path, trainings: list[Training], reference: str | None) 
         assert reference is not None
         draw(tables, reference, folder / "benchmark.png")
         console.print(f"wrote benchmark.csv and benchmark.png to {folder}", soft_wrap=True)
-    if failed:
-        reasons = "\n".join(f"  {_outcome(training)}" for training in failed)
-        raise ValueError(
-            f"{len(failed)} of {len(trainings)} trainings failed:\n{reasons}\nthe same command tries them again; {folder}/worker-*.log say more"
-        )
+    check_all(list(trainings.values()), folder)
     return whole
 
 
-def _groups(trainings: list[Training]) -> dict[str, list[Run]]:
+def _groups(trainings: dict[Entry, Training]) -> dict[str, list[Run]]:
     """Models of one data set and their runs, one a seed: what all folds scored together where there are folds, and only of
     seeds of which all of it was scored."""
     groups: dict[str, list[Run]] = {}
-    for model, seed in dict.fromkeys((t.model, t.seed) for t in trainings):
-        parts = [t for t in trainings if (t.model, t.seed) == (model, seed)]
+    for model, seed in dict.fromkeys((entry.model, entry.seed) for entry in trainings):
+        parts = [t for entry, t in trainings.items() if (entry.model, entry.seed) == (model, seed)]
         if all(t.scored() for t in parts):
             groups.setdefault(model, []).append(joined([Run.read(str(t.run)) for t in parts]))
     return groups
-
-
-if __name__ == "__main__":
-    cli.guarded(lambda: work(json.load(sys.stdin)), "ehr benchmark --help")

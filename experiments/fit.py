@@ -55,11 +55,12 @@ def quiet() -> Iterator[None]:
 
 
 class Recipe(NamedTuple):
-    """How to train: arguments of lightning.Trainer, the seed, what chooses the best epoch and stops, and how often to save."""
+    """How to train: arguments of lightning.Trainer, the seed, what chooses the best epoch and stops (None: all epochs are
+    trained, and the last is kept), and how often to save."""
 
     trainer: dict[str, Any]
     seed: int
-    monitor: str
+    monitor: str | None
     patience: int
     checkpoint_minutes: float
 
@@ -83,7 +84,7 @@ def check(recipe: Recipe) -> None:
         ValueError: names the flag.
     """
     trainer, seed, monitor, patience, minutes = recipe
-    if monitor not in MONITORS:
+    if monitor is not None and monitor not in MONITORS:
         raise ValueError(f"--monitor {monitor} is not known; choose among {', '.join(MONITORS)}")
     if not minutes >= 0:
         raise ValueError(f"--checkpoint_minutes must be at least 0, found {minutes}")
@@ -105,7 +106,7 @@ def check(recipe: Recipe) -> None:
         limit = trainer.get(name)
         if limit is not None and not limit > 0:
             use = "train on" if "train" in name else "choose the best epoch and the threshold from"
-            raise ValueError(f"--trainer.{name} {limit} leaves nothing to {use}: give more than 0")
+            raise ValueError(f"--trainer.{name} {limit:g} leaves nothing to {use}: give more than 0")
     if trainer.get("overfit_batches"):
         raise ValueError(
             "--trainer.overfit_batches is not supported: it would validate on training samples; use "
@@ -136,12 +137,15 @@ def fit(
     model.train()  # ``load`` gives it in evaluation mode, in which fine-tuning would go without dropout
     last = folder / "last.ckpt"
     epochs = Epochs(folder / "metrics.csv", seed, last, minutes, report)
-    best = ModelCheckpoint(folder, "best", monitor=monitor, mode=MONITORS[monitor], enable_version_counter=False)
+    mode = (
+        MONITORS[monitor] if monitor else "max"
+    )  # not that of ``newest``, from which its state would not be told apart
+    best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
     newest = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
     own = _made("callbacks", trainer.pop("callbacks", None))
-    stop = [EarlyStopping(monitor, mode=MONITORS[monitor], patience=patience, strict=False)]
-    if any(isinstance(c, EarlyStopping) for c in own):
-        stop = []
+    stop = []
+    if monitor and not any(isinstance(c, EarlyStopping) for c in own):
+        stop = [EarlyStopping(monitor, mode=mode, patience=patience, strict=False)]
     callbacks: list[Callback] = [epochs, *stop, best, newest, *own]
     bars = (sys.stderr.isatty() or sys.stdout.isatty()) and not console.quiet
     if bars and not any(isinstance(c, RichProgressBar) for c in own):
@@ -175,9 +179,13 @@ def fit(
     return fitting
 
 
-def why_stopped(folder: Path, monitor: str, trainer: dict[str, Any]) -> str:
+def why_stopped(folder: Path, monitor: str | None, trainer: dict[str, Any]) -> str:
     """A sentence on how long a run was trained, why it stopped, and which epoch is kept."""
     rows = pl.read_csv(folder / "metrics.csv")
+    if monitor is None:
+        return (
+            f"trained {len(rows)} epoch{'s' * (len(rows) != 1)} and kept the last: too few patients to set some aside"
+        )
     ranked = rows.drop_nulls(monitor).sort(monitor, descending=MONITORS[monitor] == "max", maintain_order=True)
     best = ranked.row(0, named=True)
     done, most = len(rows), trainer.get("max_epochs")

@@ -106,7 +106,7 @@ class Workers:
             total: how much there is to do.
             what: of what.
         """
-        before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
         text = TextColumn("{task.description}")
         with Progress(
             text,

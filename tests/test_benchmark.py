@@ -18,9 +18,11 @@ from test_study import eventually
 
 from datamodules import SyntheticMIMICIV
 from experiments import benchmark as module
-from experiments.benchmark import Training, benchmark, composed, work
+from experiments import trainings
+from experiments.benchmark import benchmark, composed
 from experiments.benchmarks.check_sweep import workers
 from experiments.cli import main
+from experiments.trainings import Training, work
 
 CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
 
@@ -52,7 +54,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         began.append([str(t) for t in self.order["trainings"] if not t.ended()])
         work({**self.order, "parent": os.getppid()})
 
-    monkeypatch.setattr(module.Workers, "run", run)
+    monkeypatch.setattr(trainings.Workers, "run", run)
     return began
 
 
@@ -180,9 +182,9 @@ def test_one_that_fails_is_told_and_tried_again(mimic: Path, tmp_path: Path, mon
 def test_a_process_leaves_what_another_has_and_gives_up_what_kills(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = (Training(str(tmp_path), "d", 0, None, name) for name in "ab")
-    one.begin({"model": {"class_path": "Fusion"}, "data": {"class_path": "SyntheticMIMICIV"}})
-    two.begin({"model": {"class_path": "Fusion"}, "data": {"class_path": "SyntheticMIMICIV"}})
+    one, two = (Training(str(tmp_path), f"d/{name}-0") for name in "ab")
+    one.begin({"model": {"class_path": "Fusion"}, "data": {"class_path": "SyntheticMIMICIV"}}, "")
+    two.begin({"model": {"class_path": "Fusion"}, "data": {"class_path": "SyntheticMIMICIV"}}, "")
     order = {"name": "n", "trainings": [one, two], "parent": os.getppid()}
     tried: list[str] = []
 
@@ -193,18 +195,18 @@ def test_a_process_leaves_what_another_has_and_gives_up_what_kills(
         tried.append(Path(arguments[1]).stem)
         raise Killed
 
-    monkeypatch.setattr(module.cli, "configured", dies)
+    monkeypatch.setattr(trainings.cli, "configured", dies)
     held = FileLock(one.queued("lock"))
     with held:
-        for _ in range(module.ATTEMPTS):
+        for _ in range(trainings.ATTEMPTS):
             with pytest.raises(Killed):
                 work(order)
-        monkeypatch.setattr(module.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(trainings.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):  # it would wait for the other process
             work(order)
-    assert tried == ["b-0"] * module.ATTEMPTS
+    assert tried == ["b-0"] * trainings.ATTEMPTS
     assert "was killed 5 times in the same epoch" in two.state()["failed"] and not one.ended()
-    two.begin(yaml.safe_load(two.queued("yaml").read_text()))
+    two.begin(yaml.safe_load(two.queued("yaml").read_text()), "")
     assert two.state()["failed"] is None
 
 
@@ -255,3 +257,31 @@ def test_what_is_refused(
     options = {"--models": models, "--data": data, "--runs": str(tmp_path / "runs"), **more}
     assert words in refused(["benchmark", *(word for pair in options.items() for word in pair)], capsys)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_command_in_the_background_can_be_ended(tmp_path: Path, mimic: Path) -> None:
+    """A shell starts it with Ctrl-C ignored, and so are its workers."""
+    training = Training(str(tmp_path), "d/a-0")
+    training.begin({"model": {"class_path": "Fusion"}, "data": {"class_path": "SyntheticMIMICIV"}}, "")
+    code = (
+        "from pathlib import Path; from experiments.trainings import Training, complete; "
+        f"complete(Path({str(tmp_path)!r}), [Training({str(tmp_path)!r}, 'd/a-0')], 1)"
+    )
+    with FileLock(training.queued("lock")):  # the worker waits for it
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", code],
+            cwd=Path(__file__).parents[1],
+            stderr=subprocess.DEVNULL,
+        )
+        (worker,) = eventually(lambda: workers(process.pid), 60)
+        eventually(lambda: _handles(worker, signal.SIGINT), 60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) != 0
+        eventually(lambda: not Path(f"/proc/{worker}").exists(), 5)
+
+
+def _handles(process: int, number: int) -> bool:
+    caught = next(
+        line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("SigCgt")
+    )
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -137,4 +138,5 @@ def _best_epoch(path: Path, monitor: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background with it ignored
     cli.guarded(lambda: work(json.load(sys.stdin)), "ehr sweep --help")
