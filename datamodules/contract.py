@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from datamodules.summary import STATISTICS as STATISTICS
 
@@ -63,6 +64,20 @@ class Summary(NamedTuple):
 
 
 Batch = Grid | Triplets | Summary
+PADDED = ("time", "variable", "value")  # fields of triplets whose second axis is as long as the longest sample
+
+
+def joined(batches: "list[Batch]") -> "Batch":
+    """Batches of one view as one."""
+    kind = type(batches[0])
+    columns = dict(zip(kind._fields, map(list, zip(*batches, strict=True)), strict=True))
+    if kind is Triplets:
+        longest = max(time.shape[1] for time in columns["time"])
+        for name in PADDED:
+            columns[name] = [F.pad(part, (0, longest - part.shape[1])) for part in columns[name]]
+    return kind(**{name: torch.cat(parts) for name, parts in columns.items()})
+
+
 View = Literal["grid", "triplets", "summary"]
 VIEWS: dict[str, Any] = {"grid": Grid, "triplets": Triplets, "summary": Summary}
 

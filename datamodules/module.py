@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules import agreement, hospitals, scaler
 from datamodules.agreement import Trained
 from datamodules.cohort import Cohort, rows_of
-from datamodules.contract import Batch, Grid, Spec, Summary, Triplets, View
+from datamodules.contract import Batch, Grid, Spec, Summary, Triplets, View, joined
 from datamodules.hospitals.base import Hospital, Split
 from datamodules.sampler import Batches
 from datamodules.store import Store
@@ -24,6 +24,7 @@ from datamodules.summary import STATISTICS
 from datamodules.tasks import Task
 from datamodules.views import Thinning, Views
 
+FEWEST = 5  # patients with each outcome that a validation split needs
 OF_MACHINE = ("cache", "num_workers")  # options that a checkpoint does not carry to other machines
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         self.view: View = "grid"  # what the model reads
         self.summary = False  # whether it reads the summary, too
         self.teacher: Teacher | None = None  # mixes its probabilities into the targets of training
+        self.beside: ICUDataModule | None = None  # whose training samples join these in training
+        self._limited: dict[str, np.ndarray] = {}  # rows that ``limit`` leaves of train and val
         self.spec: Spec | None = None
         self.trained: Trained = []  # whose patients a trained model has seen
         self._own_task = self._adopted = False
@@ -200,7 +203,69 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
     def rows(self, split: Split) -> np.ndarray:
         """Row numbers of ``samples`` in a split."""
         assert self.samples is not None and isinstance(self, Hospital)
-        return rows_of(self.samples, split, self)
+        return self._limited[split] if split in self._limited else rows_of(self.samples, split, self)
+
+    def limit(self, patients: int, draw: int = 0) -> bool:
+        """Leave so many patients to training and validation together, as if no more had been charted; test stays whole.
+
+        They keep their split where validation has at least 5 of them with each outcome; else all of them are in both,
+        and no choice should be made by what is validated.
+
+        Returns:
+            Whether validation is apart from training.
+
+        Args:
+            patients: how many, of those in train and val.
+            draw: another number draws others.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        assert self.samples is not None and isinstance(self, Hospital)
+        of_split = {split: rows_of(self.samples, split, self) for split in ("train", "val")}  # type: ignore[arg-type]
+        patient = self.samples["patient_id"].cast(pl.String).to_numpy()
+        everyone = np.unique(patient[np.concatenate(list(of_split.values()))])
+        if len(everyone) < patients:
+            raise ValueError(
+                f"{patients:,} patients were asked for, but {self.root} has {len(everyone):,} in train and val"
+            )
+        chosen = sorted(everyone, key=lambda p: hashlib.blake2b(f"{draw}:{p}".encode(), digest_size=8).digest())
+        few = set(chosen[:patients])
+        limited = {split: rows[[p in few for p in patient[rows]]] for split, rows in of_split.items()}
+        val = limited["val"]
+        outcomes = [len(np.unique(patient[val[self._target[val] == outcome]])) for outcome in (0, 1)]
+        apart = min(outcomes) >= FEWEST
+        if not apart:
+            both = np.sort(np.concatenate(list(limited.values())))
+            limited = {"train": both, "val": both}
+        self._limited = limited
+        return apart
+
+    def refit(self) -> None:
+        """Choose the variables and fit the scaler on the training samples of these data, and not on those of the model
+        that they were set up for."""
+        train = self.rows("train")
+        self.spec = scaler.fit(self, self.store, self._stay[train], self._minute[train])  # type: ignore[arg-type]
+        self._views = Views(self.store, self.spec.variables, self.spec.window)
+        self._static = scaler.Statics(self.store.stays, self.spec, self._views)
+
+    def join(self, source: "ICUDataModule") -> None:
+        """Let the training samples of another system join these in training; validation and test are these alone.
+
+        In a batch they have row numbers from ``len(samples)`` on.
+
+        Args:
+            source: set up with the variables and scaler of these.
+
+        Raises:
+            ValueError: their variables or scalers differ.
+        """
+        assert self.samples is not None and source.samples is not None
+        if source.spec is None or self.spec is None or source.spec[:7] != self.spec[:7]:
+            raise ValueError(
+                f"{source.name} and {self.name} cannot be trained on together: their variables or scalers differ"
+            )
+        self.beside = source
 
     def positive_weight(self) -> float:
         """N_neg / N_pos of the training split.
@@ -251,7 +316,9 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
                 f"split {split!r} of {self.root} has {len(rows)} samples for {self.world} processes: each needs one; "
                 f"lower --trainer.devices"
             )
-        lengths = self._views.lengths(self._stay[rows], self._minute[rows]) if self.view == "triplets" else None
+        if shuffle and self.beside is not None:
+            rows = np.concatenate([rows, len(self.samples) + self.beside.rows("train")])
+        lengths = self._lengths(rows) if self.view == "triplets" else None
         seed = self.seed if self.order_seed is None else self.order_seed
         order = (seed, self.order_epoch, self.order_start) if shuffle else (None,)
         batches = Batches(rows, self.batch_size, *order, lengths=lengths, rank=self.rank, world=self.world, whole=whole)
@@ -264,6 +331,14 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _lengths(self, rows: np.ndarray) -> np.ndarray:
+        own = rows[rows < len(self.samples)]
+        lengths = self._views.lengths(self._stay[own], self._minute[own])
+        if len(own) == len(rows):
+            return lengths
+        assert self.beside is not None
+        return np.concatenate([lengths, self.beside._lengths(rows[len(own) :] - len(self.samples))])
 
     def batch(
         self,
@@ -281,6 +356,9 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
             view: what is made of it; None: what the model asks for.
         """
         assert self.spec is not None
+        others = rows >= len(self.samples)
+        if others.any():
+            return self._joint(rows[~others], rows[others], epoch)
         stay, minute, thinning = self._stay[rows], self._minute[rows], None
         views, statics = self._views, self._static
         if without is not None:
@@ -308,6 +386,16 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         if view == "triplets":
             return Triplets(*first, *views.triplets(self.spec, stay, minute, thinning), *last)
         return Summary(*first, *last)
+
+    def _joint(self, own: np.ndarray, others: np.ndarray, epoch: int | None) -> Batch:
+        """Samples of both systems that train together."""
+        assert self.beside is not None
+        source = self.beside
+        source.view, source.summary, source.order_seed = self.view, self.summary, self.order_seed
+        source.thinning = self.thinning
+        batch = source.batch(others - len(self.samples), epoch)
+        batch = batch._replace(row=batch.row + len(self.samples))
+        return joined([self.batch(own, epoch), batch]) if len(own) else batch
 
     def charted(self, rows: np.ndarray) -> np.ndarray:
         """(B, F) Whether each variable was charted, or set, between the begin of the record and the prediction."""

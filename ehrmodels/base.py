@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,6 +15,7 @@ from datamodules.contract import Batch, Spec, View, unlabelled
 from ehrmodels.kinds import KINDS, Kind, threshold
 
 Stage = Literal["train", "val", "test"]
+Penalty = Callable[[Batch], Tensor]
 
 
 class ICUModule(lightning.LightningModule, ABC):
@@ -61,6 +63,7 @@ class ICUModule(lightning.LightningModule, ABC):
         self.spec: Any = None  # a ``Spec`` once there are layers
         self.operating_point = "youden"  # how the threshold is chosen on the validation split: see ``kinds.threshold``
         self.threshold: float | None = None
+        self.penalty: Penalty | None = None  # of what the head reads, added to the loss of training
         self.facts: dict[str, Any] = {}  # what a checkpoint says besides: data, split, patients that were trained on
         self.scores = nn.ModuleDict()
         self.losses = {stage: Mean() for stage in ("train", "val", "test")}  # over the samples of all processes
@@ -123,6 +126,8 @@ class ICUModule(lightning.LightningModule, ABC):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss, logit, _ = self._loss(batch)
+        if self.penalty is not None:
+            loss = loss + self.penalty(batch)
         return self._record("train", loss, len(logit), len(batch.target))
 
     def validation_step(self, batch: Batch, index: int) -> None:

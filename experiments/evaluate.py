@@ -157,19 +157,43 @@ def predict_split(
 
 
 def conclude(
-    folder: Path, data: ICUDataModule, stopped: str, device: Device | torch.device, model: type[ICUModule]
+    folder: Path,
+    data: ICUDataModule,
+    stopped: str,
+    device: Device | torch.device,
+    model: type[ICUModule],
+    carried: float | None = None,
 ) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """Score ``best.ckpt``: choose the threshold on val and write it into the checkpoint, then measure val and the data's split."""
+    """Score ``best.ckpt``: choose the threshold on val and write it into the checkpoint, then measure val and the data's split.
+
+    Args:
+        folder: run directory.
+        data: what it was trained on.
+        stopped: why.
+        device: where to compute.
+        model: class of the model.
+        carried: threshold of the source, where no patients of val were kept apart from training: then only the split is measured.
+    """
     best = folder / "best.ckpt"
     network = load(best, model)
-    validation = predict_split(network, data, "val", device)
     task = network.spec.task
-    network.threshold = metrics.choose_threshold(validation, network.operating_point, task)
+    if carried is None:
+        validation = predict_split(network, data, "val", device)
+        network.threshold = metrics.choose_threshold(validation, network.operating_point, task)
+    else:
+        validation = predict_split(network, data, data.split, device)
+        network.threshold = carried
     checkpoint = read(best)
     checkpoint["ehr"]["threshold"] = network.threshold
     save(checkpoint, best)
     distributed.all_gather(None)  # the others read the checkpoint again
     about = {"operating_point": network.operating_point, "stopped": stopped}
+    if carried is not None:
+        about["operating_point"] += " of the source"
+        write_parquet(validation, folder / "predictions.parquet")
+        result = {**metrics.score(validation, carried, task=task), "split": data.split, **about}
+        files.write_json({data.split: result}, folder / "metrics.json")
+        return validation, result
     scored, split = validation, "val"
     if data.split != "val":
         if len(data.rows(data.split)):
@@ -180,10 +204,10 @@ def conclude(
             )
     both = pl.concat([validation, scored]).unique(["stay_id", "minute"], maintain_order=True)
     write_parquet(both, folder / "predictions.parquet")
-    result: dict[str, Any] = {
+    results: dict[str, Any] = {
         "val": {**metrics.score(validation, network.threshold, task=task), "split": "val", **about}
     }
     if split != "val":
-        result[split] = {**metrics.score(scored, network.threshold, task=task), "split": split, **about}
-    files.write_json(result, folder / "metrics.json")
-    return scored, result[split]
+        results[split] = {**metrics.score(scored, network.threshold, task=task), "split": split, **about}
+    files.write_json(results, folder / "metrics.json")
+    return scored, results[split]

@@ -1,18 +1,22 @@
 """``ehr finetune``: a checkpoint on a second hospital system: scored as it is, fine-tuned, scored again."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
 
+from datamodules import module
 from datamodules.module import EICU, ICUDataModule
 from ehrmodels import ICUModule, load
 from ehrmodels.checkpoint import read, spec_of
 from experiments import distributed, figures, metrics, report, run_directory, tracking
-from experiments.evaluate import conclude, opened, predict_split
+from experiments.evaluate import conclude, data_of, opened, predict_split
 from experiments.files import console, write_json, write_parquet
-from experiments.fit import Recipe, check, fit, quiet, why_stopped
+from experiments.fit import Recipe, Trial, check, fit, quiet, why_stopped
+from experiments.strategies import WITH_SOURCE, Transfer
 
+DEFAULT = Transfer()
 MONITOR, PATIENCE = "val_auroc_auprc", 5
 Scored = dict[str, tuple[pl.DataFrame, dict[str, Any]]]  # name of a result -> predictions and scores
 
@@ -25,11 +29,14 @@ def finetune(
     seed: int = 0,
     learning_rate: float | None = None,
     epochs: int = 10,
-    operating_point: str = "youden",
+    transfer: Transfer = DEFAULT,
+    source: ICUDataModule | None = None,
+    operating_point: str | None = None,
     checkpoint_minutes: float = 10.0,
     resume: bool = False,
     model: type[ICUModule] | None = None,
     wandb: Literal["offline", "online"] | None = None,
+    trial: Trial | None = None,
 ) -> dict[str, Any]:
     """Transfer a checkpoint: score it zero-shot on another hospital system, fine-tune it there, score it again.
 
@@ -37,45 +44,52 @@ def finetune(
         ckpt: Checkpoint, such as runs/NAME/best.ckpt.
         data: Second hospital system; default: EICU.
         trainer: Arguments of lightning.Trainer; its logger and callbacks join those of this command.
-        out: Run directory; default: finetune-<data> beside the checkpoint.
+        out: Run directory; default: <strategy>-<data> beside the checkpoint.
         seed: Seed of dropout and order of batches.
-        learning_rate: Peak learning rate; default: a fifth of the source's.
+        learning_rate: Peak learning rate; default: a fifth of the source's with finetune, else the source's.
         epochs: Most epochs.
+        transfer: How.
+        source: First hospital system, for strategies that train on both; default: the one that the checkpoint was trained on.
         operating_point: Where alerts begin after fine-tuning, chosen on the target's validation split: youden, sensitivity=0.9, npv=0.98,
-            utility.
+            utility; default: as the checkpoint's was. Where patients are too few to set some aside, its threshold is kept.
         checkpoint_minutes: Minutes between checkpoints within an epoch; one is written after each epoch in any case.
         resume: Continue a fine-tuning that was interrupted.
         model: Class of the checkpoint's model, where it is your own.
         wandb: Also log to Weights & Biases (aggregates only): offline or online.
+        trial: What a queue adds.
 
     Returns:
-        Name of each result -> its scores.
+        Name of each result -> its scores; of several strategies, sizes or draws, name of each run -> its scores.
     """
     trainer = dict(trainer or {})
     if "max_epochs" in trainer:
         raise ValueError("fine-tuning trains for --epochs: leave --trainer.max_epochs out")
     target = data or EICU()
-    folder = Path(out) if out else Path(ckpt).parent / f"finetune-{target.name}"
+    folder = Path(out) if out else Path(ckpt).parent / f"{transfer}-{target.name}"
     recipe = Recipe(trainer, seed, MONITOR, PATIENCE, checkpoint_minutes)
     network = load(ckpt, model)
     with quiet(), distributed.distributed_run(trainer):
-        return transfer(
-            Path(ckpt), target, folder, recipe, learning_rate, epochs, operating_point, wandb, type(network), resume
-        )
+        return transferred(
+            Path(ckpt), target, folder, recipe, transfer, source, learning_rate, epochs, operating_point, wandb, type(network),
+            resume, trial=trial,
+        )  # fmt: skip
 
 
-def transfer(
+def transferred(
     ckpt: Path,
     target: ICUDataModule,
     folder: Path,
     recipe: Recipe,
+    transfer: Transfer,
+    source: ICUDataModule | None,
     learning_rate: float | None,
     epochs: int,
-    operating_point: str,
+    operating_point: str | None,
     wandb: Literal["offline", "online"] | None,
     model: type[ICUModule],
     resume: bool | None = False,
     beside: Scored | None = None,
+    trial: Trial | None = None,
 ) -> dict[str, Any]:
     """Zero-shot and fine-tuned scores of ``ckpt`` on ``target``'s held-out patients, in a run directory of its own.
 
@@ -84,28 +98,54 @@ def transfer(
         target: second hospital system.
         folder: run directory.
         recipe: how to train; the monitor and the number of epochs are those of fine-tuning.
-        learning_rate: peak; None: a fifth of the source's.
+        transfer: the strategy.
+        source: first hospital system; None: that of the checkpoint.
+        learning_rate: peak; None: that of the strategy.
         epochs: most epochs.
-        operating_point: of the fine-tuned model.
+        operating_point: of the fine-tuned model; None: that of the checkpoint.
         wandb: log there, too.
         model: class of the checkpoint's model.
         resume: whether an unfinished run may be continued.
         beside: results that are shown beside these.
+        trial: what a queue adds.
     """
     recipe = recipe._replace(trainer={**recipe.trainer, "max_epochs": epochs}, monitor=MONITOR, patience=PATIENCE)
     check(recipe)
-    metrics.check_operating_point(operating_point, spec_of(read(ckpt), ckpt).task)
+    runs = transfer.runs(model)
+    if {run.strategy for run in runs} & set(WITH_SOURCE) and source is None:
+        kind, arguments = data_of(ckpt)
+        source = getattr(module, kind)(**arguments)
+    if operating_point is not None:
+        metrics.check_operating_point(operating_point, spec_of(read(ckpt), ckpt).task)
     tracking.check(wandb)
     if learning_rate is not None and not learning_rate >= 0:
         raise ValueError(f"the learning rate of fine-tuning must be at least 0, found {learning_rate}")
+    sources = {"source": source} if {run.strategy for run in runs} & set(WITH_SOURCE) else {}
     config = run_directory.configuration(
-        None, {"data": target}, recipe.trainer, ckpt=str(ckpt), out=str(folder), seed=recipe.seed, learning_rate=learning_rate,
-        epochs=epochs, operating_point=operating_point, checkpoint_minutes=recipe.checkpoint_minutes, wandb=wandb,
+        None, {"data": target, **sources}, recipe.trainer, transfer=asdict(transfer), ckpt=str(ckpt), out=str(folder),
+        seed=recipe.seed, learning_rate=learning_rate, epochs=epochs, operating_point=operating_point,
+        checkpoint_minutes=recipe.checkpoint_minutes, wandb=wandb,
     )  # fmt: skip
     del config["trainer"]["max_epochs"]  # which is --epochs here
+    if len(runs) > 1:
+        from experiments.curve import curve  # whose queue calls ``finetune``
+
+        return curve(ckpt, target, folder, runs, transfer.workers, config, model)
+    (transfer,) = runs
     with run_directory.opened(folder, config, resume, "--out", finetune):
         network, target = opened(ckpt, target, model)
-        check_validation(target)
+        apart, carried = True, None
+        if transfer.patients is not None:
+            apart = target.limit(transfer.patients, int(transfer.draw))
+        if not apart:
+            recipe, carried = recipe._replace(monitor=None), network.threshold
+            console.print(
+                f"[yellow]{transfer.patients:,} patients are too few to set some aside: all epochs are trained, and the source's "
+                "threshold is kept[/]",
+                soft_wrap=True,
+            )
+        elif transfer.strategy != "zero_shot":
+            check_validation(target)
         run_directory.record(folder, run_directory.data_facts(target))
         console.print(f"{target.name}: {len(target.rows(target.split)):,} {target.split} samples", soft_wrap=True)
         zero = predict_split(network, target, target.split)
@@ -119,20 +159,28 @@ def transfer(
         }
         write_parquet(zero, folder / "zero_shot.parquet")
         write_json(scored[f"{target.name} zero-shot"][1], folder / "zero_shot.json")
+        if transfer.strategy == "zero_shot":
+            results = {name: scores for name, (_, scores) in scored.items()}
+            write_parquet(zero, folder / "predictions.parquet")
+            write_json({target.split: results[f"{target.name} zero-shot"]}, folder / "metrics.json")
+            report.show(results, console)
+            return results
         device: Any = "auto"
+        network = transfer.prepared(ckpt, model, target, source, recipe.seed)
         if not (folder / "metrics.json").exists():
-            network = load(ckpt, model)
-            network.learning_rate = network.learning_rate / 5 if learning_rate is None else learning_rate
-            network.operating_point = operating_point
+            if learning_rate is not None:
+                network.learning_rate = learning_rate
+            network.operating_point = operating_point or load(ckpt, model).operating_point
             network.facts |= {"seed": recipe.seed, "source": str(ckpt), "code": run_directory.code()}
-            tags = [target.name, type(network).__name__, "finetune"]
+            tags = [target.name, type(network).__name__, transfer.strategy]
             logger = tracking.logger(wandb, folder, config, recipe.monitor, tags)
-            device = fit(folder, network, target, recipe, logger).strategy.root_device
+            device = fit(folder, network, target, recipe, logger, trial and trial.report).strategy.root_device
         stopped = why_stopped(folder, recipe.monitor, recipe.trainer)
-        scored[f"{target.name} fine-tuned"] = conclude(folder, target, stopped, device, model)
-        after, result = scored[f"{target.name} fine-tuned"]
+        label = "fine-tuned" if transfer.strategy == "finetune" else transfer.strategy.replace("_", " ")
+        scored[f"{target.name} {label}"] = conclude(folder, target, stopped, device, model, carried)
+        after, result = scored[f"{target.name} {label}"]
         tracking.end(
-            tracking.scores("zero-shot", scored[f"{target.name} zero-shot"][1]) | tracking.scores("fine-tuned", result)
+            tracking.scores("zero-shot", scored[f"{target.name} zero-shot"][1]) | tracking.scores(label, result)
         )
         results = {name: scores for name, (_, scores) in scored.items()}
         report.show(results, console)
@@ -144,7 +192,7 @@ def transfer(
             if g["low"] is not None
         )
         text = text or "cannot be told, since only one outcome occurs among them"
-        console.print(f"fine-tuned less zero-shot, on the same patients: {text}", soft_wrap=True)
+        console.print(f"{label} less zero-shot, on the same patients: {text}", soft_wrap=True)
         title = f"{folder.parent.name} to {target.name}: {network.spec.task['name']}"
         figures.draw({name: table for name, (table, _) in scored.items()}, results, folder / "report.png", title)
         console.print(

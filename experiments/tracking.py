@@ -48,7 +48,12 @@ def _switched_off(mode: Mode | None) -> bool:
 
 
 def logger(
-    mode: Mode | None, folder: Path, config: dict[str, Any], monitor: str, tags: list[str], trial: Trial | None = None
+    mode: Mode | None,
+    folder: Path,
+    config: dict[str, Any],
+    monitor: str | None,
+    tags: list[str],
+    trial: Trial | None = None,
 ) -> Any:
     """Weights & Biases' run of a run directory, as a logger for lightning.Trainer; None where nothing is to be tracked.
 
@@ -101,7 +106,8 @@ def logger(
         raise ValueError(f"--wandb {mode} is not possible: {error}; mend that, or take --wandb offline") from error
     opened.define_metric("epoch")
     opened.define_metric("*", step_metric="epoch", step_sync=True)
-    opened.define_metric(monitor, step_metric="epoch", step_sync=True, summary=MONITORS[monitor])
+    if monitor is not None:
+        opened.define_metric(monitor, step_metric="epoch", step_sync=True, summary=MONITORS[monitor])
     former = [f for f in records.glob(f"offline-run-*-{opened.id}") if f != Path(opened.settings.sync_dir)]
     if not any(list(f.glob("*.synced")) for f in former):
         for row in _epochs(folder / "metrics.csv"):

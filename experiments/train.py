@@ -14,8 +14,9 @@ from ehrmodels.trees import FittedAtOnce
 from experiments import distributed, figures, files, metrics, report, run_directory, tracking
 from experiments.evaluate import conclude
 from experiments.files import console
-from experiments.finetune import check_validation, transfer
+from experiments.finetune import DEFAULT, check_validation, transferred
 from experiments.fit import Recipe, Trial, check, fit, quiet, why_stopped
+from experiments.strategies import Transfer
 from experiments.teacher import teacher as cross_fitted
 
 Monitor = Literal["cv_auroc_auprc", "val_auroc_auprc", "val_auroc", "val_auprc", "val_loss"]
@@ -38,6 +39,7 @@ def train(
     finetune: ICUDataModule | None = None,
     finetune_learning_rate: float | None = None,
     finetune_epochs: int = 10,
+    transfer: Transfer = DEFAULT,
     checkpoint_minutes: float = 10.0,
     wandb: WandB | None = None,
     trial: Trial | None = None,
@@ -62,8 +64,9 @@ def train(
         teacher: lightgbm, or the run of a LightGBM whose settings are used: trees, cross-fitted inside the training split, whose
             probabilities are nine tenths of what the network is trained towards.
         finetune: Second hospital system: scored zero-shot, then fine-tuned and scored again on the same held-out patients.
-        finetune_learning_rate: Peak learning rate of fine-tuning; default: a fifth of the model's.
+        finetune_learning_rate: Peak learning rate of fine-tuning; default: a fifth of the model's with finetune, else the model's.
         finetune_epochs: Most epochs of fine-tuning.
+        transfer: How it is carried to the second hospital system.
         checkpoint_minutes: Minutes between checkpoints within an epoch; one is written after each epoch in any case.
         wandb: Also log to Weights & Biases (aggregates only): offline or online.
         trial: What a sweep adds.
@@ -90,11 +93,12 @@ def train(
     config = run_directory.configuration(
         model, {"data": data, "finetune": finetune}, trainer, name=folder.name, runs=runs, seed=seed, monitor=monitor,
         patience=patience, operating_point=operating_point, init_from=init_from, teacher=teacher, checkpoint_minutes=checkpoint_minutes,
-        finetune_learning_rate=finetune_learning_rate, finetune_epochs=finetune_epochs, wandb=wandb,
+        finetune_learning_rate=finetune_learning_rate, finetune_epochs=finetune_epochs, transfer=asdict(transfer), wandb=wandb,
     )  # fmt: skip
     with quiet(), distributed.distributed_run(trainer):
         with run_directory.opened(folder, config, resume, "--name", train):
             if finetune is not None:
+                transfer.runs(type(model))  # refuses what it cannot do
                 finetune.files()  # type: ignore[attr-defined]  # say at once, not after training, that they are not there
             results = _train(folder, model, data, recipe, config, init_from, teacher, wandb, trial)
             if results is None:
@@ -109,8 +113,8 @@ def train(
         if finetune is None:
             return {data.name: result}
         source = {f"{data.name} (source)": (predictions, result)}
-        return transfer(
-            folder / "best.ckpt", finetune, folder / f"finetune-{finetune.name}", recipe, finetune_learning_rate,
+        return transferred(
+            folder / "best.ckpt", finetune, folder / f"{transfer}-{finetune.name}", recipe, transfer, data, finetune_learning_rate,
             finetune_epochs, operating_point, wandb, type(model), resume=None, beside=source,
         )  # fmt: skip
 
