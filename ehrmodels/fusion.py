@@ -45,7 +45,7 @@ class Fusion(ICUModule):
         transformer_layers: int = 2,
         fusion: Literal["gated", "concat", "cross_attention"] = "gated",
         dropout: float = 0.3,
-        piecewise: bool = True,
+        piecewise: bool = False,
         summary: bool = True,
         members: int = 16,
         **kwargs: Any,

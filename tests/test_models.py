@@ -19,7 +19,7 @@ from experiments.files import save
 
 MODELS: dict[str, tuple[type[ICUModule], dict[str, Any]]] = {
     "fusion gated": (Fusion, {"fusion": "gated"}),
-    "fusion concat": (Fusion, {"fusion": "concat"}),
+    "fusion concat": (Fusion, {"fusion": "concat", "piecewise": True}),
     "fusion cross_attention": (Fusion, {"fusion": "cross_attention"}),
     "hymate token": (HyMaTE, {"attention": "token"}),
     "hymate variable": (HyMaTE, {"attention": "variable"}),
