@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from datamodules import simulate
+from experiments import figures, files
 from experiments.cli import main
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -38,6 +39,13 @@ def one_thread() -> None:
     """Threads of small models wait for each other more than they work, by a factor of ten where the machine is shared."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of child processes
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes a third of a small run: it is left to tests of pictures and of documents, and to shared fixtures."""
+    if request.path.name not in ("test_figures.py", "test_docs.py", "test_readme.py"):
+        monkeypatch.setattr(figures, "draw", lambda predictions, results, path, title: files.write(path, b"a picture"))
 
 
 @pytest.fixture(scope="session")

@@ -213,7 +213,7 @@ def test_several_are_a_queue_that_ends_in_one_table(
     out = tmp_path / "out"
     line = (
         f"finetune --ckpt {source} --data SyntheticEICU --data.root {eicu} --epochs 1 --out {out} "
-        "--transfer.strategy finetune,target_only --transfer.sizes all,60 --transfer.draw 0,1 --transfer.workers 2"
+        "--transfer.strategy finetune,target_only --transfer.sizes all,60 --transfer.draw 0,1 --transfer.workers 1"
     )
     main(line.split())
     names = {"zero_shot", *(f"{s}-{n}" for s in ("finetune", "target_only") for n in ("60-0", "60-1", "all-1"))}
