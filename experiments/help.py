@@ -37,7 +37,7 @@ TRAINER = {  # the arguments of lightning.Trainer that matter
     "trainer.devices": "Processes of this machine, a GPU each where there are any; default: 1.",
     "trainer.precision": "Such as 32-true or bf16-mixed; default: bf16-mixed on a GPU.",
 }
-HIDDEN = ("trainer", "trial", "config")
+HIDDEN = ("transfer.weight", "transfer.workers", "trainer", "trial", "config")
 POSITIONAL = {
     "compare": ("runs", "RUN")
 }  # verb -> its argument that takes no flag but as many words as are given, and one of them
@@ -103,8 +103,30 @@ complete -o default -F _ehr ehr
 def documented(verb: str) -> tuple[str, dict[str, str]]:
     """First paragraph of a verb's docstring, and option -> the first words on it."""
     path = Path(__file__).parent / ("sweep/command.py" if verb == "sweep" else f"{verb}.py")
-    functions = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == verb]
-    doc = ast.get_docstring(functions[0]) or ""
+    doc = _docstring(path, verb)
+    options = _arguments(doc)
+    if "transfer" in options:
+        parts = _arguments(_docstring(Path(__file__).parent / "strategies.py", "Transfer"))
+        options = {
+            name: about
+            for key, text in options.items()
+            for name, about in (
+                {f"transfer.{k}": v for k, v in parts.items()} if key == "transfer" else {key: text}
+            ).items()
+        }
+    first = " ".join(doc.split("\n\n")[0].split())
+    short = {name: re.split(r"\.\s|;", f"{about} ")[0].strip() for name, about in options.items() if name not in HIDDEN}
+    return first, {name: f"{about.rstrip('.')}." for name, about in short.items()}
+
+
+def _docstring(path: Path, name: str) -> str:
+    """Of a function or class in a file, which is not imported for it."""
+    nodes = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    return ast.get_docstring(next(node for node in nodes if node.name == name)) or ""
+
+
+def _arguments(doc: str) -> dict[str, str]:
+    """Name -> what a docstring says of it under ``Args``."""
     arguments = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", doc, re.M | re.S)
     options: dict[str, str] = {}
     for line in (arguments[1] if arguments else "").splitlines():
@@ -112,9 +134,7 @@ def documented(verb: str) -> tuple[str, dict[str, str]]:
             options[entry[1]] = entry[2]
         elif options and line.strip():
             options[next(reversed(options))] += f" {line.strip()}"
-    first = " ".join(doc.split("\n\n")[0].split())
-    short = {name: re.split(r"\.\s|;", f"{about} ")[0].strip() for name, about in options.items() if name not in HIDDEN}
-    return first, {name: f"{about.rstrip('.')}." for name, about in short.items()}
+    return options
 
 
 def _filled(text: str, start: str = "", indent: int = 0) -> str:

@@ -22,14 +22,14 @@ class Transfer:
     ends in one table.
 
     Args:
-        strategy: zero_shot trains nothing; finetune all weights, with a fifth of the source's learning rate; head those of the head;
+        strategy: zero_shot, finetune, head, adapter, retrain, pooled, coral, mmd, target_only, or all.
+            zero_shot trains nothing; finetune all weights, with a fifth of the source's learning rate; head those of the head;
             adapter those of the head, biases, and scales of normalisation and members; retrain all, with the source's learning
             rate; pooled all, on source and target together; coral and mmd the same, and what the head reads of both systems
             is drawn together by the distance of covariances or of means under kernels; target_only starts from nothing and
-            fits variables and scaler of the target. Several with commas, or all. Trees can do zero_shot, finetune (more trees),
-            pooled and target_only.
-        sizes: Patients of the target that are used for training and validation, such as 100,1000,all.
-        draw: Which of them: another number draws others; several, such as 0,1,2, draw so often.
+            fits variables and scaler of the target. Several are parted by commas. Trees can do zero_shot, finetune (more trees), pooled and target_only.
+        sizes: Patients of the target for training and validation, such as 100,1000,all.
+        draw: Which of them; another number draws others, and several, such as 0,1,2, draw so often.
         weight: Weight of the distance in the loss of coral and mmd.
         workers: Processes of this machine that share a queue; default: the number of GPUs, or 1.
     """
