@@ -43,8 +43,8 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes a third of a small run: it is left to tests of pictures and of documents, and to shared fixtures."""
-    if request.path.name not in ("test_figures.py", "test_docs.py", "test_readme.py"):
+    """Drawing takes a third of a small run: it is left to tests of pictures, of documents and of bits."""
+    if request.path.name not in ("test_figures.py", "test_docs.py", "test_readme.py", "test_resume.py"):
         monkeypatch.setattr(figures, "draw", lambda predictions, results, path, title: files.write(path, b"a picture"))
 
 
