@@ -12,7 +12,8 @@ from ehrmodels.alignment import Alignment, coral, mmd
 from ehrmodels.trees import FittedAtOnce
 
 STRATEGIES = ("zero_shot", "finetune", "head", "adapter", "retrain", "pooled", "coral", "mmd", "target_only")
-WITH_SOURCE = ("pooled", "coral", "mmd")  # those that train on the source's patients, too
+ALIGNED = {"coral": coral, "mmd": mmd}  # those that draw both systems together, and by what distance
+WITH_SOURCE = ("pooled", *ALIGNED)  # those that train on the source's patients, too
 OF_TREES = ("zero_shot", "finetune", "pooled", "target_only")
 
 
@@ -54,6 +55,13 @@ class Transfer:
         for name in ("strategy", "sizes", "draw"):
             if len(set(_parts(getattr(self, name)))) < len(_parts(getattr(self, name))):
                 raise ValueError(f"--transfer.{name} {getattr(self, name)} names one twice")
+        strategies = set(_parts(self.strategy))
+        if strategies == {"zero_shot"} and (self.sizes, self.draw) != ("all", "0"):
+            raise ValueError(
+                "--transfer.strategy zero_shot trains on nobody: leave --transfer.sizes and --transfer.draw out"
+            )
+        if self.weight != 1.0 and not strategies & {*ALIGNED, "all"}:
+            raise ValueError(f"--transfer.weight is of coral and mmd, and {self.strategy} is none: leave it out")
         if not self.weight >= 0:
             raise ValueError(f"--transfer.weight must be at least 0, found {self.weight}")
         if self.workers is not None and self.workers < 1:
@@ -90,7 +98,7 @@ class Transfer:
         sizes = sorted(_parts(self.sizes), key=lambda size: float("inf") if size == "all" else int(size))
         zero = Transfer("zero_shot")
         trained = [
-            Transfer(strategy, size, draw, self.weight)
+            Transfer(strategy, size, draw, self.weight if strategy in ALIGNED else 1.0)
             for size, draw, strategy in product(sizes, _parts(self.draw), wanted)
             if strategy != "zero_shot"
         ]
@@ -132,8 +140,7 @@ class Transfer:
             if isinstance(network, FittedAtOnce):
                 network.fitted = ""  # grown anew on both
             elif self.strategy != "pooled":
-                distance = {"coral": coral, "mmd": mmd}[self.strategy]
-                network.penalty = Alignment(network, distance, self.weight, len(target.samples))
+                network.penalty = Alignment(network, ALIGNED[self.strategy], self.weight, len(target.samples))
         return network
 
 

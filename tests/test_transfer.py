@@ -187,6 +187,18 @@ def test_zero_shot_and_fine_tuning_fit_no_statistic_of_the_target(
     main(f"{line} --out {tmp_path / 'tuned'}".split())
 
 
+def test_all_are_the_strategies_that_the_model_can_do() -> None:
+    runs = Transfer("all", "100,all", weight=2.0).runs(Fusion)
+    assert [run.strategy for run in runs] == ["zero_shot", *2 * STRATEGIES[1:]]
+    assert {run.strategy for run in runs if run.weight == 2.0} == {"coral", "mmd"}
+    assert {run.strategy for run in Transfer("all").runs(LightGBM)} == {
+        "zero_shot",
+        "finetune",
+        "pooled",
+        "target_only",
+    }
+
+
 def test_what_a_model_cannot_do_is_refused(
     source: Path, mimic: Path, eicu: Path, tmp_path: Path, refused: Callable[[str], str]
 ) -> None:
@@ -197,6 +209,8 @@ def test_what_a_model_cannot_do_is_refused(
     line = f"finetune --ckpt {source} --data SyntheticEICU --data.root {eicu} --out {tmp_path / 'out'}"
     assert "--transfer.sizes must be numbers of at least 2, or all, found 1" in refused(f"{line} --transfer.sizes 1")
     assert "--transfer.strategy magic is not known" in refused(f"{line} --transfer.strategy magic")
+    assert "zero_shot trains on nobody" in refused(f"{line} --transfer.strategy zero_shot --transfer.sizes 100")
+    assert "--transfer.weight is of coral and mmd" in refused(f"{line} --transfer.weight 2")
     assert "--transfer.draw 1,1 names one twice" in refused(f"{line} --transfer.draw 1,1")
     assert "9,999 patients were asked for" in refused(f"{line} --transfer.sizes 9999")
     assert "has 196 patients in train and val" in refused(f"{line} --transfer.sizes 100,9999")
