@@ -208,7 +208,7 @@ def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:
     skipped = {*ours, words, *(OF_TRIALS if verb == "sweep" else ())}
     parser.add_function_arguments(function, skip=skipped, as_group=False)
     if verb == "sweep":
-        others = {"name", "runs", "finetune", "finetune_learning_rate", "finetune_epochs"}
+        others = {"name", "runs", "finetune", "finetune_learning_rate", "finetune_epochs", "transfer"}
         parser.add_function_arguments(trained, skip={*ours, *others}, as_group=False)
     if verb in ("train", "finetune", "sweep"):
         import lightning

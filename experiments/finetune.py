@@ -1,6 +1,5 @@
 """``ehr finetune``: a checkpoint on a second hospital system: scored as it is, fine-tuned, scored again."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,7 +121,7 @@ def transferred(
         raise ValueError(f"the learning rate of fine-tuning must be at least 0, found {learning_rate}")
     sources = {"source": source} if {run.strategy for run in runs} & set(WITH_SOURCE) else {}
     config = run_directory.configuration(
-        None, {"data": target, **sources}, recipe.trainer, transfer=asdict(transfer), ckpt=str(ckpt), out=str(folder),
+        None, {"data": target, **sources}, recipe.trainer, transfer=transfer, ckpt=str(ckpt), out=str(folder),
         seed=recipe.seed, learning_rate=learning_rate, epochs=epochs, operating_point=operating_point,
         checkpoint_minutes=recipe.checkpoint_minutes, wandb=wandb,
     )  # fmt: skip

@@ -37,7 +37,7 @@ TRAINER = {  # the arguments of lightning.Trainer that matter
     "trainer.devices": "Processes of this machine, a GPU each where there are any; default: 1.",
     "trainer.precision": "Such as 32-true or bf16-mixed; default: bf16-mixed on a GPU.",
 }
-HIDDEN = ("transfer.weight", "transfer.workers", "trainer", "trial", "config")
+HIDDEN = ("transfer.draw", "transfer.weight", "transfer.workers", "trainer", "trial", "config")
 POSITIONAL = {
     "compare": ("runs", "RUN")
 }  # verb -> its argument that takes no flag but as many words as are given, and one of them

@@ -53,7 +53,15 @@ def configuration(
     for name in ("callbacks", "logger"):
         if name in arguments:
             arguments[name] = _objects(arguments[name])
-    return {**config, "trainer": arguments, **{k: v for k, v in options.items() if v is not None}}
+    plain = {
+        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for name, value in options.items()
+    }
+    return {**config, "trainer": arguments, **_without_none(plain)}
+
+
+def _without_none(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in options.items() if v is not None}
 
 
 def precision(trainer: dict[str, Any]) -> str:

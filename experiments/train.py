@@ -61,9 +61,9 @@ def train(
             sensitivity=0.9 or npv=0.98 with the fewest alerts that reach it; utility, that of the 2019 challenge, for hourly sepsis.
         resume: Continue a run that was interrupted.
         init_from: Checkpoint whose weights, variables and scaler training starts from, such as one of HyMaTEForecast.
-        teacher: lightgbm, or the run of a LightGBM whose settings are used: trees, cross-fitted inside the training split, whose
+        teacher: lightgbm, or a run of LightGBM whose settings are used; trees, cross-fitted inside the training split, whose
             probabilities are nine tenths of what the network is trained towards.
-        finetune: Second hospital system: scored zero-shot, then fine-tuned and scored again on the same held-out patients.
+        finetune: Second hospital system; scored zero-shot, then fine-tuned and scored again on the same held-out patients.
         finetune_learning_rate: Peak learning rate of fine-tuning; default: a fifth of the model's with finetune, else the model's.
         finetune_epochs: Most epochs of fine-tuning.
         transfer: How it is carried to the second hospital system.
@@ -93,7 +93,7 @@ def train(
     config = run_directory.configuration(
         model, {"data": data, "finetune": finetune}, trainer, name=folder.name, runs=runs, seed=seed, monitor=monitor,
         patience=patience, operating_point=operating_point, init_from=init_from, teacher=teacher, checkpoint_minutes=checkpoint_minutes,
-        finetune_learning_rate=finetune_learning_rate, finetune_epochs=finetune_epochs, transfer=asdict(transfer), wandb=wandb,
+        finetune_learning_rate=finetune_learning_rate, finetune_epochs=finetune_epochs, transfer=transfer, wandb=wandb,
     )  # fmt: skip
     with quiet(), distributed.distributed_run(trainer):
         with run_directory.opened(folder, config, resume, "--name", train):
