@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules import agreement, hospitals, scaler
 from datamodules.agreement import Trained
-from datamodules.cohort import Cohort, rows_of
+from datamodules.cohort import Cohort, hashed, rows_of
 from datamodules.contract import Batch, Grid, Spec, Summary, Triplets, View, joined
 from datamodules.hospitals.base import Hospital, Split
 from datamodules.sampler import Batches
@@ -211,12 +211,12 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         They keep their split where validation has at least 5 of them with each outcome; else all of them are in both,
         and no choice should be made by what is validated.
 
-        Returns:
-            Whether validation is apart from training.
-
         Args:
             patients: how many, of those in train and val.
             draw: another number draws others.
+
+        Returns:
+            Whether validation is apart from training.
 
         Raises:
             ValueError: there are not so many.
@@ -229,7 +229,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
             raise ValueError(
                 f"{patients:,} patients were asked for, but {self.root} has {len(everyone):,} in train and val"
             )
-        chosen = sorted(everyone, key=lambda p: hashlib.blake2b(f"{draw}:{p}".encode(), digest_size=8).digest())
+        chosen = sorted(everyone, key=lambda p: hashed(f"{draw}:{p}"))
         few = set(chosen[:patients])
         limited = {split: rows[[p in few for p in patient[rows]]] for split, rows in of_split.items()}
         val = limited["val"]

@@ -1,6 +1,5 @@
 """``ehr benchmark``: models x seeds x data sets, trained by many processes and compared."""
 
-import json
 import re
 import sys
 import tempfile
@@ -16,15 +15,10 @@ import yaml
 from experiments import cli, metrics
 from experiments.compare import Run, contrasts, draw, joined, show
 from experiments.files import console, write
-from experiments.trainings import Training, begun, check_all, complete
+from experiments.trainings import Training, begun, check_all, check_one_device, complete
 
 OURS = ("name", "runs", "seed", "resume", "config", "finetune", "finetune_learning_rate", "finetune_epochs", "transfer")
 OF_TRAINING = ("batch_size", "thinning")  # options of the data that belong to how a model is trained
-ON_ONE_DEVICE = (
-    "devices",
-    "num_nodes",
-    "strategy",
-)  # arguments of the trainer, which a training of a queue does not choose
 
 
 def benchmark(
@@ -143,11 +137,7 @@ def composed(model: str, entry: Any, of: str, section: dict[str, Any]) -> dict[s
         raise ValueError(
             f"{place}: expected the name of a YAML file of ehr train, or class_path and init_args, found {entry}"
         )
-    trainer = config.get("trainer") or {}
-    if any(trainer.get(key) not in (None, 1, "1", "auto") for key in ON_ONE_DEVICE):
-        raise ValueError(
-            f"{place}: one training runs on one device: leave trainer.devices, num_nodes and strategy out, and use --workers"
-        )
+    check_one_device(config.get("trainer") or {}, place, "--workers")
     if not isinstance(section, dict) or not isinstance(section.get("class_path"), str):
         raise ValueError(f"data.{of}: expected class_path and init_args, as the data of ehr train, found {section}")
     config = deepcopy(
@@ -223,7 +213,7 @@ def _summarised(folder: Path, trainings: dict[Entry, Training], reference: str |
                 f"{of}: no training of {reference}, the reference, has ended", soft_wrap=True, highlight=False
             )
             continue
-        split = list(json.loads((next(iter(scored.values())).run / "metrics.json").read_text()))[-1]
+        split = next(iter(scored.values())).result()[0]
         table = contrasts(groups, reference, split)
         minutes = pl.DataFrame(
             [(entry.model, training.state()["minutes"] or None) for entry, training in scored.items()],

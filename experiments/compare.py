@@ -306,7 +306,7 @@ def readable(table: pl.DataFrame, reference: str) -> pl.DataFrame:
         if table[f"{name}_sd"].is_not_null().any():
             shown[f"{label} sd"] = ["-" if r[f"{name}_sd"] is None else f"{r[f'{name}_sd']:.3f}" for r in records]
     for name in names:
-        shown[f"{METRICS[name].label} less {reference}"] = [_difference(r, name) for r in records]
+        shown[f"{METRICS[name].label} less {reference}"] = [signed(r, f"{name}_difference") for r in records]
         if name == "auroc" and table["auroc_p"].is_not_null().any():
             shown["p"] = ["-" if r["auroc_p"] is None else f"{r['auroc_p']:.2g}" for r in records]
     if "minutes" in table.columns:
@@ -314,8 +314,9 @@ def readable(table: pl.DataFrame, reference: str) -> pl.DataFrame:
     return pl.DataFrame(shown)
 
 
-def _difference(record: dict[str, Any], name: str) -> str:
-    value, low, high = (record[f"{name}_difference{end}"] for end in ("", "_low", "_high"))
+def signed(record: dict[str, Any], column: str) -> str:
+    """The difference in ``column`` of a row with its interval, and a star where that is without 0."""
+    value, low, high = (record[column + end] for end in ("", "_low", "_high"))
     if value is None:
         return "-"
     if low is None:

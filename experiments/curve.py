@@ -1,6 +1,5 @@
 """What strategies of transfer are worth with so many patients of the target: a queue of runs of ``ehr finetune``, and its table."""
 
-import json
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -12,14 +11,13 @@ import polars as pl
 from datamodules.module import ICUDataModule
 from ehrmodels import ICUModule
 from experiments import metrics, report
-from experiments.benchmark import ON_ONE_DEVICE
-from experiments.compare import COMPARED, Run, check_samples
+from experiments.compare import COMPARED, Run, check_samples, signed
 from experiments.evaluate import opened
 from experiments.figures import figure
 from experiments.files import console, write
 from experiments.metrics import METRICS, REPLICATES, Rows
 from experiments.strategies import Transfer
-from experiments.trainings import Training, begun, check_all, complete
+from experiments.trainings import Training, begun, check_all, check_one_device, complete
 
 REFERENCES = ("zero_shot", "target_only")  # what a strategy has to beat
 Drawn = dict[tuple[str, int], np.ndarray]  # strategy and patients -> (draws, 1 + replicates, names)
@@ -55,11 +53,7 @@ def curve(
     Raises:
         ValueError: a run failed, or runs are asked to use several devices each.
     """
-    several = [name for name in ON_ONE_DEVICE if config["trainer"].get(name) not in (None, 1, "1", "auto")]
-    if several:
-        raise ValueError(
-            f"each run of a transfer's queue uses one device: leave --trainer.{several[0]} out, and use --transfer.workers"
-        )
+    check_one_device(config["trainer"], "a transfer's queue", "--transfer.workers")
     if (folder / "last.ckpt").exists():
         raise ValueError(f"{folder} holds a training run; choose another --out")
     _, target = opened(ckpt, target, model)  # once, and before any worker says that the files are not there
@@ -81,7 +75,7 @@ def curve(
     check_all(list(configurations), folder)
     with alone:
         _summarised(folder, trainings, target, everyone)
-    return {str(t): list(json.loads((t.run / "metrics.json").read_text()).values())[-1] for t in trainings.values()}
+    return {str(training): training.result()[1] for training in trainings.values()}
 
 
 def _path(model: type) -> str:
@@ -165,17 +159,10 @@ def readable(table: pl.DataFrame, names: list[str]) -> pl.DataFrame:
         for name in names:
             column = f"{name}_less_{reference}"
             if table[column].is_not_null().any():
-                shown[f"{METRICS[name].label} less {reference}"] = [_difference(r, column) for r in records]
+                shown[f"{METRICS[name].label} less {reference}"] = [signed(r, column) for r in records]
     if "minutes" in table.columns:
         shown["minutes"] = [f"{value:.1f}" for value in table["minutes"]]
     return pl.DataFrame(shown)
-
-
-def _difference(record: dict[str, Any], column: str) -> str:
-    value, low, high = (record[column + end] for end in ("", "_low", "_high"))
-    if value is None or low is None:
-        return "-" if value is None else f"{value:+.3f}"
-    return f"{value:+.3f} ({low:+.3f} to {high:+.3f})" + " *" * (low > 0 or high < 0)
 
 
 def advice(table: pl.DataFrame) -> list[str]:

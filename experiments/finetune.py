@@ -111,7 +111,8 @@ def transferred(
     recipe = recipe._replace(trainer={**recipe.trainer, "max_epochs": epochs}, monitor=MONITOR, patience=PATIENCE)
     check(recipe)
     runs = transfer.runs(model)
-    if {run.strategy for run in runs} & set(WITH_SOURCE) and source is None:
+    joint = any(run.strategy in WITH_SOURCE for run in runs)
+    if joint and source is None:
         kind, arguments = data_of(ckpt)
         source = getattr(module, kind)(**arguments)
     if operating_point is not None:
@@ -119,9 +120,8 @@ def transferred(
     tracking.check(wandb)
     if learning_rate is not None and not learning_rate >= 0:
         raise ValueError(f"the learning rate of fine-tuning must be at least 0, found {learning_rate}")
-    sources = {"source": source} if {run.strategy for run in runs} & set(WITH_SOURCE) else {}
     config = run_directory.configuration(
-        None, {"data": target, **sources}, recipe.trainer, transfer=transfer, ckpt=str(ckpt), out=str(folder),
+        None, {"data": target, "source": source if joint else None}, recipe.trainer, transfer=transfer, ckpt=str(ckpt), out=str(folder),
         seed=recipe.seed, learning_rate=learning_rate, epochs=epochs, operating_point=operating_point,
         checkpoint_minutes=recipe.checkpoint_minutes, wandb=wandb,
     )  # fmt: skip
@@ -165,11 +165,12 @@ def transferred(
             report.show(results, console)
             return results
         device: Any = "auto"
+        zero_point = network.operating_point
         network = transfer.prepared(ckpt, model, target, source, recipe.seed)
         if not (folder / "metrics.json").exists():
             if learning_rate is not None:
                 network.learning_rate = learning_rate
-            network.operating_point = operating_point or load(ckpt, model).operating_point
+            network.operating_point = operating_point or zero_point
             network.facts |= {"seed": recipe.seed, "source": str(ckpt), "code": run_directory.code()}
             tags = [target.name, type(network).__name__, transfer.strategy]
             logger = tracking.logger(wandb, folder, config, recipe.monitor, tags)

@@ -137,9 +137,8 @@ def fit(
     model.train()  # ``load`` gives it in evaluation mode, in which fine-tuning would go without dropout
     last = folder / "last.ckpt"
     epochs = Epochs(folder / "metrics.csv", seed, last, minutes, report)
-    mode = (
-        MONITORS[monitor] if monitor else "max"
-    )  # not that of ``newest``, from which its state would not be told apart
+    # where nothing is monitored, not the mode of ``newest``: Lightning would not tell their states apart
+    mode = MONITORS[monitor] if monitor else "max"
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
     newest = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
     own = _made("callbacks", trainer.pop("callbacks", None))

@@ -28,7 +28,8 @@ class Transfer:
             adapter those of the head, biases, and scales of normalisation and members; retrain all, with the source's learning
             rate; pooled all, on source and target together; coral and mmd the same, and what the head reads of both systems
             is drawn together by the distance of covariances or of means under kernels; target_only starts from nothing and
-            fits variables and scaler of the target. Several are parted by commas. Trees can do zero_shot, finetune (more trees), pooled and target_only.
+            fits variables and scaler of the target. Several are parted by commas. Trees can do zero_shot,
+            finetune (more trees), pooled and target_only.
         sizes: Patients of the target for training and validation, such as 100,1000,all.
         draw: Which of them; another number draws others, and several, such as 0,1,2, draw so often.
         weight: Weight of the distance in the loss of coral and mmd.

@@ -28,6 +28,7 @@ from experiments.processes import RENEW, Standing, Workers, why_failed
 from experiments.train import train
 
 ATTEMPTS = 5  # times that a training may lose its process without one more epoch
+ON_ONE_DEVICE = ("devices", "num_nodes", "strategy")  # arguments of the trainer that are not for a training to choose
 VERBS: dict[str, Callable[..., Any]] = {"train": train, "finetune": finetune}
 
 
@@ -107,18 +108,38 @@ class Training(NamedTuple):
             if not self.scored():
                 write_json({**self.state(), "lost": [0, 0], "failed": None}, self.queued("json"))
 
+    def result(self) -> tuple[Any, dict[str, Any]]:
+        """The split that it was made to be scored on, and the scores."""
+        return list(json.loads((self.run / "metrics.json").read_text()).items())[-1]
+
     def outcome(self) -> str:
         """What became of it, in one line."""
         state = self.state()
         if not self.scored():
             return f"{self}  failed: {state['failed']}"
-        split, result = list(json.loads((self.run / "metrics.json").read_text()).items())[-1]
+        split, result = self.result()
         scores = "  ".join(
             f"{name.upper()} {result[name]['value']:.3f}"
             for name in ("auroc", "auprc")
             if result[name]["value"] is not None
         )
         return f"{self}  {split} {scores}  {state['minutes']:.1f} minutes"
+
+
+def check_one_device(trainer: dict[str, Any], place: str, instead: str) -> None:
+    """Refuse arguments of the trainer with which one training of a queue would use several devices.
+
+    Args:
+        trainer: arguments of lightning.Trainer.
+        place: what trains, in the user's words.
+        instead: the flag that uses several devices.
+
+    Raises:
+        ValueError: names them.
+    """
+    several = [f"--trainer.{key}" for key in ON_ONE_DEVICE if trainer.get(key) not in (None, 1, "1", "auto")]
+    if several:
+        raise ValueError(f"{place}: one training runs on one device: leave {', '.join(several)} out, and use {instead}")
 
 
 def begun(folder: Path, configurations: dict[Training, dict[str, Any]], advice: str) -> FileLock:
