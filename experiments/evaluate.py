@@ -177,37 +177,30 @@ def conclude(
     best = folder / "best.ckpt"
     network = load(best, model)
     task = network.spec.task
+    tables: dict[str, pl.DataFrame] = {}
     if carried is None:
-        validation = predict_split(network, data, "val", device)
-        network.threshold = metrics.choose_threshold(validation, network.operating_point, task)
+        tables["val"] = predict_split(network, data, "val", device)
+        network.threshold = metrics.choose_threshold(tables["val"], network.operating_point, task)
     else:
-        validation = predict_split(network, data, data.split, device)
         network.threshold = carried
     checkpoint = read(best)
     checkpoint["ehr"]["threshold"] = network.threshold
     save(checkpoint, best)
     distributed.all_gather(None)  # the others read the checkpoint again
-    about = {"operating_point": network.operating_point, "stopped": stopped}
-    if carried is not None:
-        about["operating_point"] += " of the source"
-        write_parquet(validation, folder / "predictions.parquet")
-        result = {**metrics.score(validation, carried, task=task), "split": data.split, **about}
-        files.write_json({data.split: result}, folder / "metrics.json")
-        return validation, result
-    scored, split = validation, "val"
-    if data.split != "val":
-        if len(data.rows(data.split)):
-            scored, split = predict_split(network, data, data.split, device), data.split
-        else:
-            console.print(
-                f"[yellow]no stay of these data is in split {data.split!r}: the validation split is shown instead[/]"
-            )
-    both = pl.concat([validation, scored]).unique(["stay_id", "minute"], maintain_order=True)
-    write_parquet(both, folder / "predictions.parquet")
-    results: dict[str, Any] = {
-        "val": {**metrics.score(validation, network.threshold, task=task), "split": "val", **about}
+    point = network.operating_point + (" of the source" if carried is not None else "")
+    about = {"operating_point": point, "stopped": stopped}
+    if data.split not in tables and len(data.rows(data.split)):
+        tables[data.split] = predict_split(network, data, data.split, device)
+    elif data.split not in tables:
+        console.print(
+            f"[yellow]no stay of these data is in split {data.split!r}: the validation split is shown instead[/]"
+        )
+    written = pl.concat(tables.values()).unique(["stay_id", "minute"], maintain_order=True)
+    write_parquet(written, folder / "predictions.parquet")
+    results = {
+        split: {**metrics.score(table, network.threshold, task=task), "split": split, **about}
+        for split, table in tables.items()
     }
-    if split != "val":
-        results[split] = {**metrics.score(scored, network.threshold, task=task), "split": split, **about}
     files.write_json(results, folder / "metrics.json")
-    return scored, results[split]
+    split = next(reversed(tables))
+    return tables[split], results[split]

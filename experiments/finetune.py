@@ -111,6 +111,11 @@ def transferred(
     recipe = recipe._replace(trainer={**recipe.trainer, "max_epochs": epochs}, monitor=MONITOR, patience=PATIENCE)
     check(recipe)
     runs = transfer.runs(model)
+    if transfer.sizes != "all" and target.split != "test":
+        raise ValueError(
+            f"--transfer.sizes {transfer.sizes} leaves few patients to training and validation: score the rest, "
+            f"--data.split test, not {target.split}"
+        )
     joint = any(run.strategy in WITH_SOURCE for run in runs)
     if joint and source is None:
         kind, arguments = data_of(ckpt)
