@@ -25,6 +25,7 @@ from datamodules.tasks import Task
 from datamodules.views import Thinning, Views
 
 FEWEST = 5  # patients with each outcome that a validation split needs
+PARTS = 3  # of few patients, one of which at a time is left out
 OF_MACHINE = ("cache", "num_workers")  # options that a checkpoint does not carry to other machines
 log = logging.getLogger(__name__)
 
@@ -205,15 +206,16 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         assert self.samples is not None and isinstance(self, Hospital)
         return self._limited[split] if split in self._limited else rows_of(self.samples, split, self)
 
-    def limit(self, patients: int, draw: int = 0) -> bool:
+    def limit(self, patients: int | None, draw: int = 0, together: bool = False) -> bool:
         """Leave so many patients to training and validation together, as if no more had been charted; test stays whole.
 
         They keep their split where validation has at least 5 of them with each outcome; else all of them are in both,
-        and no choice should be made by what is validated.
+        and no choice should be made by what is validated, but with ``leave_out``.
 
         Args:
-            patients: how many, of those in train and val.
+            patients: how many, of those in train and val; None: all.
             draw: another number draws others.
+            together: all of them in both in any case.
 
         Returns:
             Whether validation is apart from training.
@@ -225,7 +227,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         of_split = {split: rows_of(self.samples, split, self) for split in ("train", "val")}  # type: ignore[arg-type]
         patient = self.samples["patient_id"].cast(pl.String).to_numpy()
         everyone = np.unique(patient[np.concatenate(list(of_split.values()))])
-        if len(everyone) < patients:
+        if patients is not None and len(everyone) < patients:
             raise ValueError(
                 f"{patients:,} patients were asked for, but {self.root} has {len(everyone):,} in train and val"
             )
@@ -234,12 +236,26 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         limited = {split: rows[[p in few for p in patient[rows]]] for split, rows in of_split.items()}
         val = limited["val"]
         outcomes = [len(np.unique(patient[val[self._target[val] == outcome]])) for outcome in (0, 1)]
-        apart = min(outcomes) >= FEWEST
+        apart = min(outcomes) >= FEWEST and not together
         if not apart:
             both = np.sort(np.concatenate(list(limited.values())))
             limited = {"train": both, "val": both}
         self._limited = limited
         return apart
+
+    def leave_out(self, part: int | None) -> None:
+        """Validate on a third of the patients that are in training and validation alike, and train on the others.
+
+        Args:
+            part: which, from 0 on; those with an event are divided as evenly as those without. None: all are in both.
+        """
+        both = np.union1d(*self._limited.values())
+        patient = self.samples["patient_id"].cast(pl.String).to_numpy()[both]
+        event = set(patient[self._target[both] == 1])
+        order = sorted(set(patient), key=lambda p: (p in event, hashed(p)))
+        left_out = set() if part is None else set(order[part::PARTS])
+        out = np.array([p in left_out for p in patient])
+        self._limited = {"train": both[~out], "val": both if part is None else both[out]}
 
     def refit(self) -> None:
         """Choose the variables and fit the scaler on the training samples of these data, and not on those of the model

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 from datamodules.contract import Batch, Spec, View, unlabelled
+from ehrmodels.calibration import Calibration
 from ehrmodels.kinds import KINDS, Kind, threshold
 
 Stage = Literal["train", "val", "test"]
@@ -63,6 +64,7 @@ class ICUModule(lightning.LightningModule, ABC):
         self.spec: Any = None  # a ``Spec`` once there are layers
         self.operating_point = "youden"  # how the threshold is chosen on the validation split: see ``kinds.threshold``
         self.threshold: float | None = None
+        self.calibration: Calibration | None = None  # of its probabilities, for another hospital system
         self.penalty: Penalty | None = None  # of what the head reads, added to the loss of training
         self.facts: dict[str, Any] = {}  # what a checkpoint says besides: data, split, patients that were trained on
         self.scores = nn.ModuleDict()
@@ -139,7 +141,12 @@ class ICUModule(lightning.LightningModule, ABC):
     def predict_step(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
         """Row numbers of the samples (B,) and what is predicted of them, (B,) or (B, K): calibrated probabilities of
         0 or 1, or values."""
-        return batch.row, self.kind.prediction(self(batch), self.pos_weight or 1.0)
+        return batch.row, self.prediction(self(batch))
+
+    def prediction(self, output: Tensor) -> Tensor:
+        """What ``predict_step`` says of outputs (B,) or (B, K) of ``forward``."""
+        predicted = self.kind.prediction(output, self.pos_weight or 1.0)
+        return predicted if self.calibration is None else self.calibration(predicted)
 
     def _score(self, stage: Stage, batch: Batch) -> None:
         loss, logit, target = self._loss(batch)
@@ -236,8 +243,7 @@ class ICUModule(lightning.LightningModule, ABC):
                 scored = torch.cat(list(auroc.preds) if isinstance(auroc.preds, list) else [auroc.preds])
                 target = torch.cat(list(auroc.target) if isinstance(auroc.target, list) else [auroc.target])
             if torch.isfinite(scored).all():
-                calibrated = self.kind.prediction(torch.logit(scored.double()), self.pos_weight or 1.0)
-                self.threshold = threshold(calibrated, target, self.operating_point)
+                self.threshold = threshold(self.prediction(torch.logit(scored.double())), target, self.operating_point)
         return {name: metric.compute() for name, metric in self.scores.items()}  # type: ignore[operator]
 
     # ---- optimiser -----------------------------------------------------------------------------------------------
@@ -306,6 +312,7 @@ class ICUModule(lightning.LightningModule, ABC):
         if spec != self.spec:
             self.initialise(spec)
         self.pos_weight, self.threshold = entry["pos_weight"], entry.get("threshold")
+        self.calibration = Calibration.of(entry.get("calibration"))
         data = self._trainer and self._trainer.datamodule
         if data is not None and hasattr(data, "adopt") and data.spec != spec:
             data.adopt(spec, entry.get("trained_on"))

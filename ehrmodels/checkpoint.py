@@ -1,8 +1,8 @@
 """What a checkpoint holds, and reading one safely: plain types and tensors only, and no code but that of known models.
 
 Besides what Lightning keeps, the entry ``ehr`` holds ``model`` (the class), ``arguments``, ``spec`` (variables, units,
-scaler, task), ``pos_weight``, ``threshold`` and ``operating_point``, and what training said of its data: ``data``,
-``split_hash``, ``trained_on``.
+scaler, task), ``pos_weight``, ``threshold``, ``operating_point`` and ``calibration``, and what training said of its data:
+``data``, ``split_hash``, ``trained_on``.
 """
 
 import inspect
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from datamodules.contract import Spec
+from ehrmodels.calibration import Calibration
 
 if TYPE_CHECKING:
     from ehrmodels.base import ICUModule
@@ -31,6 +32,7 @@ def entry(model: "ICUModule") -> dict[str, Any]:
         "pos_weight": float(model.pos_weight or 1.0),
         "threshold": model.threshold,
         "operating_point": model.operating_point,
+        "calibration": model.calibration and model.calibration.plain(),
     }
 
 
@@ -122,7 +124,8 @@ def load(path: str | Path, model: "type[ICUModule] | None" = None, **arguments: 
     made.initialise(spec_of(checkpoint, path), content["pos_weight"])
     made.pos_weight, made.threshold = content["pos_weight"], content.get("threshold")
     made.operating_point = content.get("operating_point", "youden")
-    made.facts = {k: v for k, v in content.items() if k not in (*NEEDED, "threshold", "operating_point")}
+    made.calibration = Calibration.of(content.get("calibration"))
+    made.facts = {k: v for k, v in content.items() if k not in (*NEEDED, "threshold", "operating_point", "calibration")}
     try:
         made.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:

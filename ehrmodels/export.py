@@ -21,7 +21,6 @@ class Scorer(nn.Module):
     def __init__(self, model: ICUModule):
         super().__init__()
         self.model = model
-        self.kind, self.pos_weight = model.kind, model.pos_weight or 1.0
 
     def forward(self, static: Tensor, *tensors: Tensor) -> Tensor:
         unknown = static.new_full(static.shape[:1], torch.nan)
@@ -29,7 +28,7 @@ class Scorer(nn.Module):
         fields = dict(zip(inputs(self.model)[1:], tensors, strict=True))
         fields.setdefault("summary", static.new_zeros(0))
         batch = VIEWS[self.model.view](static=static, target=unknown, row=row, **fields)
-        return self.kind.prediction(self.model(batch), self.pos_weight).float()
+        return self.model.prediction(self.model(batch)).float()
 
 
 def inputs(model: ICUModule) -> list[str]:

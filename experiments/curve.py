@@ -92,10 +92,10 @@ def _summarised(folder: Path, trainings: dict[Transfer, Training], target: ICUDa
     draws: dict[tuple[str, int], list[np.ndarray]] = {}
     minutes: dict[tuple[str, int], list[float]] = {}
     for transfer, run in runs.items():
-        size = 0 if transfer.strategy == "zero_shot" else transfer.patients or everyone
+        size = (transfer.patients or everyone) if transfer.trains else 0
         drawn = Rows(run.rows(split), run.threshold, utility).drawn(names, REPLICATES)
-        draws.setdefault((transfer.strategy, size), []).append(drawn)
-        minutes.setdefault((transfer.strategy, size), []).append(trainings[transfer].state()["minutes"])
+        draws.setdefault((transfer.label, size), []).append(drawn)
+        minutes.setdefault((transfer.label, size), []).append(trainings[transfer].state()["minutes"])
     stacked = {key: np.array(parts) for key, parts in draws.items()}
     table = tabulated(stacked, names).with_columns(
         minutes=pl.Series([float(np.mean(minutes[key])) for key in stacked]), everyone=pl.lit(everyone)

@@ -10,16 +10,19 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from datamodules import hospitals, module
+from datamodules import module
+from datamodules.hospitals import __all__ as SYSTEMS
 from datamodules.hospitals.base import Split
 from datamodules.module import ICUDataModule
 from ehrmodels import ICUModule, load
 from ehrmodels.base import is_distributed
+from ehrmodels.calibration import Calibration, fitted
 from ehrmodels.checkpoint import read
-from experiments import distributed, figures, files, metrics, report
+from experiments import distributed, figures, hospitals, metrics, report
 from experiments.files import console, save, write_json, write_parquet
 
 Device = Literal["auto", "cpu", "cuda"]
+Scored = dict[str, tuple[pl.DataFrame, dict[str, Any]]]  # name of a result -> predictions and scores
 
 
 def evaluate(
@@ -28,6 +31,7 @@ def evaluate(
     data: ICUDataModule | None = None,
     model: type[ICUModule] | None = None,
     device: Device = "auto",
+    by_hospital: int | None = None,
 ) -> dict[str, Any]:
     """Score a checkpoint on a split of any hospital system.
 
@@ -42,6 +46,8 @@ def evaluate(
         data: Hospital system; default: the one that the checkpoint was trained on. --data.split chooses train, val, test or all.
         model: Class of the checkpoint's model, where it is your own.
         device: Where to compute; auto: on the GPU where there is one.
+        by_hospital: Also score each hospital with at least so many stays with the event, and without; pools AUROC and calibration with
+            random effects and draws a forest plot (hospitals.csv, hospitals.png).
 
     Returns:
         What ``metrics.json`` holds.
@@ -49,6 +55,8 @@ def evaluate(
     folder = Path(out)
     if (folder / "last.ckpt").exists():
         raise ValueError(f"{folder} holds a training run, whose results would be lost; choose another --out")
+    if by_hospital is not None and by_hospital < 2:
+        raise ValueError(f"--by_hospital must be at least 2, found {by_hospital}")
     network, data = opened(ckpt, data, model)
     predictions = predict_split(network, data, data.split, device)
     result = {
@@ -63,7 +71,11 @@ def evaluate(
     report.show({data.name: result}, console)
     title = f"{Path(ckpt).parent.name}: {network.spec.task['name']}"
     figures.draw({data.name: predictions}, {data.name: result}, folder / "report.png", title)
-    console.print(f"wrote metrics.json, predictions.parquet and report.png to {folder}", soft_wrap=True)
+    files = "metrics.json, predictions.parquet and report.png"
+    if by_hospital is not None:
+        hospitals.tell(predictions, data.store.stays, by_hospital, folder, f"{title}, {data.name}")
+        files = files.replace(" and", ",") + ", hospitals.csv and hospitals.png"
+    console.print(f"wrote {files} to {folder}", soft_wrap=True)
     return written
 
 
@@ -100,9 +112,9 @@ def data_of(ckpt: str | Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(data, dict) or not isinstance(data.get("arguments"), dict):
         raise ValueError(f"{ckpt} does not say which data it was trained on: give --data NAME --data.root FOLDER")
     kind = str(data.get("class"))
-    if kind not in hospitals.__all__:
+    if kind not in SYSTEMS:
         raise ValueError(
-            f"{ckpt} was trained on {kind}, which is none of {', '.join(hospitals.__all__)}: name the data with "
+            f"{ckpt} was trained on {kind}, which is none of {', '.join(SYSTEMS)}: name the data with "
             "--data and --data.root"
         )
     return kind, {k: v for k, v in data["arguments"].items() if v is not None and k not in module.OF_MACHINE}
@@ -163,8 +175,11 @@ def conclude(
     device: Device | torch.device,
     model: type[ICUModule],
     carried: float | None = None,
-) -> tuple[pl.DataFrame, dict[str, Any]]:
+    recalibrate: str | None = None,
+) -> Scored:
     """Score ``best.ckpt``: choose the threshold on val and write it into the checkpoint, then measure val and the data's split.
+
+    Where it is recalibrated on val, too, what it was before comes first: its name is empty, and that of the other the method's.
 
     Args:
         folder: run directory.
@@ -173,34 +188,53 @@ def conclude(
         device: where to compute.
         model: class of the model.
         carried: threshold of the source, where no patients of val were kept apart from training: then only the split is measured.
+        recalibrate: method of ``ehrmodels.calibration``.
     """
     best = folder / "best.ckpt"
     network = load(best, model)
-    task = network.spec.task
+    network.calibration = None  # of a run that was killed here
+    task, point = network.spec.task, network.operating_point
     tables: dict[str, pl.DataFrame] = {}
     if carried is None:
         tables["val"] = predict_split(network, data, "val", device)
-        network.threshold = metrics.choose_threshold(tables["val"], network.operating_point, task)
-    else:
-        network.threshold = carried
-    checkpoint = read(best)
-    checkpoint["ehr"]["threshold"] = network.threshold
-    save(checkpoint, best)
-    distributed.all_gather(None)  # the others read the checkpoint again
-    point = network.operating_point + (" of the source" if carried is not None else "")
-    about = {"operating_point": point, "stopped": stopped}
     if data.split not in tables and len(data.rows(data.split)):
         tables[data.split] = predict_split(network, data, data.split, device)
     elif data.split not in tables:
         console.print(
             f"[yellow]no stay of these data is in split {data.split!r}: the validation split is shown instead[/]"
         )
+    split = next(reversed(tables))
+    scored: Scored = {}
+    for name in ("", recalibrate) if recalibrate else ("",):
+        about = {"operating_point": point + (" of the source" if carried is not None else ""), "stopped": stopped}
+        if name:
+            fitting = tables["val"].filter(pl.col("target").is_not_nan())
+            network.calibration = fitted(
+                name, fitting["probability"].to_numpy(), fitting["target"].to_numpy(), fitting["patient_id"].n_unique()
+            )
+            tables = {part: recalibrated(table, network.calibration) for part, table in tables.items()}
+            about |= {"recalibrated": f"{name} on {network.calibration.patients:,} patients"}
+        network.threshold = carried if carried is not None else metrics.choose_threshold(tables["val"], point, task)
+        results = {
+            part: {**metrics.score(table, network.threshold, task=task), "split": part, **about}
+            for part, table in tables.items()
+            if name or part == split or not recalibrate
+        }
+        scored[name] = tables[split], results[split]
+    checkpoint = read(best)
+    checkpoint["ehr"] |= {
+        "threshold": network.threshold,
+        "calibration": network.calibration and network.calibration.plain(),
+    }
+    save(checkpoint, best)
+    distributed.all_gather(None)  # the others read the checkpoint again
     written = pl.concat(tables.values()).unique(["stay_id", "minute"], maintain_order=True)
     write_parquet(written, folder / "predictions.parquet")
-    results = {
-        split: {**metrics.score(table, network.threshold, task=task), "split": split, **about}
-        for split, table in tables.items()
-    }
-    files.write_json(results, folder / "metrics.json")
-    split = next(reversed(tables))
-    return tables[split], results[split]
+    write_json(results, folder / "metrics.json")
+    return scored
+
+
+def recalibrated(predictions: pl.DataFrame, calibration: Calibration) -> pl.DataFrame:
+    """Predictions with what a map makes of their probabilities."""
+    probability = torch.from_numpy(predictions["probability"].to_numpy().copy())
+    return predictions.with_columns(probability=calibration(probability).numpy())

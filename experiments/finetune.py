@@ -1,5 +1,6 @@
 """``ehr finetune``: a checkpoint on a second hospital system: scored as it is, fine-tuned, scored again."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,14 +11,15 @@ from datamodules.module import EICU, ICUDataModule
 from ehrmodels import ICUModule, load
 from ehrmodels.checkpoint import read, spec_of
 from experiments import distributed, figures, metrics, report, run_directory, tracking
-from experiments.evaluate import conclude, data_of, opened, predict_split
-from experiments.files import console, write_json, write_parquet
+from experiments.evaluate import Scored, conclude, data_of, opened, predict_split
+from experiments.few import best_epochs
+from experiments.files import console, save, write_json, write_parquet
 from experiments.fit import Recipe, Trial, check, fit, quiet, why_stopped
+from experiments.resume import Report
 from experiments.strategies import WITH_SOURCE, Transfer
 
 DEFAULT = Transfer()
 MONITOR, PATIENCE = "val_auroc_auprc", 5
-Scored = dict[str, tuple[pl.DataFrame, dict[str, Any]]]  # name of a result -> predictions and scores
 
 
 def finetune(
@@ -111,10 +113,10 @@ def transferred(
     recipe = recipe._replace(trainer={**recipe.trainer, "max_epochs": epochs}, monitor=MONITOR, patience=PATIENCE)
     check(recipe)
     runs = transfer.runs(model)
-    if transfer.sizes != "all" and target.split != "test":
+    if (transfer.sizes != "all" or transfer.recalibrate) and target.split != "test":
         raise ValueError(
-            f"--transfer.sizes {transfer.sizes} leaves few patients to training and validation: score the rest, "
-            f"--data.split test, not {target.split}"
+            f"--transfer.{'sizes' if transfer.sizes != 'all' else 'recalibrate'} uses the patients of training and validation: score "
+            f"the others, --data.split test, not {target.split}"
         )
     joint = any(run.strategy in WITH_SOURCE for run in runs)
     if joint and source is None:
@@ -138,57 +140,80 @@ def transferred(
     (transfer,) = runs
     with run_directory.opened(folder, config, resume, "--out", finetune):
         network, target = opened(ckpt, target, model)
-        apart, carried = True, None
-        if transfer.patients is not None:
-            apart = target.limit(transfer.patients, int(transfer.draw))
-        if not apart:
-            recipe, carried = recipe._replace(monitor=None), network.threshold
-            console.print(
-                f"[yellow]{transfer.patients:,} patients are too few to set some aside: all epochs are trained, and the source's "
-                "threshold is kept[/]",
-                soft_wrap=True,
-            )
-        elif transfer.strategy != "zero_shot":
+        source_threshold, source_point = network.threshold, network.operating_point
+        trained, carried = transfer.strategy != "zero_shot", None
+        apart = transfer.patients is None and trained
+        if transfer.patients is not None or (transfer.recalibrate and not trained):
+            apart = target.limit(transfer.patients, int(transfer.draw), together=not trained)
+        if trained and apart:
             check_validation(target)
+        elif trained:
+            carried = source_threshold
+            if transfer.recalibrate:
+                raise ValueError(
+                    f"{transfer.patients:,} patients are too few to train on some and recalibrate on others: give more, or "
+                    f"--transfer.strategy zero_shot --transfer.recalibrate {transfer.recalibrate}"
+                )
         run_directory.record(folder, run_directory.data_facts(target))
         console.print(f"{target.name}: {len(target.rows(target.split)):,} {target.split} samples", soft_wrap=True)
         zero = predict_split(network, target, target.split)
-        about = {"split": target.split, "operating_point": f"{network.operating_point} of the source"}
-        scored = {
-            **(beside or {}),
-            f"{target.name} zero-shot": (
-                zero,
-                {**metrics.score(zero, network.threshold, task=network.spec.task), **about},
-            ),
-        }
+        zero_name = f"{target.name} zero-shot"
+        about = {"split": target.split, "operating_point": f"{source_point} of the source"}
+        scored = {**(beside or {}), zero_name: (zero, {**_score(network, zero, source_threshold), **about})}
         write_parquet(zero, folder / "zero_shot.parquet")
-        write_json(scored[f"{target.name} zero-shot"][1], folder / "zero_shot.json")
-        if transfer.strategy == "zero_shot":
+        write_json(scored[zero_name][1], folder / "zero_shot.json")
+        if not transfer.trains:
             results = {name: scores for name, (_, scores) in scored.items()}
             write_parquet(zero, folder / "predictions.parquet")
-            write_json({target.split: results[f"{target.name} zero-shot"]}, folder / "metrics.json")
+            write_json({target.split: results[zero_name]}, folder / "metrics.json")
             report.show(results, console)
             return results
-        device: Any = "auto"
-        zero_point = network.operating_point
-        network = transfer.prepared(ckpt, model, target, source, recipe.seed)
-        if not (folder / "metrics.json").exists():
+        facts = {"seed": recipe.seed, "source": str(ckpt), "code": run_directory.code()}
+
+        def made() -> ICUModule:
+            ready = transfer.prepared(ckpt, model, target, source, recipe.seed)
             if learning_rate is not None:
-                network.learning_rate = learning_rate
-            network.operating_point = operating_point or zero_point
-            network.facts |= {"seed": recipe.seed, "source": str(ckpt), "code": run_directory.code()}
-            tags = [target.name, type(network).__name__, transfer.strategy]
-            logger = tracking.logger(wandb, folder, config, recipe.monitor, tags)
-            device = fit(folder, network, target, recipe, logger, trial and trial.report).strategy.root_device
-        stopped = why_stopped(folder, recipe.monitor, recipe.trainer)
-        label = "fine-tuned" if transfer.strategy == "finetune" else transfer.strategy.replace("_", " ")
-        scored[f"{target.name} {label}"] = conclude(folder, target, stopped, device, model, carried)
-        after, result = scored[f"{target.name} {label}"]
-        tracking.end(
-            tracking.scores("zero-shot", scored[f"{target.name} zero-shot"][1]) | tracking.scores(label, result)
-        )
-        results = {name: scores for name, (_, scores) in scored.items()}
-        report.show(results, console)
+                ready.learning_rate = learning_rate
+            ready.operating_point = operating_point or source_point
+            ready.facts |= facts
+            return ready
+
+        device: Any = "auto"
+        if not trained:
+            stopped = "nothing was trained"
+            _keep(ckpt, folder, target, facts, operating_point or source_point)
+        else:
+            told = trial and trial.report
+            if not apart:
+                recipe = _for_few(folder, made, target, recipe, transfer, told)
+            if recipe.last == 0:
+                stopped = "no epoch was trained: the source's weights are kept"
+                _keep(ckpt, folder, target, facts, operating_point or source_point)
+            else:
+                network = made()
+                if not (folder / "metrics.json").exists():
+                    tags = [target.name, type(network).__name__, transfer.strategy]
+                    logger = tracking.logger(wandb, folder, config, recipe.monitor, tags)
+                    device = fit(folder, network, target, recipe, logger, told).strategy.root_device
+                stopped = why_stopped(folder, recipe.monitor, recipe.trainer)
+        label = {"finetune": "fine-tuned", "zero_shot": "recalibrated"}.get(transfer.strategy, transfer.strategy)
+        label = label.replace("_", " ")
+        done = conclude(folder, target, stopped, device, model, carried, transfer.recalibrate)
+        if trained:
+            scored[f"{target.name} {label}"] = done[""]
+        if transfer.recalibrate:
+            scored[f"{target.name} {label}, {transfer.recalibrate}" if trained else f"{target.name} {label}"] = done[
+                transfer.recalibrate
+            ]
+            write_json(done[""][1], folder / "uncalibrated.json")
+        after, result = next(reversed(scored.values()))
+        told_scores = {name: scores for name, (_, scores) in scored.items()}
+        if carried is None:  # else the threshold is that of the source in any case
+            scores = {**_score(network, after, source_threshold), "operating_point": f"{source_point} of the source"}
+            told_scores[f"{next(reversed(scored))}, source's threshold"] = {"split": target.split, **scores}
+            write_json(scores, folder / "carried.json")
+        tracking.end(tracking.scores("zero-shot", scored[zero_name][1]) | tracking.scores(label, result))
+        report.show(told_scores, console)
         gap = metrics.difference(zero, after)
         write_json(gap, folder / "difference.json")
         text = ", ".join(
@@ -199,12 +224,50 @@ def transferred(
         text = text or "cannot be told, since only one outcome occurs among them"
         console.print(f"{label} less zero-shot, on the same patients: {text}", soft_wrap=True)
         title = f"{folder.parent.name} to {target.name}: {network.spec.task['name']}"
-        figures.draw({name: table for name, (table, _) in scored.items()}, results, folder / "report.png", title)
+        tables = {name: table for name, (table, _) in scored.items()}
+        figures.draw(tables, {name: told_scores[name] for name in tables}, folder / "report.png", title)
         console.print(
             f"picture: {folder / 'report.png'}\nnext: ehr predict --ckpt {folder / 'best.ckpt'} --data.root FOLDER --out predictions.parquet",
             soft_wrap=True,
         )
-        return results
+        return told_scores
+
+
+def _score(network: ICUModule, predictions: pl.DataFrame, threshold: float | None) -> dict[str, Any]:
+    return metrics.score(predictions, threshold, task=network.spec.task)
+
+
+def _for_few(
+    folder: Path,
+    made: Callable[[], ICUModule],
+    target: ICUDataModule,
+    recipe: Recipe,
+    transfer: Transfer,
+    report: Report | None,
+) -> Recipe:
+    """Without patients that are set aside for a choice: as many epochs as cross-validation says or, with the source's patients
+    beside them, all."""
+    recipe = recipe._replace(monitor=None)
+    few = f"{transfer.patients:,} patients are too few to set some aside: the source's threshold is kept, and"
+    most = recipe.trainer["max_epochs"]
+    if transfer.strategy in WITH_SOURCE:
+        epochs, why = most, "the source's are beside them"
+    elif transfer.strategy != "target_only" and not 0 < target.targets("train").sum() < len(target.rows("train")):
+        epochs, why = 0, "only one outcome occurs among them"
+    else:
+        epochs = best_epochs(folder, made, target, recipe, report)
+        why = "then the loss of those left out in a cross-validation is least"
+        if transfer.strategy == "target_only" and not epochs:
+            epochs, why = 1, "no number of them lessens the loss of those left out in a cross-validation"
+    console.print(f"[yellow]{few} {epochs} of {most} epochs are trained: {why}[/]", soft_wrap=True)
+    return recipe._replace(last=epochs)
+
+
+def _keep(ckpt: Path, folder: Path, target: ICUDataModule, facts: dict[str, Any], operating_point: str) -> None:
+    """The source's weights as what came of a run on the target."""
+    checkpoint = read(ckpt)
+    checkpoint["ehr"] |= {**target.facts(), **facts, "operating_point": operating_point, "calibration": None}
+    save(checkpoint, folder / "best.ckpt")
 
 
 def check_validation(data: ICUDataModule) -> None:

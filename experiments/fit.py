@@ -55,14 +55,15 @@ def quiet() -> Iterator[None]:
 
 
 class Recipe(NamedTuple):
-    """How to train: arguments of lightning.Trainer, the seed, what chooses the best epoch and stops (None: all epochs are
-    trained, and the last is kept), and how often to save."""
+    """How to train: arguments of lightning.Trainer, the seed, what chooses the best epoch and stops (None: the last is kept),
+    how often to save, and after how many epochs to stop in any case, whatever the schedule is made for."""
 
     trainer: dict[str, Any]
     seed: int
     monitor: str | None
     patience: int
     checkpoint_minutes: float
+    last: int | None = None
 
 
 class Trial(NamedTuple):
@@ -83,7 +84,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         ValueError: names the flag.
     """
-    trainer, seed, monitor, patience, minutes = recipe
+    trainer, seed, monitor, patience, minutes, _ = recipe
     if monitor is not None and monitor not in MONITORS:
         raise ValueError(f"--monitor {monitor} is not known; choose among {', '.join(MONITORS)}")
     if not minutes >= 0:
@@ -132,15 +133,17 @@ def fit(
     depend on the seed, the epoch and the process alone, and a checkpoint within an epoch holds where they are, so a run that was
     killed and continued ends at the same weights as an unbroken one.
     """
-    trainer, seed, monitor, patience, minutes = recipe
+    trainer, seed, monitor, patience, minutes, last_epoch = recipe
     trainer = {**TRAINER_DEFAULTS, **trainer}
     model.train()  # ``load`` gives it in evaluation mode, in which fine-tuning would go without dropout
     last = folder / "last.ckpt"
-    epochs = Epochs(folder / "metrics.csv", seed, last, minutes, report)
+    epochs = Epochs(folder / "metrics.csv", seed, last, minutes, report, last_epoch)
     # where nothing is monitored, not the mode of ``newest``: Lightning would not tell their states apart
     mode = MONITORS[monitor] if monitor else "max"
     best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
     newest = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
+    if monitor is None:  # what would be validated was trained on
+        trainer["limit_val_batches"] = 0
     own = _made("callbacks", trainer.pop("callbacks", None))
     stop = []
     if monitor and not any(isinstance(c, EarlyStopping) for c in own):
@@ -182,9 +185,7 @@ def why_stopped(folder: Path, monitor: str | None, trainer: dict[str, Any]) -> s
     """A sentence on how long a run was trained, why it stopped, and which epoch is kept."""
     rows = pl.read_csv(folder / "metrics.csv")
     if monitor is None:
-        return (
-            f"trained {len(rows)} epoch{'s' * (len(rows) != 1)} and kept the last: too few patients to set some aside"
-        )
+        return f"trained {len(rows)} epoch{'s' * (len(rows) != 1)} and kept the last"
     ranked = rows.drop_nulls(monitor).sort(monitor, descending=MONITORS[monitor] == "max", maintain_order=True)
     best = ranked.row(0, named=True)
     done, most = len(rows), trainer.get("max_epochs")

@@ -6,16 +6,22 @@ References:
    doi:10.1097/CCM.0000000000004145: the utility of alerts.
 2. DeLong, DeLong, Clarke-Pearson, Comparing the areas under two or more correlated receiver operating characteristic curves, 1988.
 3. Sun, Xu, Fast implementation of DeLong's algorithm, 2014: the same from ranks.
+4. Van Calster et al., Calibration: the Achilles heel of predictive analytics, 2019, doi:10.1186/s12916-019-1466-7: slope and intercept.
+5. Nixon et al., Measuring calibration in deep learning, 2019, arXiv:1904.01685: adaptive calibration error.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
+from ehrmodels.calibration import logistic, logit
+
 REPLICATES = 1000
+GROUPS = 10  # of like risk, for the calibration error
 NORMAL = 1.959963984540054  # standard errors on either side that hold 95 %
 KEY = ["patient_id", "stay_id", "minute"]
 NOT_THE_SAME = "two predictions can only be compared on the same samples; evaluate both on the same data and split"
@@ -47,6 +53,7 @@ class Counts(NamedTuple):
     squared_error: float  # summed
     gained: float  # utility of the alerts less that of none; NaN without a threshold or where utility is not defined
     gainable: float  # the same of the best possible alerts
+    calibration: "Calibration"
 
     @property
     def true_silence(self) -> float:
@@ -85,6 +92,12 @@ METRICS: dict[str, Metric] = {
     "auroc": Metric(_area, "AUROC"),
     "auprc": Metric(lambda c: np.sum(np.diff(c.recall, prepend=0) * c.precision), "AUPRC"),
     "brier": Metric(lambda c: c.squared_error / (c.positives + c.negatives), "Brier"),
+    # mean distance of predicted and observed share over ten groups of like risk, of as many rows each [5]
+    "ece": Metric(lambda c: c.calibration.error(), "ECE"),
+    # of the logit in a logistic regression of the outcome; below 1, risks are too extreme [4]
+    "slope": Metric(lambda c: c.calibration.slope(), "cal. slope", 2),
+    # of the same with a slope of 1; below 0, risks are too high [4]
+    "intercept": Metric(lambda c: c.calibration.intercept(), "cal. intercept", 2),
     "sensitivity": Metric(lambda c: c.true_alerts / c.positives, "sensitivity"),
     "specificity": Metric(lambda c: c.true_silence / c.negatives, "specificity"),
     "ppv": Metric(lambda c: c.true_alerts / (c.true_alerts + c.false_alerts), "PPV"),
@@ -248,7 +261,77 @@ def text(name: str, result: dict[str, Any]) -> str:
     if value is None:
         return "-"
     digits = METRICS[name].digits
-    return f"{value:.{digits}f}" + ("" if low is None else f" ({low:.{digits}f}-{high:.{digits}f})")
+    return f"{value:.{digits}f}" + (
+        "" if low is None else f" ({low:.{digits}f}{' to ' if low < 0 else '-'}{high:.{digits}f})"
+    )
+
+
+class Calibration(NamedTuple):
+    """How far predicted risks are from observed shares, where each patient is taken so many times; computed when it is asked for.
+
+    Attributes:
+        rows: of the predictions.
+        weight: of each row.
+        times: that each patient is taken; None: once.
+    """
+
+    rows: "Rows"
+    weight: np.ndarray
+    times: np.ndarray | None
+
+    def error(self) -> float:
+        """The adaptive calibration error."""
+        w, starts = self.weight, self.rows._groups
+        excess = np.add.reduceat(w * (self.rows.probability - self.rows.outcome), starts)
+        return float(np.abs(excess).sum() / w.sum())
+
+    def slope(self) -> float:
+        """NaN where an outcome does not occur, or risks are all the same."""
+        return self._regression("slope")
+
+    def intercept(self) -> float:
+        """NaN where an outcome does not occur."""
+        return self._regression("intercept")
+
+    def _regression(self, name: str) -> float:
+        regressions = self.rows._regressions
+        return regressions[name].estimate(self.times) if name in regressions else float("nan")
+
+
+class Regression:
+    """A logistic regression of outcomes on logits of risks: its slope, or the intercept that it has with a slope of 1.
+
+    Resamples take one Newton step from the estimate of all, whose sums are kept by patient: the linear bootstrap.
+
+    Args:
+        x: (N,) logits.
+        outcome: (N,) 0 or 1.
+        patient: (N,) number of the patient of each row.
+        slope: of an intercept and a slope; else the intercept alone.
+    """
+
+    def __init__(self, x: np.ndarray, outcome: np.ndarray, patient: np.ndarray, slope: bool):
+        self.estimates = np.array(logistic(x, outcome, slope=slope))
+        self.free = slice(0, 2) if slope else slice(1, 2)
+        risk = 1 / (1 + np.exp(-np.clip(self.estimates @ [x, np.ones_like(x)], -500, 500)))
+        curvature, gradient = risk * (1 - risk), outcome - risk
+        terms = (gradient * x, gradient, curvature * x * x, curvature * x, curvature)
+        self.terms = np.stack([np.bincount(patient, term) for term in terms], 1)  # (patients, 5)
+
+    def estimate(self, times: np.ndarray | None) -> float:
+        """With each patient taken so many times."""
+        at = self.estimates[self.free]
+        if times is not None and np.isfinite(at).all():
+            g0, g1, h00, h01, h11 = times @ self.terms
+            gradient, curvature = (
+                np.array([g0, g1])[self.free],
+                np.array([[h00, h01], [h01, h11]])[self.free, self.free],
+            )
+            try:
+                at = at + np.linalg.solve(curvature, gradient)
+            except np.linalg.LinAlgError:
+                return float("nan")
+        return float(at[0])
 
 
 class Rows:
@@ -286,9 +369,26 @@ class Rows:
         self.gain = alert_gain(hour) if utility else hour
         self._gained, self._gainable = self.gain * alert, self.gain * ((hour >= EARLY) & (hour <= LATE))
 
-    def counts(self, weight: np.ndarray | None = None) -> Counts:
-        """The counts under a weight of each row; default: each counts once."""
-        w = np.ones(len(self.outcome)) if weight is None else weight
+    @cached_property
+    def _regressions(self) -> "dict[str, Regression]":
+        both = 0 < self.outcome.sum() < len(self.outcome)
+        x = logit(self.probability)
+        return {
+            name: Regression(x, self.outcome, self._patient, name == "slope") for name in ("slope", "intercept") if both
+        }
+
+    @cached_property
+    def _groups(self) -> np.ndarray:
+        """First rows of the groups of like risk; equal risks are in one."""
+        first_of_tie = np.maximum.accumulate(
+            np.where(np.append(True, self._last_of_tie[:-1]), np.arange(len(self.outcome)), 0)
+        )
+        bounds = [part[0] for part in np.array_split(np.arange(len(self.outcome)), GROUPS) if len(part)]
+        return np.unique(first_of_tie[bounds])
+
+    def counts(self, times: np.ndarray | None = None) -> Counts:
+        """The counts with each patient taken so many ``times``; default: once."""
+        w = np.ones(len(self.outcome)) if times is None else times[self._patient]
         true = np.cumsum(w * self.outcome)[self._last_of_tie]
         false = np.cumsum(w * (1 - self.outcome))[self._last_of_tie]
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -304,11 +404,12 @@ class Rows:
                 squared_error=w @ self._squared_error,
                 gained=w @ self._gained,
                 gainable=w @ self._gainable,
+                calibration=Calibration(self, w, times),
             )
 
     def metrics(self, names: Iterable[str], times: np.ndarray | None = None) -> list[float]:
         """The named metrics with each patient taken so many ``times``; default: once."""
-        counts = self.counts(None if times is None else times[self._patient])
+        counts = self.counts(times)
         with np.errstate(invalid="ignore", divide="ignore"):
             return [METRICS[name].value(counts) for name in names]
 

@@ -45,9 +45,13 @@ class Epochs(Callback):
         last: the checkpoint ``last.ckpt``.
         minutes: between checkpoints within an epoch.
         report: called with (epoch, metrics) after every epoch; what it raises ends the training.
+        most: epochs after which training ends, whatever the schedule is made for.
     """
 
-    def __init__(self, path: Path, seed: int, last: Path, minutes: float, report: Report | None):
+    def __init__(
+        self, path: Path, seed: int, last: Path, minutes: float, report: Report | None, most: int | None = None
+    ):
+        self.most = most
         self.path, self.seed, self.last, self.seconds, self.report = path, seed, last, 60 * minutes, report
         self.rows: list[dict[str, float]] = []
         self.within: dict[str, Any] | None = None  # of a checkpoint within an epoch
@@ -95,6 +99,7 @@ class Epochs(Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # a run that was killed after its last epoch must not train one more: Lightning keeps the count, not the decision
         trainer.should_stop = any(c.wait_count >= max(c.patience, 1) for c in trainer.early_stopping_callbacks)
+        trainer.should_stop |= len(self.rows) == self.most
         distributed.end_with_sigterm()
         self.saved = time.monotonic()
         # what an epoch without a validation is judged by
@@ -157,6 +162,7 @@ class Epochs(Callback):
                 f"{row.get('val_loss')}): lower the learning rate or --trainer.gradient_clip_val and train again"
             )
         self.rows.append(row)
+        trainer.should_stop |= len(self.rows) == self.most
         if trainer.is_global_zero:
             write_text(self.path, self._table())
             shown = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k.startswith(("train", "val", "cv")))

@@ -9,6 +9,7 @@ import torch
 from datamodules.module import ICUDataModule
 from ehrmodels import ICUModule, load
 from ehrmodels.alignment import Alignment, coral, mmd
+from ehrmodels.calibration import METHODS, Method
 from ehrmodels.trees import FittedAtOnce
 
 STRATEGIES = ("zero_shot", "finetune", "head", "adapter", "retrain", "pooled", "coral", "mmd", "target_only")
@@ -33,6 +34,8 @@ class Transfer:
         sizes: Patients of the target for training and validation, such as 100,1000,all.
         draw: Which of them; another number draws others, and several, such as 0,1,2, draw so often.
         weight: Weight of the distance in the loss of coral and mmd.
+        recalibrate: Map of the probabilities, fitted on the target's validation patients, or with zero_shot on all of --transfer.sizes:
+            prevalence (an intercept on the logit), temperature (a slope), platt (both) or isotonic (any that rises).
         workers: Processes of this machine that share a queue; default: the number of GPUs, or 1.
     """
 
@@ -40,6 +43,7 @@ class Transfer:
     sizes: str = "all"
     draw: str = "0"
     weight: float = 1.0
+    recalibrate: Method | None = None
     workers: int | None = None
 
     def __post_init__(self) -> None:
@@ -57,9 +61,10 @@ class Transfer:
             if len(set(_parts(getattr(self, name)))) < len(_parts(getattr(self, name))):
                 raise ValueError(f"--transfer.{name} {getattr(self, name)} names one twice")
         strategies = set(_parts(self.strategy))
-        if strategies == {"zero_shot"} and (self.sizes, self.draw) != ("all", "0"):
+        if strategies == {"zero_shot"} and (self.sizes, self.draw) != ("all", "0") and not self.recalibrate:
             raise ValueError(
-                "--transfer.strategy zero_shot trains on nobody: leave --transfer.sizes and --transfer.draw out"
+                "--transfer.strategy zero_shot trains on nobody: leave --transfer.sizes and --transfer.draw out, or recalibrate "
+                f"it with --transfer.recalibrate {', '.join(METHODS[:-1])} or {METHODS[-1]}"
             )
         if self.weight != 1.0 and not strategies & {*ALIGNED, "all"}:
             raise ValueError(f"--transfer.weight is of coral and mmd, and {self.strategy} is none: leave it out")
@@ -72,7 +77,18 @@ class Transfer:
         """As it is named in folders, such as finetune, coral-100-1 or, of several, transfer."""
         if self.strategy == "all" or any("," in text for text in (self.strategy, self.sizes, self.draw)):
             return "transfer"
-        return self.strategy + ("" if (self.sizes, self.draw) == ("all", "0") else f"-{self.sizes}-{self.draw}")
+        name = f"{self.strategy}-{self.recalibrate}" if self.recalibrate else self.strategy
+        return name + ("" if (self.sizes, self.draw) == ("all", "0") else f"-{self.sizes}-{self.draw}")
+
+    @property
+    def label(self) -> str:
+        """As tables name it: zero_shot is what has not seen the target in any way."""
+        return f"{self.recalibrate} alone" if self.strategy == "zero_shot" and self.recalibrate else self.strategy
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to fit, weights or a map of probabilities."""
+        return self.strategy != "zero_shot" or self.recalibrate is not None
 
     @property
     def patients(self) -> int | None:
@@ -99,11 +115,11 @@ class Transfer:
         sizes = sorted(_parts(self.sizes), key=lambda size: float("inf") if size == "all" else int(size))
         zero = Transfer("zero_shot")
         trained = [
-            Transfer(strategy, size, draw, self.weight if strategy in ALIGNED else 1.0)
+            Transfer(strategy, size, draw, self.weight if strategy in ALIGNED else 1.0, self.recalibrate)
             for size, draw, strategy in product(sizes, _parts(self.draw), wanted)
-            if strategy != "zero_shot"
+            if strategy != "zero_shot" or self.recalibrate
         ]
-        return trained if len(trained) == 1 and "zero_shot" not in wanted else [zero, *trained]
+        return trained if len(trained) == 1 and (self.recalibrate or "zero_shot" not in wanted) else [zero, *trained]
 
     def prepared(
         self, ckpt: Path, model: type[ICUModule], target: ICUDataModule, source: ICUDataModule | None, seed: int
@@ -118,6 +134,7 @@ class Transfer:
             seed: of new weights.
         """
         network = load(ckpt, model)
+        network.calibration = None  # of other weights, or of other patients
         if self.strategy == "target_only":
             torch.manual_seed(seed)
             fresh = type(network)(**dict(network.hparams))

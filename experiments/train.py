@@ -165,7 +165,7 @@ def _train(
         files.write_json({"val_loss": pl.read_csv(folder / "metrics.csv")["val_loss"].min()}, folder / "metrics.json")
         console.print(f"{stopped}\nnext: ehr train -c FILE --init_from {folder / 'best.ckpt'}", soft_wrap=True)
         return None
-    predictions, result = conclude(folder, data, stopped, device, type(model))
+    predictions, result = conclude(folder, data, stopped, device, type(model))[""]
     tracking.end(tracking.scores(result["split"], result))
     if trial is None:
         title = f"{folder.name}: {data.spec.task['name']}"

@@ -21,14 +21,14 @@ from experiments.files import UNLIMITED, _Console
 from experiments.metrics import METRICS, text
 
 WIDTHS = [40, 47, 60, 80, 120, UNLIMITED]
-LABELS = ["AUROC", "AUPRC", "Brier", "sensitivity", "specificity", "PPV", "NPV", "alerts/100 stays"]
+LABELS = [metric.label for metric in METRICS.values() if metric.label]
 NAMES = ["SyntheticMIMICIV (source)", "SyntheticEICU zero-shot", "SyntheticEICU fine-tuned", "PhysioNet2012 test"]
 
 
 def result(k: int, **more: Any) -> dict[str, Any]:
     """Every number is another one."""
     numbers = {
-        name: {"value": 0.5 + k / 10 + j / 100, "low": 0.401 + k / 10 + j / 100, "high": 0.602 + k / 10 + j / 100}
+        name: {"value": 0.5 + k / 10 + j / 125, "low": 0.401 + k / 10 + j / 125, "high": 0.602 + k / 10 + j / 125}
         for j, name in enumerate(METRICS)
     }
     numbers["alerts_per_100_stays"] = {"value": 140.1 + k, "low": 130.2 + k, "high": 150.3 + k}

@@ -209,7 +209,7 @@ def test_what_a_model_cannot_do_is_refused(
     line = f"finetune --ckpt {source} --data SyntheticEICU --data.root {eicu} --out {tmp_path / 'out'}"
     assert "--transfer.sizes must be numbers of at least 2, or all, found 1" in refused(f"{line} --transfer.sizes 1")
     assert "--transfer.strategy magic is not known" in refused(f"{line} --transfer.strategy magic")
-    assert "score the rest, --data.split test, not val" in refused(f"{line} --transfer.sizes 100 --data.split val")
+    assert "score the others, --data.split test, not val" in refused(f"{line} --transfer.sizes 100 --data.split val")
     assert "zero_shot trains on nobody" in refused(f"{line} --transfer.strategy zero_shot --transfer.sizes 100")
     assert "--transfer.weight is of coral and mmd" in refused(f"{line} --transfer.weight 2")
     assert "--transfer.draw 1,1 names one twice" in refused(f"{line} --transfer.draw 1,1")

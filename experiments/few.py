@@ -1,0 +1,63 @@
+"""Fine-tuning on few patients: for how many epochs, by cross-validation among them."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import torch
+
+from datamodules.module import PARTS, ICUDataModule
+from ehrmodels.base import ICUModule
+from experiments.evaluate import predict_split
+from experiments.files import write_text
+from experiments.fit import Recipe, fit
+from experiments.resume import Report
+
+
+def best_epochs(
+    folder: Path, made: Callable[[], ICUModule], data: ICUDataModule, recipe: Recipe, report: Report | None
+) -> int:
+    """The number of epochs after which the loss of patients that are left out is least; 0 where none lessens it.
+
+    A third of the patients is left out at a time, and the model trained on the others for all epochs. Afterwards all are in
+    training and validation alike again. Writes ``epochs.csv``; what was trained for it goes.
+
+    Args:
+        folder: run directory.
+        made: gives the model, ready to be trained on the data as they are.
+        data: limited to patients that are in training and validation alike.
+        recipe: with the number of epochs.
+        report: called after every epoch.
+    """
+    table = folder / "epochs.csv"
+    if not table.exists():
+        losses = []
+        for part in range(PARTS):
+            data.leave_out(part)
+            model, place = made(), folder / f"left-out-{part}"
+            place.mkdir(exist_ok=True)
+            before = _loss(model, data)
+            every = recipe._replace(monitor="val_loss", patience=recipe.trainer["max_epochs"] + 1)
+            fit(place, model, data, every, None, report)
+            data.trainer = None  # else it would have the data as this model reads them
+            after = pl.read_csv(place / "metrics.csv")["val_loss"].to_list()
+            losses.append(pl.DataFrame({"epochs": range(len(after) + 1), "loss": [before, *after]}))
+        mean = pl.concat(losses).group_by("epochs").agg(pl.col("loss").mean()).sort("epochs")
+        write_text(table, mean.write_csv())
+    data.leave_out(None)
+    for part in range(PARTS):
+        shutil.rmtree(folder / f"left-out-{part}", ignore_errors=True)
+    mean = pl.read_csv(table)
+    return int(mean.sort("loss", maintain_order=True)["epochs"][0])
+
+
+def _loss(model: ICUModule, data: ICUDataModule) -> float:
+    """What validation would say before any training."""
+    rows = predict_split(model, data, "val").filter(pl.col("target").is_not_nan())
+    output, target = (rows[name].to_torch().double() for name in ("probability", "target"))
+    weight = model.pos_weight or 1.0
+    if model.kind.classes:
+        output = torch.logit(output, 1e-12) + math.log(weight)
+    return float(model.kind.loss(output, target, weight))
