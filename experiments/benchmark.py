@@ -15,6 +15,7 @@ import yaml
 from experiments import cli, metrics
 from experiments.compare import Run, contrasts, draw, joined, show
 from experiments.files import console, write
+from experiments.strategies import STRATEGIES, Transfer
 from experiments.trainings import Training, begun, check_all, check_one_device, complete
 
 OURS = ("name", "runs", "seed", "resume", "config", "finetune", "finetune_learning_rate", "finetune_epochs", "transfer")
@@ -26,6 +27,7 @@ def benchmark(
     data: dict[str, dict],
     seeds: list[int] | None = None,
     folds: int = 0,
+    transfer: str | None = None,
     reference: str | None = None,
     name: str | None = None,
     runs: str = "runs",
@@ -46,6 +48,8 @@ def benchmark(
         seeds: Seeds that every model is trained with; default: [0, 1, 2].
         folds: Cross-validate inside the training split, as choices should be: every training is done once a fold, by patient, val
             and test stay unread, and a row of the table is what all folds scored together; 0: no.
+        transfer: Carry every trained model to each of the other data sets, too, so that there are all pairs in both directions:
+            zero_shot, finetune and other strategies of ehr finetune, parted by commas.
         reference: Name of the model that the others are compared with; default: the first.
         name: Name of the benchmark; default: that of the YAML file, or benchmark.
         runs: Folder that holds run directories; the benchmark's are in runs/NAME.
@@ -57,6 +61,7 @@ def benchmark(
     seeds = [0, 1, 2] if seeds is None else seeds
     reference = reference or next(iter(models), None)
     _check(models, data, seeds, folds, reference, workers)
+    strategies = _strategies(transfer, data, folds)
     folder = Path(runs) / (name or "benchmark")
     if (folder / "last.ckpt").exists():
         raise ValueError(f"{folder} holds a training run; choose another --name")
@@ -65,10 +70,13 @@ def benchmark(
         for (of, section), (model, entry) in product(data.items(), models.items())
     }
     made = {
-        of: _tried(model, of, config)["data"] for (of, model), config in configurations.items()
+        place: _tried(place[1], place[0], config) for place, config in configurations.items()
     }  # before anything is begun
-    for hospital in made.values():
-        hospital.prepare_data()  # once, and before any worker says that the files are not there
+    for options in made.values():
+        for strategy in strategies:
+            Transfer(strategy).runs(type(options["model"]))
+    for of in data:  # once, and before any worker says that the files are not there
+        made[of, next(iter(models))]["data"].prepare_data()
     # one seed of all models before the next
     parts: list[str | None] = [f"{k + 1}/{folds}" for k in range(folds)] if folds else [None]
     entries = [Entry(*what) for what in product(data, seeds, parts, models)]
@@ -76,8 +84,20 @@ def benchmark(
     queue = {trainings[entry]: entry.configuration(configurations[entry.data, entry.model]) for entry in entries}
     alone = begun(folder, queue, "give the model another name in the YAML file, choose another --name")
     complete(folder, list(queue), workers)
+    carried: dict[Carried, Training] = {}
+    for entry, training in trainings.items():
+        for target, strategy in product(data, strategies):
+            if target != entry.data and training.scored():
+                there = Carried(entry, target, strategy)
+                carried[there] = Training(str(folder), str(there), "finetune")
+    queue = {
+        training: there.configuration(configurations[there.target, there.entry.model], trainings[there.entry])
+        for there, training in carried.items()
+    }
+    alone = begun(folder, queue, "choose another --name")
+    complete(folder, list(queue), workers)
     with alone:
-        return _summarised(folder, trainings, reference)
+        return _summarised(folder, trainings, carried, reference)
 
 
 class Entry(NamedTuple):
@@ -98,6 +118,46 @@ class Entry(NamedTuple):
         if self.fold:
             config["data"]["init_args"] |= {"fold": self.fold, "split": "val"}
         return config
+
+
+class Carried(NamedTuple):
+    """A trained model on another data set."""
+
+    entry: Entry
+    target: str
+    strategy: str
+
+    def __str__(self) -> str:
+        return f"{self.pair}/{self.entry.model}-{self.entry.seed}-{self.strategy}"
+
+    @property
+    def pair(self) -> str:
+        """Where from and where to."""
+        return f"{self.entry.data}-to-{self.target}"
+
+    def configuration(self, config: dict[str, Any], trained: Training) -> dict[str, Any]:
+        """Of ``ehr finetune``, from that of the model on the target and what was trained on the source."""
+        kind = config["model"]["class_path"]
+        return deepcopy({
+            "ckpt": str(trained.run / "best.ckpt"), "data": config["data"], "seed": self.entry.seed,
+            "trainer": {k: v for k, v in (config.get("trainer") or {}).items() if k != "max_epochs"},
+            "transfer": {"strategy": self.strategy},
+            **({"model": kind} if "." in kind and not kind.startswith("ehrmodels.") else {}),
+        })  # fmt: skip
+
+
+def _strategies(transfer: str | None, data: dict[str, Any], folds: int) -> list[str]:
+    """Those of ``--transfer``, zero_shot first."""
+    if transfer is None:
+        return []
+    if folds or len(data) < 2:
+        raise ValueError(
+            f"--transfer {transfer} carries models from one data set to another: give at least two, and leave --folds out"
+        )
+    named = [strategy.strip() for strategy in transfer.split(",")]
+    for strategy in named:
+        Transfer(strategy)
+    return list(dict.fromkeys(["zero_shot", *(STRATEGIES[1:] if "all" in named else named)]))
 
 
 def composed(model: str, entry: Any, of: str, section: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +257,9 @@ def _tried(model: str, of: str, config: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _summarised(folder: Path, trainings: dict[Entry, Training], reference: str | None) -> pl.DataFrame:
+def _summarised(
+    folder: Path, trainings: dict[Entry, Training], carried: dict[Carried, Training], reference: str | None
+) -> pl.DataFrame:
     """Print and write the tables; say what failed.
 
     Raises:
@@ -227,13 +289,29 @@ def _summarised(folder: Path, trainings: dict[Entry, Training], reference: str |
         tables[title] = table.insert_column(0, pl.lit(of).alias("data")).insert_column(
             1, pl.lit(f"train, {folds} folds" if folds else split).alias("split")
         )
+    for pair in dict.fromkeys(there.pair for there in carried):
+        of_pair = {there: training for there, training in carried.items() if there.pair == pair and training.scored()}
+        rows: dict[str, list[Run]] = {}
+        for there, training in of_pair.items():
+            rows.setdefault(f"{there.entry.model}, {there.strategy}", []).append(Run.read(str(training.run)))
+        for entry, training in trainings.items():
+            if training.scored() and any(entry.data == there.target for there in of_pair):
+                rows.setdefault(f"{entry.model}, trained there", []).append(Run.read(str(training.run)))
+        first = f"{reference}, zero_shot"
+        if first in rows:
+            split = next(iter(of_pair.values())).result()[0]
+            title = f"{pair.replace('-to-', ' to ')}, {split} split"
+            table = contrasts(dict(sorted(rows.items())), first, split)
+            show(table, first, title)
+            tables[title] = table.insert_column(0, pl.lit(pair).alias("data")).insert_column(
+                1, pl.lit(split).alias("split")
+            )
     if tables:
         whole = pl.concat(tables.values(), how="diagonal")
         write(folder / "benchmark.csv", whole.write_csv().encode())
-        assert reference is not None
-        draw(tables, reference, folder / "benchmark.png")
+        draw(tables, folder / "benchmark.png")
         console.print(f"wrote benchmark.csv and benchmark.png to {folder}", soft_wrap=True)
-    check_all(list(trainings.values()), folder)
+    check_all([*trainings.values(), *carried.values()], folder)
     return whole
 
 

@@ -74,7 +74,7 @@ def compare(
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "compare.csv", table.write_csv().encode())
-        draw({f"{split} split" if split != "all" else "": table}, name, folder / "compare.png")
+        draw({f"{split} split" if split != "all" else "": table}, folder / "compare.png")
         written = "compare.csv and compare.png"
         if blend is not None:
             (run,) = groups[f"blend ({blend})"]
@@ -324,12 +324,11 @@ def signed(record: dict[str, Any], column: str) -> str:
     return f"{value:+.3f} ({low:+.3f} to {high:+.3f})" + " *" * (low > 0 or high < 0)
 
 
-def draw(tables: dict[str, pl.DataFrame], reference: str, path: Path) -> None:
-    """Values with intervals, and differences from the reference, as a PNG: a row a metric of each table.
+def draw(tables: dict[str, pl.DataFrame], path: Path) -> None:
+    """Values with intervals, and differences from the reference of each table, as a PNG: a row a metric of each table.
 
     Args:
         tables: title -> what ``contrasts`` returns.
-        reference: the row that the others are compared with.
         path: the PNG.
     """
     panels = [(title, table, name) for title, table in tables.items() for name in COMPARED if name in table.columns]
@@ -337,7 +336,7 @@ def draw(tables: dict[str, pl.DataFrame], reference: str, path: Path) -> None:
     with figure(path, (11, sum(heights) + 0.4)) as drawn:
         axes = drawn.subplots(len(panels), 2, squeeze=False, height_ratios=heights)
         for (title, table, name), (left, right) in zip(panels, axes, strict=True):
-            label = METRICS[name].label
+            label, reference = METRICS[name].label, table.filter(pl.col("auroc_difference").is_null())["model"][0]
             _forest(left, table, name, table[f"{name}_sd"])
             left.set_yticks(range(len(table)), table["model"].to_list())
             left.set_title(f"{title}: {label}" if title else label, fontsize=10)

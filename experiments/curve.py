@@ -19,6 +19,7 @@ from experiments.metrics import METRICS, REPLICATES, Rows
 from experiments.strategies import Transfer
 from experiments.trainings import Training, begun, check_all, check_one_device, complete
 
+CALIBRATION = ("ece", "slope", "intercept")  # shown where it was recalibrated
 REFERENCES = ("zero_shot", "target_only")  # what a strategy has to beat
 Drawn = dict[tuple[str, int], np.ndarray]  # strategy and patients -> (draws, 1 + replicates, names)
 
@@ -88,7 +89,8 @@ def _summarised(folder: Path, trainings: dict[Transfer, Training], target: ICUDa
     split: Any = target.split
     check_samples(list(runs.values()), split)
     utility = all(run.utility for run in runs.values())
-    names = [name for name in COMPARED if name != "utility" or utility]
+    ranking = [name for name in COMPARED if name != "utility" or utility]
+    names = [*ranking, *(CALIBRATION if any(transfer.recalibrate for transfer in runs) else ())]
     draws: dict[tuple[str, int], list[np.ndarray]] = {}
     minutes: dict[tuple[str, int], list[float]] = {}
     for transfer, run in runs.items():
@@ -106,7 +108,7 @@ def _summarised(folder: Path, trainings: dict[Transfer, Training], target: ICUDa
     report.print_table(readable(table, names), title, console)
     for sentence in advice(table):
         console.print(sentence, soft_wrap=True, highlight=False)
-    draw(table, names, folder / "transfer.png", f"{target.name}, {split} split")
+    draw(table, ranking, folder / "transfer.png", f"{target.name}, {split} split")
     console.print(f"wrote transfer.csv and transfer.png to {folder}", soft_wrap=True)
 
 
@@ -156,7 +158,7 @@ def readable(table: pl.DataFrame, names: list[str]) -> pl.DataFrame:
         if table[f"{name}_sd"].is_not_null().any():
             shown[f"{label} sd"] = ["-" if r[f"{name}_sd"] is None else f"{r[f'{name}_sd']:.3f}" for r in records]
     for reference in REFERENCES:
-        for name in names:
+        for name in [name for name in names if name in COMPARED]:
             column = f"{name}_less_{reference}"
             if table[column].is_not_null().any():
                 shown[f"{METRICS[name].label} less {reference}"] = [signed(r, column) for r in records]

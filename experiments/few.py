@@ -10,6 +10,7 @@ import torch
 
 from datamodules.module import PARTS, ICUDataModule
 from ehrmodels.base import ICUModule
+from experiments import distributed
 from experiments.evaluate import predict_split
 from experiments.files import write_text
 from experiments.fit import Recipe, fit
@@ -32,7 +33,9 @@ def best_epochs(
         report: called after every epoch.
     """
     table = folder / "epochs.csv"
-    if not table.exists():
+    if distributed.broadcast(table.exists()):
+        mean = pl.read_csv(table)
+    else:
         losses = []
         for part in range(PARTS):
             data.leave_out(part)
@@ -49,7 +52,6 @@ def best_epochs(
     data.leave_out(None)
     for part in range(PARTS):
         shutil.rmtree(folder / f"left-out-{part}", ignore_errors=True)
-    mean = pl.read_csv(table)
     return int(mean.sort("loss", maintain_order=True)["epochs"][0])
 
 

@@ -199,42 +199,44 @@ def transferred(
         label = {"finetune": "fine-tuned", "zero_shot": "recalibrated"}.get(transfer.strategy, transfer.strategy)
         label = label.replace("_", " ")
         done = conclude(folder, target, stopped, device, model, carried, transfer.recalibrate)
+        name = f"{target.name} {label}"
         if trained:
-            scored[f"{target.name} {label}"] = done[""]
+            scored[name] = done[""]
         if transfer.recalibrate:
-            scored[f"{target.name} {label}, {transfer.recalibrate}" if trained else f"{target.name} {label}"] = done[
-                transfer.recalibrate
-            ]
+            name = f"{name}, {transfer.recalibrate}"
+            scored[name] = done[transfer.recalibrate]
             write_json(done[""][1], folder / "uncalibrated.json")
-        after, result = next(reversed(scored.values()))
-        told_scores = {name: scores for name, (_, scores) in scored.items()}
+        after, result = scored[name]
+        results = {name: scores for name, (_, scores) in scored.items()}
         if carried is None:  # else the threshold is that of the source in any case
-            scores = {**_score(network, after, source_threshold), "operating_point": f"{source_point} of the source"}
-            told_scores[f"{next(reversed(scored))}, source's threshold"] = {"split": target.split, **scores}
-            write_json(scores, folder / "carried.json")
+            results[f"{name}, source's threshold"] = {**_score(network, after, source_threshold), **about}
+            write_json(results[f"{name}, source's threshold"], folder / "carried.json")
         tracking.end(tracking.scores("zero-shot", scored[zero_name][1]) | tracking.scores(label, result))
-        report.show(told_scores, console)
+        report.show(results, console)
         gap = metrics.difference(zero, after)
         write_json(gap, folder / "difference.json")
-        text = ", ".join(
-            f"{m.upper()} {g['value']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})"
-            for m, g in gap.items()
-            if g["low"] is not None
-        )
-        text = text or "cannot be told, since only one outcome occurs among them"
-        console.print(f"{label} less zero-shot, on the same patients: {text}", soft_wrap=True)
+        console.print(f"{label} less zero-shot, on the same patients: {_in_words(gap)}", soft_wrap=True)
         title = f"{folder.parent.name} to {target.name}: {network.spec.task['name']}"
         tables = {name: table for name, (table, _) in scored.items()}
-        figures.draw(tables, {name: told_scores[name] for name in tables}, folder / "report.png", title)
+        figures.draw(tables, {name: results[name] for name in tables}, folder / "report.png", title)
         console.print(
             f"picture: {folder / 'report.png'}\nnext: ehr predict --ckpt {folder / 'best.ckpt'} --data.root FOLDER --out predictions.parquet",
             soft_wrap=True,
         )
-        return told_scores
+        return results
 
 
 def _score(network: ICUModule, predictions: pl.DataFrame, threshold: float | None) -> dict[str, Any]:
     return metrics.score(predictions, threshold, task=network.spec.task)
+
+
+def _in_words(gap: dict[str, dict[str, float | None]]) -> str:
+    told = [
+        f"{m.upper()} {g['value']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})"
+        for m, g in gap.items()
+        if g["low"] is not None
+    ]
+    return ", ".join(told) or "cannot be told, since only one outcome occurs among them"
 
 
 def _for_few(

@@ -34,8 +34,9 @@ class Transfer:
         sizes: Patients of the target for training and validation, such as 100,1000,all.
         draw: Which of them; another number draws others, and several, such as 0,1,2, draw so often.
         weight: Weight of the distance in the loss of coral and mmd.
-        recalibrate: Map of the probabilities, fitted on the target's validation patients, or with zero_shot on all of --transfer.sizes:
-            prevalence (an intercept on the logit), temperature (a slope), platt (both) or isotonic (any that rises).
+        recalibrate: Then fit the probabilities to the target's outcomes: prevalence, temperature, platt or isotonic. Of the logit,
+            prevalence is an intercept, temperature a slope, platt both; isotonic is any map that rises. Fitted on the target's
+            validation patients or, with zero_shot, on all of --transfer.sizes.
         workers: Processes of this machine that share a queue; default: the number of GPUs, or 1.
     """
 

@@ -56,9 +56,10 @@ def train(
         seed: Seed of initial weights, dropout and order of batches. The split has its own, --data.seed.
         monitor: Validation metric that chooses the best checkpoint and stops training; default: val_auroc_auprc, the sum of both
             (val_loss for a model that predicts no outcome). cv_auroc_auprc is that of --model.folds, for trees.
-        patience: Epochs without improvement after which training stops.
-        operating_point: Where alerts begin, chosen on the validation split: youden (sensitivity + specificity), or a target such as
-            sensitivity=0.9 or npv=0.98 with the fewest alerts that reach it; utility, that of the 2019 challenge, for hourly sepsis.
+        patience: Epochs without improvement until training stops.
+        operating_point: Where alerts begin, chosen on the validation split: youden, or a target such as sensitivity=0.9 or npv=0.98. Of
+            youden sensitivity + specificity is largest, of a target alerts are fewest; utility, that of the 2019 challenge, is for hourly
+            sepsis.
         resume: Continue a run that was interrupted.
         init_from: Checkpoint whose weights, variables and scaler training starts from, such as one of HyMaTEForecast.
         teacher: lightgbm, or a run of LightGBM whose settings are used; trees, cross-fitted inside the training split, whose

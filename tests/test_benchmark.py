@@ -285,3 +285,30 @@ def _handles(process: int, number: int) -> bool:
         line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("SigCgt")
     )
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def test_transfer_carries_every_model_to_every_other_data_set(
+    mimic: Path, eicu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {
+        "mimic": {"class_path": "SyntheticMIMICIV", "init_args": {"root": str(mimic)}},
+        "eicu": {"class_path": "SyntheticEICU", "init_args": {"root": str(eicu)}},
+    }
+    models = {"trees": {"class_path": "LightGBM", "init_args": {"rounds": 10}}}
+    path = tmp_path / "both.yaml"
+    path.write_text(yaml.safe_dump({"models": models, "data": data, "seeds": [0]}))
+    line = f"benchmark -c {path} --runs {tmp_path} --workers 1"
+    main(f"{line} --transfer finetune".split())
+    table = pl.read_csv(tmp_path / "both" / "benchmark.csv")
+    for source, target in (("mimic", "eicu"), ("eicu", "mimic")):
+        rows = table.filter(data=f"{source}-to-{target}")
+        assert rows["model"].to_list() == ["trees, finetune", "trees, trained there", "trees, zero_shot"]
+        own = table.filter(data=target)
+        assert rows["auroc"][1] == pytest.approx(own["auroc"][0])  # the same patients and model
+        zero = tmp_path / "both" / f"{source}-to-{target}" / "trees-0-zero_shot"
+        assert json.loads((zero / "metrics.json").read_text())["test"]["auroc"]["value"] == pytest.approx(
+            rows["auroc"][2]
+        )
+    assert "mimic to eicu, test split" in capsys.readouterr().out
+    assert "head is for networks" in refused(f"{line} --transfer head", capsys)
+    assert "give at least two, and leave --folds out" in refused(f"{line} --transfer finetune --folds 2", capsys)
