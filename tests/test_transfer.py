@@ -278,3 +278,42 @@ def test_advice_says_where_curves_cross_and_does_not_call_better_what_is_not_cle
         "with 1,000 patients use finetune: AUROC 0.840, AUPRC 0.100; AUROC above zero_shot (+0.040), above target_only (+0.020)",
         "target_only passes zero_shot between 100 and 1,000 patients",
     ]
+
+
+def test_few_patients_are_left_out_in_turn_and_training_ends_where_their_loss_is_least(
+    source: Path, eicu: Path, tmp_path: Path
+) -> None:
+    data = EICU(str(eicu))
+    data.adopt(load(source).spec)
+    made(data)
+    assert not data.limit(90)
+    both, patient = data.rows("train"), data.samples["patient_id"].to_numpy()
+    target = data.targets("train")
+    parts = []
+    for part in range(3):
+        data.leave_out(part)
+        train, val = data.rows("train"), data.rows("val")
+        assert not set(patient[train]) & set(patient[val])
+        assert sorted([*train, *val]) == both.tolist()
+        parts.append(val)
+        events = len(set(patient[both[target == 1]]))
+        assert len(set(patient[val[data.targets("val") == 1]])) in (events // 3, -(-events // 3))
+    assert sorted(np.concatenate(parts)) == both.tolist()
+    data.leave_out(None)
+    assert data.rows("train").tolist() == data.rows("val").tolist() == both.tolist()
+
+    line = f"finetune --ckpt {source} --data SyntheticEICU --data.root {eicu} --epochs 3 --transfer.sizes 90"
+    harm, help = tmp_path / "harm", tmp_path / "help"
+    main(f"{line} --learning_rate 1 --out {harm}".split())  # with which training can only harm
+    assert (harm / "epochs.csv").exists() and not (harm / "metrics.csv").exists()
+    before, after = (read(path)["state_dict"] for path in (source, harm / "best.ckpt"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    table, zero = (pl.read_parquet(harm / f"{name}.parquet") for name in ("predictions", "zero_shot"))
+    assert table.sort("stay_id", "minute")["probability"].to_list() == zero["probability"].to_list()
+    main(f"{line} --learning_rate 0.001 --out {help}".split())
+    curve = pl.read_csv(help / "epochs.csv")
+    assert curve["epochs"].to_list() == [0, 1, 2, 3]
+    assert not list(help.glob("left-out-*"))
+    best = int(curve.sort("loss", maintain_order=True)["epochs"][0])
+    trained = len(pl.read_csv(help / "metrics.csv")) if best else 0
+    assert trained == best
