@@ -18,7 +18,7 @@ from ehrmodels import ICUModule, load
 from ehrmodels.base import is_distributed
 from ehrmodels.calibration import Calibration, fitted
 from ehrmodels.checkpoint import read
-from experiments import distributed, figures, hospitals, metrics, report
+from experiments import distributed, hospitals, metrics, page, report
 from experiments.files import console, save, write_json, write_parquet
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -38,7 +38,7 @@ def evaluate(
     Nothing is fitted: scaler, variables and threshold are those of the checkpoint. Options of the data that belong to the model
     (task, hours, window, statics, treatment, and on the same hospital system the split) are taken from it; one that contradicts
     it is refused. Writes ``metrics.json`` (``auroc``, ``auprc``, ... each with ``value``, ``low``, ``high``; ``n``,
-    ``n_positive``), ``predictions.parquet`` (``stay_id, patient_id, minute, target, probability, split``) and ``report.png``.
+    ``n_positive``), ``predictions.parquet`` (``stay_id, patient_id, minute, target, probability, split``) and ``report.html``.
 
     Args:
         ckpt: Checkpoint, such as runs/NAME/best.ckpt.
@@ -70,11 +70,11 @@ def evaluate(
     write_json(written, folder / "metrics.json")
     report.show({data.name: result}, console)
     title = f"{Path(ckpt).parent.name}: {network.spec.task['name']}"
-    figures.draw({data.name: predictions}, {data.name: result}, folder / "report.png", title)
-    files = "metrics.json, predictions.parquet and report.png"
+    files = "metrics.json, predictions.parquet and report.html"
     if by_hospital is not None:
         hospitals.tell(predictions, data.store.stays, by_hospital, folder, f"{title}, {data.name}")
         files = files.replace(" and", ",") + ", hospitals.csv and hospitals.png"
+    page.write(folder, title, data, {data.name: predictions}, {data.name: result})
     console.print(f"wrote {files} to {folder}", soft_wrap=True)
     return written
 
@@ -232,6 +232,12 @@ def conclude(
     write_parquet(written, folder / "predictions.parquet")
     write_json(results, folder / "metrics.json")
     return scored
+
+
+def kept_apart(folder: Path, split: str) -> pl.DataFrame | None:
+    """Predictions of a run's validation split, on which thresholds are chosen; None where that is the split that is scored."""
+    rows = pl.read_parquet(folder / "predictions.parquet").filter(split="val")
+    return None if split == "val" or rows.is_empty() else rows
 
 
 def recalibrated(predictions: pl.DataFrame, calibration: Calibration) -> pl.DataFrame:

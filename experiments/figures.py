@@ -10,9 +10,10 @@ import numpy as np
 import polars as pl
 
 from experiments import files
-from experiments.metrics import Counts, Rows, text
+from experiments.metrics import Counts, Rows, resamples, text
 
 BINS = 30  # of a histogram of predicted risks
+BANDS = 200  # resamples of a band
 
 
 @contextmanager
@@ -29,23 +30,17 @@ def figure(path: Path, size: tuple[float, float]) -> Iterator[Any]:
     files.write(path, content.getvalue())
 
 
-def draw(predictions: dict[str, pl.DataFrame], results: dict[str, dict[str, Any]], path: Path, title: str) -> None:
-    """ROC, precision-recall and calibration curves and the predicted risk by outcome, of one or more results, as a PNG.
+def draw_panels(
+    predictions: dict[str, pl.DataFrame], results: dict[str, dict[str, Any]], title: str, figure: Any
+) -> None:
+    """ROC, precision-recall and calibration curves and the predicted risk by outcome, of one or more results.
 
     Args:
         predictions: of each result, the table that it was scored from.
         results: what ``metrics.score`` says of it.
-        path: the PNG.
         title: of the whole; run and task.
+        figure: of matplotlib, to draw on; the colours are those of the ROC's legend in every panel.
     """
-    with figure(path, (10, 11 + 0.5 * len(results))) as drawn:
-        draw_panels(predictions, results, title, drawn)
-
-
-def draw_panels(
-    predictions: dict[str, pl.DataFrame], results: dict[str, dict[str, Any]], title: str, figure: Any
-) -> None:
-    """What ``draw`` draws, on a figure; the colours are those of the ROC's legend in every panel."""
     figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
     grid = figure.add_gridspec(2, 2)
     roc, pr, calibration = (figure.add_subplot(grid[place]) for place in ((0, 0), (0, 1), (1, 0)))
@@ -56,6 +51,7 @@ def draw_panels(
         _draw_risk(risks[k], rows, result, f"C{k}")
         if 0 < result["n_positive"] < result["n"]:
             counts = rows.counts()
+            _draw_bands(roc, pr, rows, f"C{k}")
             _draw_roc(roc, counts, f"{name}\nAUROC {text('auroc', result)}", f"C{k}")
             _draw_pr(pr, counts, f"{name}\nAUPRC {text('auprc', result)}", f"C{k}")
             _draw_calibration(calibration, rows, f"C{k}")
@@ -102,6 +98,22 @@ def _draw_pr(axis: Any, counts: Counts, label: str, colour: str) -> None:
         _mark(axis, counts.true_alerts / counts.positives, counts.true_alerts / alerts, colour)
 
 
+def _draw_bands(roc: Any, pr: Any, rows: Rows, colour: str) -> None:
+    """Where the middle 95 % of the curves of resampled patients lie."""
+    share = np.linspace(0, 1, 101)
+    sensitivity, precision = [], []
+    for times in resamples(rows.patients, BANDS):
+        counts = rows.counts(times)
+        if not np.isfinite(counts.recall[-1]) or not np.isfinite(counts.fall_out[-1]):
+            continue  # one outcome only
+        sensitivity.append(np.interp(share, np.append(0, counts.fall_out), np.append(0, counts.recall)))
+        point = np.minimum(np.searchsorted(counts.recall, share - 1e-12), len(counts.recall) - 1)
+        precision.append(counts.precision[np.maximum(point, int(np.argmax(counts.recall > 0)))])
+    for axis, curves in ((roc, sensitivity), (pr, precision)):
+        if curves:
+            axis.fill_between(share, *np.percentile(curves, [2.5, 97.5], axis=0), color=colour, alpha=0.15, linewidth=0)
+
+
 def _line(colour: str) -> dict[str, Any]:
     return {"color": colour, "linewidth": 1.6, "clip_on": False, "solid_capstyle": "round"}
 
@@ -134,4 +146,4 @@ def _draw_risk(axis: Any, rows: Rows, result: dict[str, Any], colour: str) -> No
         style = {"color": "black", "linewidth": 1, "linestyle": "--", "label": f"threshold {result['threshold']:.3g}"}
         axis.axvline(result["threshold"], ymax=0.8, **style)
     axis.set(xlim=(0, edges[-1]), ylim=(0, 1.3 * axis.get_ylim()[1]), ylabel="share")  # room for the legend
-    axis.legend(loc="upper center", fontsize=8, ncols=3, frameon=False)
+    axis.legend(loc="upper right", fontsize=8, frameon=False)

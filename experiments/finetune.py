@@ -10,8 +10,8 @@ from datamodules import module
 from datamodules.module import EICU, ICUDataModule
 from ehrmodels import ICUModule, load
 from ehrmodels.checkpoint import read, spec_of
-from experiments import distributed, figures, metrics, report, run_directory, tracking
-from experiments.evaluate import Scored, conclude, data_of, opened, predict_split
+from experiments import distributed, metrics, page, report, run_directory, tracking
+from experiments.evaluate import Scored, conclude, data_of, kept_apart, opened, predict_split
 from experiments.few import best_epochs
 from experiments.files import console, save, write_json, write_parquet
 from experiments.fit import Recipe, Trial, check, fit, quiet, why_stopped
@@ -218,9 +218,9 @@ def transferred(
         console.print(f"{label} less zero-shot, on the same patients: {_in_words(gap)}", soft_wrap=True)
         title = f"{folder.parent.name} to {target.name}: {network.spec.task['name']}"
         tables = {name: table for name, (table, _) in scored.items()}
-        figures.draw(tables, {name: results[name] for name in tables}, folder / "report.png", title)
+        page.write(folder, title, target, tables, results, kept_apart(folder, target.split))
         console.print(
-            f"picture: {folder / 'report.png'}\nnext: ehr predict --ckpt {folder / 'best.ckpt'} --data.root FOLDER --out predictions.parquet",
+            f"report: {folder / 'report.html'}\nnext: ehr predict --ckpt {folder / 'best.ckpt'} --data.root FOLDER --out predictions.parquet",
             soft_wrap=True,
         )
         return results

@@ -417,7 +417,7 @@ class Rows:
         """(1 + replicates, names): the named metrics, and those of resamples of patients, which are the same for all rows of the
         same patients, so that differences are paired."""
         names = list(names)
-        resampled = [self.metrics(names, times) for times in _resamples(self.patients, replicates)]
+        resampled = [self.metrics(names, times) for times in resamples(self.patients, replicates)]
         return np.array([self.metrics(names), *resampled])
 
     def most_useful_threshold(self) -> float | None:
@@ -469,7 +469,7 @@ def _labelled(predictions: pl.DataFrame) -> pl.DataFrame:
     return predictions.drop_nulls("target").filter(pl.col("target").is_not_nan())
 
 
-def _resamples(patients: int, replicates: int) -> Iterator[np.ndarray]:
+def resamples(patients: int, replicates: int) -> Iterator[np.ndarray]:
     """How often each patient is drawn, per replicate; the same for the same number of patients."""
     rng, share = np.random.default_rng(0), np.full(patients, 1 / patients)
     return (rng.multinomial(patients, share).astype(np.float64) for _ in range(replicates))

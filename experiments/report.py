@@ -16,13 +16,11 @@ GAP = 2  # characters between columns
 FEW = 30  # positives or negatives below which a score is too uncertain
 
 
-def show(results: dict[str, dict[str, Any]], console: Console) -> None:
-    """Print results side by side: a column each, with a row for each metric.
+def columns(results: dict[str, dict[str, Any]]) -> "list[Column]":
+    """Results side by side: names of rows, and a column for each result.
 
     Args:
-        results: by name, what ``metrics.score`` returns. It may also hold ``split``; ``operating_point``, how the
-            threshold was chosen; and ``stopped``, a sentence on why training ended.
-        console: where to print.
+        results: as ``show`` takes them.
     """
     several = list(results.values())
     labels = ["n", *(of for of in ("stays", "patients") if any(r.get(f"n_{of}", r["n"]) != r["n"] for r in several))]
@@ -35,7 +33,7 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
         if metric.label is not None and (metric.everywhere or any(r[name]["value"] is not None for r in several))
     }
     labels += shown.values()
-    columns = [Column("", labels, max(map(len, labels)))]
+    shown_columns = [Column("", labels, max(map(len, labels)))]
     for name, result in results.items():
         facts = {
             "split": result.get("split"),
@@ -48,8 +46,20 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
         }
         scores = [text(metric, result) for metric in shown]
         cells = [facts[label] or "-" for label in labels[: -len(scores)]]
-        columns.append(Column(name, [*cells, *scores], max(map(len, scores))))
-    _print(columns, "95 % intervals: bootstrap over patients", console)
+        shown_columns.append(Column(name, [*cells, *scores], max(map(len, scores))))
+    return shown_columns
+
+
+def show(results: dict[str, dict[str, Any]], console: Console) -> None:
+    """Print results side by side: a column each, with a row for each metric.
+
+    Args:
+        results: by name, what ``metrics.score`` returns. It may also hold ``split``; ``operating_point``, how the
+            threshold was chosen; and ``stopped``, a sentence on why training ended.
+        console: where to print.
+    """
+    list(results.values())
+    _print(columns(results), "95 % intervals: bootstrap over patients", console)
     for name, result in results.items():
         if "stopped" in result:
             console.print(Text(f"{name}: {result['stopped']}" if len(results) > 1 else result["stopped"]))

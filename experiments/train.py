@@ -11,8 +11,8 @@ from datamodules.module import ICUDataModule
 from ehrmodels import ICUModule
 from ehrmodels.checkpoint import read, spec_of
 from ehrmodels.trees import FittedAtOnce
-from experiments import distributed, figures, files, metrics, report, run_directory, tracking
-from experiments.evaluate import conclude
+from experiments import distributed, files, metrics, page, report, run_directory, tracking
+from experiments.evaluate import conclude, kept_apart
 from experiments.files import console
 from experiments.finetune import DEFAULT, check_validation, transferred
 from experiments.fit import Recipe, Trial, check, fit, quiet, why_stopped
@@ -108,7 +108,7 @@ def train(
             if finetune is None and trial is None:
                 report.show({data.name: result}, console)
                 console.print(
-                    f"picture: {folder / 'report.png'}\nnext: ehr evaluate --ckpt {folder / 'best.ckpt'} --data NAME --data.root FOLDER",
+                    f"report: {folder / 'report.html'}\nnext: ehr evaluate --ckpt {folder / 'best.ckpt'} --data NAME --data.root FOLDER",
                     soft_wrap=True,
                 )
         if finetune is None:
@@ -170,5 +170,7 @@ def _train(
     tracking.end(tracking.scores(result["split"], result))
     if trial is None:
         title = f"{folder.name}: {data.spec.task['name']}"
-        figures.draw({data.name: predictions}, {data.name: result}, folder / "report.png", title)
+        page.write(
+            folder, title, data, {data.name: predictions}, {data.name: result}, kept_apart(folder, result["split"])
+        )
     return predictions, result

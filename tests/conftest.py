@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datamodules import simulate
-from experiments import figures, files
+from experiments import files, page
 from experiments.cli import main
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -44,8 +44,8 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes a third of a small run: it is left to tests of pictures, of documents and of bits."""
-    if request.path.name not in ("test_figures.py", "test_docs.py", "test_readme.py", "test_resume.py"):
-        monkeypatch.setattr(figures, "draw", lambda predictions, results, path, title: files.write(path, b"a picture"))
+    if request.path.name not in ("test_page.py", "test_docs.py", "test_readme.py"):
+        monkeypatch.setattr(page, "write", lambda folder, *_: files.write(folder / "report.html", b"a page"))
 
 
 @pytest.fixture(scope="session")

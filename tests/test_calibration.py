@@ -124,7 +124,7 @@ def test_intervals_of_calibration_are_those_of_regressions_of_each_resample() ->
     patient = np.arange(1500) % 500
     drawn = metrics.Rows(table(probability, outcome, 500), None).drawn(["slope", "intercept"], 200)
     again = []
-    for times in metrics._resamples(500, 200):
+    for times in metrics.resamples(500, 200):
         # the order in which ``Rows`` numbers patients is that of their names
         number = np.argsort(np.argsort([str(k) for k in range(500)]))
         taken = np.repeat(np.arange(1500), times[number[patient]].astype(int))

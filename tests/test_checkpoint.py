@@ -149,7 +149,7 @@ def test_a_class_of_ones_own_on_the_command_line(mimic: Path, tmp_path: Path, mo
     data = f"--data SyntheticMIMICIV --data.root {mimic}"
     main(f"train --model mymodels.GRU --model.width 4 {data} --trainer.max_epochs 1 --name own".split())
     main(["evaluate", "--ckpt", "runs/own/best.ckpt", "--model", "mymodels.GRU", "--out", "scores"])
-    assert (tmp_path / "scores" / "report.png").exists()
+    assert (tmp_path / "scores" / "report.html").exists()
     command = [
         sys.executable,
         "-W",

@@ -310,10 +310,10 @@ def scores(result: dict[str, Any]) -> None:
 def test_train_writes_a_whole_run(trained: Path) -> None:
     assert {p.name for p in trained.iterdir()} == {
         "config.yaml", "environment.txt", "metrics.csv", "metrics.json", "best.ckpt", "last.ckpt", "predictions.parquet", "finetune-SyntheticEICU",
-        "report.png", "run.log", "run.lock",
+        "report.html", "run.log", "run.lock",
     }  # fmt: skip
     assert {p.name for p in (trained / "finetune-SyntheticEICU").iterdir()} >= {
-        "metrics.csv", "metrics.json", "best.ckpt", "last.ckpt", "predictions.parquet", "zero_shot.parquet", "zero_shot.json", "report.png",
+        "metrics.csv", "metrics.json", "best.ckpt", "last.ckpt", "predictions.parquet", "zero_shot.parquet", "zero_shot.json", "report.html",
         "config.yaml", "environment.txt", "run.log",
     }  # fmt: skip
     for folder in (trained, trained / "finetune-SyntheticEICU"):
@@ -361,7 +361,7 @@ def test_evaluate_repeats_the_numbers_of_train(trained: Path, tmp_path: Path, mo
     whole = json.loads((trained / "metrics.json").read_text())
     written = pl.read_parquet(trained / "predictions.parquet")
     for split in ("test", "val"):
-        assert {p.name for p in Path(split).iterdir()} == {"metrics.json", "predictions.parquet", "report.png"}
+        assert {p.name for p in Path(split).iterdir()} == {"metrics.json", "predictions.parquet", "report.html"}
         again = json.loads(Path(split, "metrics.json").read_text())
         assert whole[split].pop("stopped").startswith("trained 2 epochs, as many as were asked for; kept: epoch")
         assert {k: again[k] for k in whole[split]} == whole[split]
@@ -557,7 +557,7 @@ def test_hourly_task_end_to_end(mimic: Path, tmp_path: Path) -> None:
     assert table["minute"].min() == 12 * 60
     assert table["stay_id"].n_unique() < len(table) / 5
     assert read(tmp_path / "hourly" / "best.ckpt")["ehr"]["spec"]["statics"][:3] == ["age", "sex", "hours in the ICU"]
-    assert (tmp_path / "hourly" / "report.png").exists()
+    assert (tmp_path / "hourly" / "report.html").exists()
 
 
 def test_checkpoint_of_changed_score_switches_loads(trained: Path) -> None:

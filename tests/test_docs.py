@@ -19,7 +19,7 @@ def test_every_block_for_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(BLOCKS) >= 7
     for block in BLOCKS:
         exec(compile(block, str(DOCUMENT), "exec"), names)
-    assert (tmp_path / "runs" / "notebook" / "finetune-SyntheticEICU" / "report.png").exists()
+    assert (tmp_path / "runs" / "notebook" / "finetune-SyntheticEICU" / "report.html").exists()
     assert 0 < names["probability"].max() < 1  # type: ignore[attr-defined]
     assert type(names["again"]).__name__ == "GRU"
     assert len(names["study"].trials) == 2  # type: ignore[attr-defined]

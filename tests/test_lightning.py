@@ -76,7 +76,7 @@ def test_a_checkpoint_of_a_plain_trainer_is_evaluated_by_name_alone(mimic: Path,
     fitting.fit(Fusion(width=8), SyntheticMIMICIV(str(mimic)))
     fitting.save_checkpoint(tmp_path / "m.ckpt")
     main(f"evaluate --ckpt {tmp_path / 'm.ckpt'} --out {tmp_path / 'scores'}".split())
-    assert (tmp_path / "scores" / "report.png").exists()
+    assert (tmp_path / "scores" / "report.html").exists()
 
 
 def test_forecasting_needs_nothing_else(mimic: Path, tmp_path: Path) -> None:

@@ -375,7 +375,7 @@ def test_a_run_that_had_stopped_early_is_not_trained_further(
     main(line.split())
     assert pl.read_csv("runs/run/metrics.csv")["epoch"].to_list() == [0, 1, 2]
     shutil.copytree("runs", "whole")
-    for name in ("metrics.json", "predictions.parquet", "report.png"):
+    for name in ("metrics.json", "predictions.parquet", "report.html"):
         Path("runs/run", name).unlink()
     main([*line.split(), "--resume"])
     same(Path("whole"), Path("runs"))

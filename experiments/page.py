@@ -1,0 +1,262 @@
+"""``report.html``: what a run found, on one page that asks nothing of the network."""
+
+import html
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from datamodules.contract import STATISTICS
+from datamodules.dictionary import BY_NAME
+from datamodules.module import ICUDataModule
+from datamodules.tasks import TASKS
+from experiments import evidence, figures, metrics, report, run_directory
+from experiments.files import write_text
+from experiments.metrics import METRICS
+
+MOST = 20_000  # stays whose measurements the table of patients is made from
+STYLE = """
+:root{color-scheme:light dark;--text:#1b1f24;--soft:#59636e;--line:#d1d9e0;--back:#fff;--card:#f6f8fa}
+@media(prefers-color-scheme:dark){:root{--text:#e6edf3;--soft:#9198a1;--line:#3d444d;--back:#0d1117;--card:#151b23}
+figure svg{filter:invert(1) hue-rotate(180deg)}}
+*{box-sizing:border-box}body{margin:0 auto;padding:1rem;max-width:70rem;color:var(--text);background:var(--back);
+font:1rem/1.5 system-ui,sans-serif}h1{font-size:1.5rem;margin:.2em 0}h2{font-size:1.15rem;margin:2em 0 .4em;border-bottom:1px solid var(--line)}
+p.soft,figcaption,td.soft{color:var(--soft);font-size:.875rem}nav{font-size:.875rem}nav a{margin-right:.8em}a{color:inherit}
+.cards{display:flex;flex-wrap:wrap;gap:.6rem}.cards div{background:var(--card);border:1px solid var(--line);border-radius:.4rem;padding:.5rem .8rem}
+.cards b{display:block;font-size:1.25rem}.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}
+thead th{vertical-align:bottom;color:var(--soft);font-weight:600}figure{margin:.5rem 0}figure svg{max-width:100%;height:auto}
+pre{background:var(--card);padding:.6rem;overflow-x:auto;font-size:.8rem}
+@media print{body{max-width:none}details{display:none}h2{break-after:avoid}figure,tr{break-inside:avoid}nav{display:none}}
+"""
+
+
+def write(
+    folder: Path,
+    title: str,
+    data: ICUDataModule,
+    tables: dict[str, pl.DataFrame],
+    results: dict[str, dict[str, Any]],
+    chosen_on: pl.DataFrame | None = None,
+    more: str = "",
+) -> Path:
+    """Write the page of a run.
+
+    Args:
+        folder: where; what ``config.yaml`` there says is part of the page.
+        title: run and task.
+        data: the hospital system that was scored last.
+        tables: of each result with curves of its own, the predictions that it was scored from; the last one is the page's subject.
+        results: name -> what ``metrics.score`` says and what is told besides, those without curves, too.
+        chosen_on: predictions on which thresholds are chosen; None: there are none but those that are scored.
+        more: sections that follow the scores, as HTML.
+
+    Returns:
+        The file.
+    """
+    name, predictions = next(reversed(tables.items()))
+    result, task = results[name], asdict(data.task)
+    rows = evidence.labelled(predictions)
+    stays = data.cohort.stays().filter(pl.col("stay_id").is_in(rows["stay_id"].unique().implode()))
+    both = 0 < result["n_positive"] < result["n"]
+    sections: list[tuple[str, str]] = [("Scores", _scores(tables, results, title))]
+    if both:
+        sections.append(("Operating points", _points(rows, chosen_on, result, task)))
+        sections.append(("Decision curve", _decision(rows, result)))
+        if data.task.hourly and result["threshold"] is not None:
+            sections.append(("Lead time and alarms", _alarms(rows, stays, data, result["threshold"])))
+        sections.append(("Subgroups", _subgroups(rows, stays, result["threshold"])))
+    sections.append(("Patients", _patients(rows, stays, data)))
+    sections.append(("Configuration", _configuration(folder)))
+    parts = [f'<section id="s{k}"><h2>{_text(head)}</h2>{body}</section>' for k, (head, body) in enumerate(sections)]
+    parts.insert(1, more)
+    links = "".join(f'<a href="#s{k}">{_text(head)}</a>' for k, (head, _) in enumerate(sections))
+    subject = (
+        f"{data.name}, {result.get('split', data.split)} split: {TASKS[data.task.name].text}. {run_directory.code()}"
+    )
+    cards = "".join(
+        f"<div><span>{_text(label)}</span><b>{_text(value)}</b></div>"
+        for label, value in {
+            "AUROC": metrics.text("auroc", result), "AUPRC": metrics.text("auprc", result),
+            "samples": f"{result['n']:,}", "with the event": f"{result['n_positive']:,} ({100 * result['n_positive'] / result['n']:.1f} %)",
+        }.items()
+    )  # fmt: skip
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body><header><h1>{_text(title)}</h1>"
+        f'<p class="soft">{_text(subject)}</p><div class="cards">{cards}</div><nav><p>{links}</p></nav></header>{"".join(parts)}</body></html>\n'
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+# ---- parts of a page -------------------------------------------------------------------------------------------------------------
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else html.escape(str(value))
+
+
+def table(frame: pl.DataFrame) -> str:
+    """A table as HTML; where there is no value the cell is a dash."""
+    head = "".join(f"<th>{_text(column)}</th>" for column in frame.columns)
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f"<td>{'-' if cell is None else _text(f'{cell:,}' if isinstance(cell, int) else cell)}</td>" for cell in row
+        )
+        + "</tr>"
+        for row in frame.iter_rows()
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def soft(sentence: str) -> str:
+    """A remark."""
+    return f'<p class="soft">{_text(sentence)}</p>'
+
+
+@contextmanager
+def _figure(size: tuple[float, float], into: list[str], caption: str) -> Iterator[Any]:
+    """A matplotlib figure to draw on, which is appended as an SVG afterwards."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": caption}):
+        drawn = Figure(figsize=size, layout="constrained")
+        drawn.patch.set_alpha(0)
+        FigureCanvasSVG(drawn)
+        yield drawn
+        content = io.StringIO()
+        drawn.savefig(content, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = content.getvalue()
+    svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{_text(caption)}" ', 1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    into.append(f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>")
+
+
+def _scores(tables: dict[str, pl.DataFrame], results: dict[str, dict[str, Any]], title: str) -> str:
+    into: list[str] = []
+    caption = "ROC and precision-recall curves with 95 % bands over patients, calibration, and risk by outcome"
+    with _figure((9.5, 9.5 + 0.5 * len(tables)), into, caption) as drawn:
+        figures.draw_panels(tables, {name: results[name] for name in tables}, title, drawn)
+    columns = report.columns(results)
+    frame = pl.DataFrame({column.heading: column.cells for column in columns})
+    stopped = "".join(soft(f"{name}: {r['stopped']}") for name, r in results.items() if "stopped" in r)
+    return table(frame) + soft("95 % intervals: bootstrap over patients") + stopped + "".join(into)
+
+
+def _points(rows: pl.DataFrame, chosen_on: pl.DataFrame | None, result: dict[str, Any], task: dict[str, Any]) -> str:
+    choose = rows if chosen_on is None or chosen_on.is_empty() else evidence.labelled(chosen_on)
+    own = (result.get("operating_point", "youden"), result["threshold"])
+    where = "these very patients, which flatters them" if choose is rows else "the validation split"
+    shown = table(evidence.operating_points(choose, rows, own, task))
+    return shown + soft(f"Thresholds are chosen on {where}, but for the model's own; 95 % intervals over patients.")
+
+
+def _decision(rows: pl.DataFrame, result: dict[str, Any]) -> str:
+    share = result["n_positive"] / result["n"]
+    most = min(max(4 * share, 0.1), 0.9)
+    curve = evidence.net_benefit(rows, np.linspace(most / 200, most, 200).tolist())
+    into: list[str] = []
+    caption = (
+        "Net benefit of alerting where the risk is at least a threshold, beside alerting for everybody and for nobody"
+    )
+    with _figure((7, 3.6), into, caption) as drawn:
+        axis = drawn.subplots()
+        axis.plot(curve["threshold"], curve["model"], color="C0", label="model")
+        axis.plot(curve["threshold"], curve["everybody"], color="0.5", label="everybody")
+        axis.axhline(0, color="black", linewidth=0.8, label="nobody")
+        if result["threshold"] is not None and result["threshold"] <= most:
+            axis.axvline(result["threshold"], color="C3", linestyle="--", linewidth=1, label="the model's threshold")
+        axis.set(ylim=(-0.25 * share, 1.1 * share), xlabel="threshold of risk", ylabel="net benefit")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=9)
+    return "".join(into)
+
+
+def _alarms(rows: pl.DataFrame, stays: pl.DataFrame, data: ICUDataModule, threshold: float) -> str:
+    column = "sepsis_minute" if data.task.name == "sepsis_onset" else "death_minute"
+    lead = evidence.lead_times(rows, stays.select("stay_id", event_minute=column), threshold)
+    burden = evidence.alarm_burden(rows, threshold)
+    told, foretold = len(lead), lead["lead"].drop_nulls()
+    rows_of = [
+        ("stays predicted before their event", f"{told:,}"),
+        (
+            f"with an alert in the {evidence.BEFORE} hours before",
+            f"{len(foretold):,} ({100 * len(foretold) / max(told, 1):.0f} %)",
+        ),
+        *((f"with an alert at least {h} hours before", f"{int((foretold >= h).sum()):,}") for h in (1, 3, 6, 12, 24)),
+    ]
+    if len(foretold):
+        low, middle, high = (foretold.quantile(q, "linear") for q in (0.25, 0.5, 0.75))
+        rows_of.append(("hours from the first alert to the event", f"{middle:.1f} ({low:.1f} to {high:.1f})"))
+    rows_of += [
+        ("alerts per day of a stay", f"{burden['alerts_per_day']:.2f}"),
+        ("the same, stays without the event", f"{burden['alerts_per_day_without_event']:.2f}"),
+        ("stays without the event that have any alert", f"{100 * burden['alarmed']:.0f} %"),
+    ]
+    into: list[str] = []
+    if len(foretold):
+        with _figure((7, 2.6), into, "Hours from the first alert to the event") as drawn:
+            axis = drawn.subplots()
+            axis.hist(foretold.to_numpy(), np.arange(0, evidence.BEFORE + 3, 3), color="C0")
+            axis.set(xlabel="hours", ylabel="stays")
+            axis.spines[["top", "right"]].set_visible(False)
+    return table(pl.DataFrame(rows_of, ["at the model's threshold", "value"], orient="row")) + "".join(into)
+
+
+def _subgroups(rows: pl.DataFrame, stays: pl.DataFrame, threshold: float | None) -> str:
+    groups = evidence.subgroups(rows, stays, threshold)
+    records = groups.to_dicts()
+    shown: dict[str, list[Any]] = {
+        "group": groups["group"].to_list(),
+        "stays": [f"< {evidence.SMALL}" if n is None else f"{n:,}" for n in groups["stays"]],
+        "events": [f"< {evidence.SMALL}" if n is None else f"{n:,}" for n in groups["events"]],
+    }
+    for metric in evidence.OF_GROUPS:
+        triples = [
+            {metric: {"value": r[metric], "low": r[f"{metric}_low"], "high": r[f"{metric}_high"]}} for r in records
+        ]
+        shown[str(METRICS[metric].label)] = [metrics.text(metric, triple) for triple in triples]
+    few = f"Groups of which fewer than {evidence.SMALL} stays have, or do not have, the event have no scores. Ethnicity is not part of the data."
+    return table(pl.DataFrame(shown)) + soft(few)
+
+
+def _patients(rows: pl.DataFrame, stays: pl.DataFrame, data: ICUDataModule) -> str:
+    last = rows.group_by("stay_id").agg(pl.col("minute").max(), event=pl.col("target").max() == 1)
+    number = data.samples.with_row_index("row").select("row", "stay_id", "minute")
+    last = last.join(number, on=["stay_id", "minute"]).join(stays, on="stay_id").sort("row").head(MOST)
+    assert data.spec is not None
+    chunks = np.array_split(last["row"].to_numpy(), len(last) // 2048 + 1)
+    values = [
+        data.batch(chunk.astype(np.int64), view="summary").summary[:, :, STATISTICS.index("last")].numpy()
+        for chunk in chunks
+    ]
+    columns = np.concatenate(values).T
+    measured = {
+        f"{variable.replace('_', ' ')}, {BY_NAME[variable].unit}" if variable in BY_NAME else variable: column
+        for variable, column in zip(data.spec.variables, columns, strict=True)
+    }
+    who = evidence.patients(last, last["event"].to_numpy(), measured)
+    who = who.rename({"what": "", "without": "without the event", "with": "with the event"})
+    kept = data.attrition.rename({name: name.replace("_", " ") for name in data.attrition.columns})
+    return (
+        "<h3>By outcome</h3>" + table(who) + soft("Medians and quartiles of the last value before the (last) prediction, or numbers and shares.")
+        + "<h3>Who is left after each rule</h3>" + table(kept)
+    )  # fmt: skip
+
+
+def _configuration(folder: Path) -> str:
+    parts = []
+    for name in ("config.yaml", "environment.txt"):
+        if (folder / name).exists():
+            parts.append(f"<details><summary>{name}</summary><pre>{_text((folder / name).read_text())}</pre></details>")
+    return "".join(parts) or soft("No config.yaml beside this page.")
