@@ -20,10 +20,10 @@ from experiments.resume import Report
 def best_epochs(
     folder: Path, made: Callable[[], ICUModule], data: ICUDataModule, recipe: Recipe, report: Report | None
 ) -> int:
-    """The number of epochs after which the loss of patients that are left out is least; 0 where none lessens it.
+    """The number of epochs after which the loss of patients that are left out is least; 0 where none lessens it in every third.
 
-    A third of the patients is left out at a time, and the model trained on the others for all epochs. Afterwards all are in
-    training and validation alike again. Writes ``epochs.csv``; what was trained for it goes.
+    A third of the patients is left out at a time, and the model trained on the others for all epochs. Of so few the mean alone would
+    be too easily lessened by chance. Afterwards all are in training and validation alike again. Writes ``epochs.csv``; what was trained for it goes.
 
     Args:
         folder: run directory.
@@ -34,9 +34,9 @@ def best_epochs(
     """
     table = folder / "epochs.csv"
     if distributed.broadcast(table.exists()):
-        mean = pl.read_csv(table)
+        losses = pl.read_csv(table)
     else:
-        losses = []
+        columns = {}
         for part in range(PARTS):
             data.leave_out(part)
             model, place = made(), folder / f"left-out-{part}"
@@ -46,13 +46,16 @@ def best_epochs(
             fit(place, model, data, every, None, report)
             data.trainer = None  # else it would have the data as this model reads them
             after = pl.read_csv(place / "metrics.csv")["val_loss"].to_list()
-            losses.append(pl.DataFrame({"epochs": range(len(after) + 1), "loss": [before, *after]}))
-        mean = pl.concat(losses).group_by("epochs").agg(pl.col("loss").mean()).sort("epochs")
-        write_text(table, mean.write_csv())
+            columns[f"left_out_{part}"] = [before, *after]
+        least = min(map(len, columns.values()))
+        losses = pl.DataFrame({name: column[:least] for name, column in columns.items()}).with_row_index("epochs")
+        write_text(table, losses.write_csv())
     data.leave_out(None)
     for part in range(PARTS):
         shutil.rmtree(folder / f"left-out-{part}", ignore_errors=True)
-    return int(mean.sort("loss", maintain_order=True)["epochs"][0])
+    parts = pl.exclude("epochs")
+    lessened = losses.filter((pl.col("epochs") == 0) | pl.all_horizontal(parts < parts.first()))
+    return int(lessened.sort(pl.mean_horizontal(parts), maintain_order=True)["epochs"][0])
 
 
 def _loss(model: ICUModule, data: ICUDataModule) -> float:

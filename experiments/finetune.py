@@ -19,6 +19,7 @@ from experiments.resume import Report
 from experiments.strategies import WITH_SOURCE, Transfer
 
 DEFAULT = Transfer()
+NO_GAIN = "no number of them lessens the loss of each third that is left out in a cross-validation"
 MONITOR, PATIENCE = "val_auroc_auprc", 5
 
 
@@ -258,9 +259,9 @@ def _for_few(
         epochs, why = 0, "only one outcome occurs among them"
     else:
         epochs = best_epochs(folder, made, target, recipe, report)
-        why = "then the loss of those left out in a cross-validation is least"
+        why = "then the loss of those left out in a cross-validation is least" if epochs else NO_GAIN
         if transfer.strategy == "target_only" and not epochs:
-            epochs, why = 1, "no number of them lessens the loss of those left out in a cross-validation"
+            epochs = 1
     console.print(f"[yellow]{few} {epochs} of {most} epochs are trained: {why}[/]", soft_wrap=True)
     return recipe._replace(last=epochs)
 
