@@ -74,7 +74,7 @@ def evaluate(
     if by_hospital is not None:
         hospitals.tell(predictions, data.store.stays, by_hospital, folder, f"{title}, {data.name}")
         files = files.replace(" and", ",") + ", hospitals.csv and hospitals.png"
-    page.write(folder, title, data, {data.name: predictions}, {data.name: result})
+    page.write(folder, title, data, {data.name: predictions}, {data.name: result}, network)
     console.print(f"wrote {files} to {folder}", soft_wrap=True)
     return written
 

@@ -16,10 +16,12 @@ from datamodules.contract import STATISTICS
 from datamodules.dictionary import BY_NAME
 from datamodules.module import ICUDataModule
 from datamodules.tasks import TASKS
-from experiments import evidence, figures, metrics, report, run_directory
+from ehrmodels import ICUModule
+from experiments import card, evidence, figures, metrics, report, run_directory
 from experiments.files import write_text
 from experiments.metrics import METRICS
 
+FEW = f"Groups of which fewer than {evidence.SMALL} stays have, or do not have, the event have no scores. Ethnicity is not part of the data."
 MOST = 20_000  # stays whose measurements the table of patients is made from
 STYLE = """
 :root{color-scheme:light dark;--text:#1b1f24;--soft:#59636e;--line:#d1d9e0;--back:#fff;--card:#f6f8fa}
@@ -43,10 +45,10 @@ def write(
     data: ICUDataModule,
     tables: dict[str, pl.DataFrame],
     results: dict[str, dict[str, Any]],
+    model: ICUModule,
     chosen_on: pl.DataFrame | None = None,
-    more: str = "",
 ) -> Path:
-    """Write the page of a run.
+    """Write the page of a run, ``report.html``, and the card of its model, ``card.md``.
 
     Args:
         folder: where; what ``config.yaml`` there says is part of the page.
@@ -54,8 +56,8 @@ def write(
         data: the hospital system that was scored last.
         tables: of each result with curves of its own, the predictions that it was scored from; the last one is the page's subject.
         results: name -> what ``metrics.score`` says and what is told besides, those without curves, too.
+        model: that was scored last.
         chosen_on: predictions on which thresholds are chosen; None: there are none but those that are scored.
-        more: sections that follow the scores, as HTML.
 
     Returns:
         The file.
@@ -64,6 +66,7 @@ def write(
     result, task = results[name], asdict(data.task)
     rows = evidence.labelled(predictions)
     stays = data.cohort.stays().filter(pl.col("stay_id").is_in(rows["stay_id"].unique().implode()))
+    groups = None
     both = 0 < result["n_positive"] < result["n"]
     sections: list[tuple[str, str]] = [("Scores", _scores(tables, results, title))]
     if both:
@@ -71,11 +74,14 @@ def write(
         sections.append(("Decision curve", _decision(rows, result)))
         if data.task.hourly and result["threshold"] is not None:
             sections.append(("Lead time and alarms", _alarms(rows, stays, data, result["threshold"])))
-        sections.append(("Subgroups", _subgroups(rows, stays, result["threshold"])))
+        groups = _subgroups(rows, stays, result["threshold"])
+        sections.append(("Subgroups", table(groups) + soft(FEW)))
     sections.append(("Patients", _patients(rows, stays, data)))
+    about = card.card(model, data, results, groups)
+    write_text(folder / "card.md", card.markdown(title, about))
+    sections.append(("Model card", f"<details><summary>card.md</summary>{_card(about)}</details>"))
     sections.append(("Configuration", _configuration(folder)))
     parts = [f'<section id="s{k}"><h2>{_text(head)}</h2>{body}</section>' for k, (head, body) in enumerate(sections)]
-    parts.insert(1, more)
     links = "".join(f'<a href="#s{k}">{_text(head)}</a>' for k, (head, _) in enumerate(sections))
     subject = (
         f"{data.name}, {result.get('split', data.split)} split: {TASKS[data.task.name].text}. {run_directory.code()}"
@@ -213,7 +219,16 @@ def _alarms(rows: pl.DataFrame, stays: pl.DataFrame, data: ICUDataModule, thresh
     return table(pl.DataFrame(rows_of, ["at the model's threshold", "value"], orient="row")) + "".join(into)
 
 
-def _subgroups(rows: pl.DataFrame, stays: pl.DataFrame, threshold: float | None) -> str:
+def _card(about: card.Card) -> str:
+    return "".join(
+        f"<h3>{_text(head)}</h3>"
+        + "".join(f"<p>{_text(part)}</p>" if isinstance(part, str) else table(part) for part in below)
+        for head, below in about
+    )
+
+
+def _subgroups(rows: pl.DataFrame, stays: pl.DataFrame, threshold: float | None) -> pl.DataFrame:
+    """Scores of subgroups, for people."""
     groups = evidence.subgroups(rows, stays, threshold)
     records = groups.to_dicts()
     shown: dict[str, list[Any]] = {
@@ -226,8 +241,7 @@ def _subgroups(rows: pl.DataFrame, stays: pl.DataFrame, threshold: float | None)
             {metric: {"value": r[metric], "low": r[f"{metric}_low"], "high": r[f"{metric}_high"]}} for r in records
         ]
         shown[str(METRICS[metric].label)] = [metrics.text(metric, triple) for triple in triples]
-    few = f"Groups of which fewer than {evidence.SMALL} stays have, or do not have, the event have no scores. Ethnicity is not part of the data."
-    return table(pl.DataFrame(shown)) + soft(few)
+    return pl.DataFrame(shown)
 
 
 def _patients(rows: pl.DataFrame, stays: pl.DataFrame, data: ICUDataModule) -> str:

@@ -171,6 +171,12 @@ def _train(
     if trial is None:
         title = f"{folder.name}: {data.spec.task['name']}"
         page.write(
-            folder, title, data, {data.name: predictions}, {data.name: result}, kept_apart(folder, result["split"])
+            folder,
+            title,
+            data,
+            {data.name: predictions},
+            {data.name: result},
+            model,
+            kept_apart(folder, result["split"]),
         )
     return predictions, result

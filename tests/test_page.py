@@ -134,7 +134,12 @@ def test_a_page_holds_every_score_and_asks_nothing_of_the_network(pages: Path) -
         for name, metric in metrics.METRICS.items():
             if metric.label and result[name]["value"] is not None:
                 assert metrics.text(name, result) in page
-        for head in ("Operating points", "Decision curve", "Subgroups", "Patients", "Configuration"):
+        model_card = (pages / folder / "card.md").read_text()
+        assert all(
+            metrics.text(name, result) in model_card for name in ("auroc", "slope") if result[name]["value"] is not None
+        )
+        assert "none, simulated" in model_card and "nan" not in model_card and "None" not in model_card
+        for head in ("Operating points", "Decision curve", "Subgroups", "Patients", "Configuration", "Model card"):
             assert head in page
         assert ("Lead time and alarms" in page) == (folder == "all")
         assert ("class_path" in page) == (folder != "all")
