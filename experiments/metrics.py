@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from ehrmodels.calibration import logistic, logit
-
 REPLICATES = 1000
 GROUPS = 10  # of like risk, for the calibration error
 NORMAL = 1.959963984540054  # standard errors on either side that hold 95 %
@@ -311,6 +309,8 @@ class Regression:
     """
 
     def __init__(self, x: np.ndarray, outcome: np.ndarray, patient: np.ndarray, slope: bool):
+        from ehrmodels.calibration import logistic  # loads torch
+
         self.estimates = np.array(logistic(x, outcome, slope=slope))
         self.free = slice(0, 2) if slope else slice(1, 2)
         risk = 1 / (1 + np.exp(-np.clip(self.estimates @ [x, np.ones_like(x)], -500, 500)))
@@ -371,6 +371,8 @@ class Rows:
 
     @cached_property
     def _regressions(self) -> "dict[str, Regression]":
+        from ehrmodels.calibration import logit  # loads torch
+
         both = 0 < self.outcome.sum() < len(self.outcome)
         x = logit(self.probability)
         return {

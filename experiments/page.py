@@ -1,10 +1,5 @@
 """``report.html``: what a run found, on one page that asks nothing of the network."""
 
-import html
-import io
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,24 +14,11 @@ from datamodules.tasks import TASKS
 from ehrmodels import ICUModule
 from experiments import card, evidence, figures, metrics, report, run_directory
 from experiments.files import write_text
+from experiments.html import figure, page, soft, table, text
 from experiments.metrics import METRICS
 
 FEW = f"Groups of which fewer than {evidence.SMALL} stays have, or do not have, the event have no scores. Ethnicity is not part of the data."
 MOST = 20_000  # stays whose measurements the table of patients is made from
-STYLE = """
-:root{color-scheme:light dark;--text:#1b1f24;--soft:#59636e;--line:#d1d9e0;--back:#fff;--card:#f6f8fa}
-@media(prefers-color-scheme:dark){:root{--text:#e6edf3;--soft:#9198a1;--line:#3d444d;--back:#0d1117;--card:#151b23}
-figure svg{filter:invert(1) hue-rotate(180deg)}}
-*{box-sizing:border-box}body{margin:0 auto;padding:1rem;max-width:70rem;color:var(--text);background:var(--back);
-font:1rem/1.5 system-ui,sans-serif}h1{font-size:1.5rem;margin:.2em 0}h2{font-size:1.15rem;margin:2em 0 .4em;border-bottom:1px solid var(--line)}
-p.soft,figcaption,td.soft{color:var(--soft);font-size:.875rem}nav{font-size:.875rem}nav a{margin-right:.8em}a{color:inherit}
-.cards{display:flex;flex-wrap:wrap;gap:.6rem}.cards div{background:var(--card);border:1px solid var(--line);border-radius:.4rem;padding:.5rem .8rem}
-.cards b{display:block;font-size:1.25rem}.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
-th,td{padding:.2rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}
-thead th{vertical-align:bottom;color:var(--soft);font-weight:600}figure{margin:.5rem 0}figure svg{max-width:100%;height:auto}
-pre{background:var(--card);padding:.6rem;overflow-x:auto;font-size:.8rem}
-@media print{body{max-width:none}details{display:none}h2{break-after:avoid}figure,tr{break-inside:avoid}nav{display:none}}
-"""
 
 
 def write(
@@ -81,77 +63,24 @@ def write(
     write_text(folder / "card.md", card.markdown(title, about))
     sections.append(("Model card", f"<details><summary>card.md</summary>{_card(about)}</details>"))
     sections.append(("Configuration", _configuration(folder)))
-    parts = [f'<section id="s{k}"><h2>{_text(head)}</h2>{body}</section>' for k, (head, body) in enumerate(sections)]
-    links = "".join(f'<a href="#s{k}">{_text(head)}</a>' for k, (head, _) in enumerate(sections))
     subject = (
         f"{data.name}, {result.get('split', data.split)} split: {TASKS[data.task.name].text}. {run_directory.code()}"
     )
-    cards = "".join(
-        f"<div><span>{_text(label)}</span><b>{_text(value)}</b></div>"
-        for label, value in {
-            "AUROC": metrics.text("auroc", result), "AUPRC": metrics.text("auprc", result),
-            "samples": f"{result['n']:,}", "with the event": f"{result['n_positive']:,} ({100 * result['n_positive'] / result['n']:.1f} %)",
-        }.items()
-    )  # fmt: skip
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body><header><h1>{_text(title)}</h1>"
-        f'<p class="soft">{_text(subject)}</p><div class="cards">{cards}</div><nav><p>{links}</p></nav></header>{"".join(parts)}</body></html>\n'
-    )
-    write_text(folder / "report.html", page)
+    cards = {
+        "AUROC": metrics.text("auroc", result), "AUPRC": metrics.text("auprc", result), "samples": f"{result['n']:,}",
+        "with the event": f"{result['n_positive']:,} ({100 * result['n_positive'] / result['n']:.1f} %)",
+    }  # fmt: skip
+    write_text(folder / "report.html", page(title, subject, cards, sections))
     return folder / "report.html"
 
 
 # ---- parts of a page -------------------------------------------------------------------------------------------------------------
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else html.escape(str(value))
-
-
-def table(frame: pl.DataFrame) -> str:
-    """A table as HTML; where there is no value the cell is a dash."""
-    head = "".join(f"<th>{_text(column)}</th>" for column in frame.columns)
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f"<td>{'-' if cell is None else _text(f'{cell:,}' if isinstance(cell, int) else cell)}</td>" for cell in row
-        )
-        + "</tr>"
-        for row in frame.iter_rows()
-    )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def soft(sentence: str) -> str:
-    """A remark."""
-    return f'<p class="soft">{_text(sentence)}</p>'
-
-
-@contextmanager
-def _figure(size: tuple[float, float], into: list[str], caption: str) -> Iterator[Any]:
-    """A matplotlib figure to draw on, which is appended as an SVG afterwards."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": caption}):
-        drawn = Figure(figsize=size, layout="constrained")
-        drawn.patch.set_alpha(0)
-        FigureCanvasSVG(drawn)
-        yield drawn
-        content = io.StringIO()
-        drawn.savefig(content, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = content.getvalue()
-    svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{_text(caption)}" ', 1)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    into.append(f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>")
-
-
 def _scores(tables: dict[str, pl.DataFrame], results: dict[str, dict[str, Any]], title: str) -> str:
     into: list[str] = []
     caption = "ROC and precision-recall curves with 95 % bands over patients, calibration, and risk by outcome"
-    with _figure((9.5, 9.5 + 0.5 * len(tables)), into, caption) as drawn:
+    with figure((9.5, 9.5 + 0.5 * len(tables)), into, caption) as drawn:
         figures.draw_panels(tables, {name: results[name] for name in tables}, title, drawn)
     columns = report.columns(results)
     frame = pl.DataFrame({column.heading: column.cells for column in columns})
@@ -175,7 +104,7 @@ def _decision(rows: pl.DataFrame, result: dict[str, Any]) -> str:
     caption = (
         "Net benefit of alerting where the risk is at least a threshold, beside alerting for everybody and for nobody"
     )
-    with _figure((7, 3.6), into, caption) as drawn:
+    with figure((7, 3.6), into, caption) as drawn:
         axis = drawn.subplots()
         axis.plot(curve["threshold"], curve["model"], color="C0", label="model")
         axis.plot(curve["threshold"], curve["everybody"], color="0.5", label="everybody")
@@ -211,7 +140,7 @@ def _alarms(rows: pl.DataFrame, stays: pl.DataFrame, data: ICUDataModule, thresh
     ]
     into: list[str] = []
     if len(foretold):
-        with _figure((7, 2.6), into, "Hours from the first alert to the event") as drawn:
+        with figure((7, 2.6), into, "Hours from the first alert to the event") as drawn:
             axis = drawn.subplots()
             axis.hist(foretold.to_numpy(), np.arange(0, evidence.BEFORE + 3, 3), color="C0")
             axis.set(xlabel="hours", ylabel="stays")
@@ -221,8 +150,8 @@ def _alarms(rows: pl.DataFrame, stays: pl.DataFrame, data: ICUDataModule, thresh
 
 def _card(about: card.Card) -> str:
     return "".join(
-        f"<h3>{_text(head)}</h3>"
-        + "".join(f"<p>{_text(part)}</p>" if isinstance(part, str) else table(part) for part in below)
+        f"<h3>{text(head)}</h3>"
+        + "".join(f"<p>{text(part)}</p>" if isinstance(part, str) else table(part) for part in below)
         for head, below in about
     )
 
@@ -272,5 +201,5 @@ def _configuration(folder: Path) -> str:
     parts = []
     for name in ("config.yaml", "environment.txt"):
         if (folder / name).exists():
-            parts.append(f"<details><summary>{name}</summary><pre>{_text((folder / name).read_text())}</pre></details>")
+            parts.append(f"<details><summary>{name}</summary><pre>{text((folder / name).read_text())}</pre></details>")
     return "".join(parts) or soft("No config.yaml beside this page.")

@@ -13,7 +13,7 @@ from datamodules.build import writing
 from datamodules.cohort import Cohort
 from datamodules.hospitals.base import Hospital
 from datamodules.store import Store
-from experiments import files, report
+from experiments import files, quality, report
 from experiments.files import console
 
 
@@ -22,7 +22,7 @@ def prepare(data: Hospital, out: str | None = None, compare_definitions: bool = 
 
     With ``--out``, also write there: ``stays.parquet`` (one row per ICU stay, ``excluded_by`` names the rule that leaves it out),
     ``events.parquet`` (``stay_id, minute`` since ICU admission, ``known_minute, concept, value``), ``attrition.csv``, ``coverage.csv``,
-    ``units.csv`` and ``concepts.csv``; for MIMIC-IV and eICU also ``sofa.parquet`` (hourly, ``end_minute`` and 24-hour worst scores),
+    ``units.csv``, ``concepts.csv`` and ``quality.html`` (rows, units, what was dropped and why, spread of values, hospitals); for MIMIC-IV and eICU also ``sofa.parquet`` (hourly, ``end_minute`` and 24-hour worst scores),
     ``suspicion.parquet``, ``sepsis3.parquet`` (one row a septic stay) and ``vasopressors.parquet`` (infusion intervals), which are
     retrospective: they may look ahead; and where there are several hospitals ``hospitals.parquet`` (which raw tables each fills).
     `--data Tables --data.root FOLDER` reads such a folder again.
@@ -76,6 +76,7 @@ def prepare(data: Hospital, out: str | None = None, compare_definitions: bool = 
         ("concepts", report.concepts()),
     ):
         files.write_text(folder / f"{name}.csv", table.write_csv())
+    quality.write(folder, data.name, store, attrition)
     console.print(f"wrote to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}", soft_wrap=True)
 
 
