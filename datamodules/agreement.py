@@ -33,6 +33,22 @@ def options_of(spec: Spec) -> dict[str, Any]:
     return options
 
 
+def foresee(hospital: Hospital, options: dict[str, Any]) -> None:
+    """Take over a model's options where the user says nothing, before anything is read, so that what is recorded of ``hospital`` is
+    what will be done; ``agree`` looks at the rest.
+
+    Args:
+        hospital: whose data the model will be given.
+        options: of the model, as ``options_of`` gives them, or of the hospital that it will be trained on.
+    """
+    known = {
+        name: options[name]
+        for name in (*OF_TASK, "sepsis", "treatment", "statics", "elapsed", "scores")
+        if name in options
+    }
+    hospital.take({**hospital.options(), **known, **hospital.stated})
+
+
 def agree(hospital: Hospital, spec: Spec, trained: Trained, population: str, own_task: bool = False) -> None:
     """Take over a model's options into ``hospital``.
 

@@ -58,6 +58,7 @@ def curve(
     if (folder / "last.ckpt").exists():
         raise ValueError(f"{folder} holds a training run; choose another --out")
     _, target = opened(ckpt, target, model)  # once, and before any worker says that the files are not there
+    config["data"]["init_args"].update(target.options())  # type: ignore[attr-defined]  # as the model has them
     patient = target.samples["patient_id"].gather(np.concatenate([target.rows("train"), target.rows("val")]))
     everyone = patient.n_unique()
     most = max(run.patients or 0 for run in runs)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import polars as pl
 
-from datamodules import module
+from datamodules import agreement, module
 from datamodules.module import EICU, ICUDataModule
 from ehrmodels import ICUModule, load
 from ehrmodels.checkpoint import read, spec_of
@@ -123,11 +123,13 @@ def transferred(
     if joint and source is None:
         kind, arguments = data_of(ckpt)
         source = getattr(module, kind)(**arguments)
+    spec = spec_of(read(ckpt), ckpt)
     if operating_point is not None:
-        metrics.check_operating_point(operating_point, spec_of(read(ckpt), ckpt).task)
+        metrics.check_operating_point(operating_point, spec.task)
     tracking.check(wandb)
     if learning_rate is not None and not learning_rate >= 0:
         raise ValueError(f"the learning rate of fine-tuning must be at least 0, found {learning_rate}")
+    agreement.foresee(target, agreement.options_of(spec))  # type: ignore[arg-type]
     config = run_directory.configuration(
         None, {"data": target, "source": source if joint else None}, recipe.trainer, transfer=transfer, ckpt=str(ckpt), out=str(folder),
         seed=recipe.seed, learning_rate=learning_rate, epochs=epochs, operating_point=operating_point,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import polars as pl
 import torch
 
+from datamodules import agreement
 from datamodules.module import ICUDataModule
 from ehrmodels import ICUModule
 from ehrmodels.checkpoint import read, spec_of
@@ -91,6 +92,8 @@ def train(
     if not model.supervised and (monitor != "val_loss" or finetune is not None):
         raise ValueError(f"{type(model).__name__} predicts no outcome: set --monitor val_loss, leave out --finetune")
     model.operating_point = operating_point
+    if finetune is not None:
+        agreement.foresee(finetune, data.options())  # type: ignore[arg-type,attr-defined]
     config = run_directory.configuration(
         model, {"data": data, "finetune": finetune}, trainer, name=folder.name, runs=runs, seed=seed, monitor=monitor,
         patience=patience, operating_point=operating_point, init_from=init_from, teacher=teacher, checkpoint_minutes=checkpoint_minutes,

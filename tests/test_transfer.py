@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 
 from datamodules import scaler
 from datamodules.contract import joined
@@ -319,3 +320,21 @@ def test_few_patients_are_left_out_in_turn_and_training_ends_where_their_loss_is
     best = min(better, key=lambda e: losses[e].mean(), default=0)
     trained = len(pl.read_csv(help / "metrics.csv")) if best else 0
     assert trained == best
+
+
+def test_what_a_queue_is_begun_with_and_a_run_records_are_the_options_of_the_model(
+    mimic: Path, eicu: Path, tmp_path: Path
+) -> None:
+    line = (
+        f"train --model LightGBM --model.rounds 10 --data SyntheticMIMICIV --data.root {mimic} --runs {tmp_path} --name"
+    )
+    options = "--data.treatment false --data.statics age,sex --data.hours 12"
+    main(f"{line} less {options} --finetune SyntheticEICU --finetune.root {eicu}".split())
+    for place in ("config.yaml", "finetune-SyntheticEICU/config.yaml"):
+        config = yaml.safe_load((tmp_path / "less" / place).read_text())
+        for part in ("data", "finetune") if place == "config.yaml" else ("data",):
+            arguments = config[part]["init_args"]
+            assert (arguments["treatment"], arguments["statics"], arguments["hours"]) == (False, ["age", "sex"], 12)
+    queue = f"finetune --ckpt {tmp_path / 'less' / 'best.ckpt'} --data SyntheticEICU --data.root {eicu} --out {tmp_path / 'queue'}"
+    main(f"{queue} --transfer.strategy finetune,target_only --transfer.workers 1".split())
+    assert len(pl.read_csv(tmp_path / "queue" / "transfer.csv")) == 3
