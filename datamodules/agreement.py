@@ -34,8 +34,8 @@ def options_of(spec: Spec) -> dict[str, Any]:
 
 
 def foresee(hospital: Hospital, options: dict[str, Any]) -> None:
-    """Take over a model's options where the user says nothing, before anything is read, so that what is recorded of ``hospital`` is
-    what will be done; ``agree`` looks at the rest.
+    """Take over a model's options where the user says nothing, before anything is read, so that what is recorded of
+    ``hospital`` is what will be done; ``agree`` looks at the rest.
 
     Args:
         hospital: whose data the model will be given.

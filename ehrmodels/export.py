@@ -6,11 +6,13 @@ Shape letters: B samples, T hours, N events, F variables, S static features.
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from datamodules.contract import STATISTICS, VIEWS, Spec
 from ehrmodels.base import ICUModule
+from ehrmodels.trees import LightGBM
 
 MOST_SAMPLES, MOST_EVENTS = 4096, 65536  # of a batch
 
@@ -78,6 +80,102 @@ def exported(model: ICUModule) -> torch.export.ExportedProgram:
 
 def to_onnx(model: ICUModule, path: str) -> None:
     """Write the model as an ONNX file, with the inputs ``inputs(model)`` and the output ``prediction``."""
+    if isinstance(model, LightGBM):
+        _trees_to_onnx(model, path)
+        return
     names = {"input_names": inputs(model), "output_names": ["prediction"]}
     with torch.no_grad():
         torch.onnx.export(exported(model), (), path, dynamo=True, verbose=False, external_data=False, **names)
+
+
+def _trees_to_onnx(model: LightGBM, path: str) -> None:
+    """Boosted trees as the operator that ONNX has for them."""
+    from onnx import TensorProto, checker, helper, save
+
+    spec, nodes = model.spec, _nodes(model)
+    steps: list[Any] = []
+    numbers: list[Any] = []
+
+    def step(kind: str, *of: str, **attributes: Any) -> str:
+        name = f"x{len(steps)}"
+        steps.append(helper.make_node(kind, list(of), [name], **attributes))
+        return name
+
+    def number(values: Any) -> str:
+        array = np.atleast_1d(np.asarray(values, np.float32))
+        numbers.append(helper.make_tensor(f"c{len(numbers)}", TensorProto.FLOAT, array.shape, array))
+        return numbers[-1].name
+
+    features = step("Concat", "static", step("Flatten", "summary", axis=1), axis=1)
+    score = step("TreeEnsembleRegressor", features, domain="ai.onnx.ml", n_targets=1, aggregate_function="SUM", **nodes)
+    calibration = model.calibration
+    if calibration is not None and calibration.method != "isotonic":
+        score = step("Add", step("Mul", score, number(calibration.slope)), number(calibration.intercept))
+    if model.kind.classes:
+        score = step("Sigmoid", score)
+    if calibration is not None and calibration.method == "isotonic":
+        x, y = (np.asarray(part) for part in (calibration.knots, calibration.values))
+        past = step("Min", step("Max", step("Sub", score, number(x[:-1])), number(0)), number(np.diff(x)))
+        score = step(
+            "Add",
+            step("ReduceSum", step("Mul", past, number(np.diff(y) / np.diff(x))), "last", keepdims=1),
+            number(y[0]),
+        )
+    steps.append(helper.make_node("Flatten", [score], ["flat"], axis=0))
+    shape, last = (helper.make_tensor(name, TensorProto.INT64, [1], [k]) for name, k in (("all", -1), ("last", 1)))
+    steps.append(helper.make_node("Reshape", ["flat", "all"], ["prediction"]))
+    wide: dict[str, list[Any]] = {
+        "static": ["samples", len(spec.statics)],
+        "summary": ["samples", len(spec.variables), len(STATISTICS)],
+    }
+    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in wide.items()]
+    told = [helper.make_tensor_value_info("prediction", TensorProto.FLOAT, ["samples"])]
+    graph = helper.make_graph(steps, "trees", given, told, [*numbers, shape, last])
+    versions = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    made = helper.make_model(graph, opset_imports=versions, ir_version=9)
+    checker.check_model(made)
+    save(made, path)
+
+
+def _nodes(model: LightGBM) -> dict[str, list[Any]]:
+    """The trees as attributes of ``TreeEnsembleRegressor``."""
+    names = (
+        "treeids",
+        "nodeids",
+        "featureids",
+        "values",
+        "modes",
+        "truenodeids",
+        "falsenodeids",
+        "missing_value_tracks_true",
+    )
+    nodes: dict[str, list[Any]] = {f"nodes_{name}": [] for name in names}
+    leaves: dict[str, list[Any]] = {f"target_{name}": [] for name in ("treeids", "nodeids", "ids", "weights")}
+
+    def add(tree: int, node: dict[str, Any], free: list[int]) -> int:
+        """Append a node and what is below it; gives its number."""
+        number, place = free[0], len(nodes["nodes_treeids"])
+        free[0] += 1
+        leaf = "leaf_value" in node
+        if leaf:
+            for name, value in zip(leaves, (tree, number, 0, float(node["leaf_value"])), strict=True):
+                leaves[name].append(value)
+            row: tuple[Any, ...] = (tree, number, 0, 0.0, "LEAF", 0, 0, 0)
+        else:
+            assert node["decision_type"] == "<=" and node["missing_type"] in ("NaN", "None"), node
+            threshold = np.float32(node["threshold"])
+            if float(threshold) > node["threshold"]:  # of float32 features the same are at most the next one below
+                threshold = np.nextafter(threshold, np.float32(-np.inf))
+            # without missing values in training one is taken for 0
+            left = node["default_left"] if node["missing_type"] == "NaN" else node["threshold"] >= 0
+            row = (tree, number, node["split_feature"], float(threshold), "BRANCH_LEQ", 0, 0, int(left))
+        for name, value in zip(nodes, row, strict=True):
+            nodes[name].append(value)
+        if not leaf:
+            nodes["nodes_truenodeids"][place] = add(tree, node["left_child"], free)
+            nodes["nodes_falsenodeids"][place] = add(tree, node["right_child"], free)
+        return number
+
+    for tree in model.booster.dump_model(num_iteration=-1)["tree_info"]:
+        add(tree["tree_index"], tree["tree_structure"], [0])
+    return nodes | leaves

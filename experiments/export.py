@@ -4,8 +4,9 @@ import json
 import logging
 from pathlib import Path
 
-from ehrmodels import ICUModule, load
+from ehrmodels import ICUModule, LightGBM, load
 from ehrmodels.export import exported, inputs, to_onnx
+from ehrmodels.trees import FittedAtOnce
 from experiments.files import console, write_text
 
 
@@ -27,6 +28,10 @@ def export(ckpt: str, out: str, model: type[ICUModule] | None = None) -> None:
     network = load(ckpt, model)
     if not network.supervised:
         raise ValueError(f"{ckpt} holds a {type(network).__name__}, which predicts no outcome")
+    if isinstance(network, FittedAtOnce) and not (isinstance(network, LightGBM) and path.suffix == ".onnx"):
+        raise ValueError(
+            f"--out {out}: {type(network).__name__} is no network, and of such only LightGBM can be exported, as .onnx"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_models import batch, spec
@@ -100,3 +101,55 @@ def test_the_verb_writes_the_file_and_what_it_means(
     with pytest.raises(SystemExit, match="2"):
         main(f"export --ckpt {trained / 'best.ckpt'} --out {tmp_path / 'm.txt'}".split())
     assert "expected a file that ends in .onnx or .pt2" in capsys.readouterr().err
+
+
+def test_trees_in_onnx_give_the_same_on_real_stays_with_missing_values_and_recalibrated(
+    mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
+    from datamodules import SyntheticMIMICIV
+    from ehrmodels import load
+    from ehrmodels.calibration import fitted
+    from experiments.evaluate import predict_split
+
+    line = f"train --data SyntheticMIMICIV --data.root {mimic} --runs {tmp_path}"
+    main(f"{line} --model LightGBM --model.rounds 60 --model.min_samples 5 --name trees".split())
+    ckpt = tmp_path / "trees" / "best.ckpt"
+    main(f"export --ckpt {ckpt} --out {tmp_path / 'trees.onnx'}".split())
+    model, data = load(ckpt), SyntheticMIMICIV(str(mimic))
+    data.adopt(model.spec)
+    expected = predict_split(model, data, "all")
+    rows = data.samples.with_row_index("row").sort("stay_id", "minute")["row"].to_numpy()
+    batch = data.batch(rows)
+    given = {"static": batch.static.numpy(), "summary": batch.summary.numpy()}
+    assert torch.isnan(batch.summary).any()
+
+    def told(path: Path) -> Any:
+        (prediction,) = runtime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, given)
+        return torch.from_numpy(prediction)
+
+    risk = expected["probability"].to_torch()
+    torch.testing.assert_close(told(tmp_path / "trees.onnx").double(), risk, rtol=0, atol=1e-5)
+    target = expected["target"].to_numpy()
+    for method in ("platt", "isotonic"):
+        model.calibration = fitted(method, expected["probability"].to_numpy(), target, 300)
+        to_onnx(model, str(tmp_path / "again.onnx"))
+        torch.testing.assert_close(told(tmp_path / "again.onnx").double(), model.calibration(risk), rtol=0, atol=1e-4)
+    main(f"{line} --model LogisticRegression --name linear".split())
+    with pytest.raises(SystemExit, match="2"):
+        main(f"export --ckpt {tmp_path / 'linear' / 'best.ckpt'} --out {tmp_path / 'linear.onnx'}".split())
+    assert "only LightGBM can be exported, as .onnx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["platt", "isotonic"])
+def test_a_recalibrated_network_is_exported_with_its_map(method: str) -> None:
+    from ehrmodels.calibration import fitted
+
+    model = made("fusion gated")
+    rng = np.random.default_rng(0)
+    risk = rng.random(300)
+    model.calibration = fitted(method, risk, (rng.random(300) < risk**2).astype(float), 300)
+    program = exported(model).module()
+    for tensors in shapes(model):
+        with torch.no_grad():
+            torch.testing.assert_close(program(*tensors), Scorer(model)(*tensors), rtol=0, atol=1e-4)
