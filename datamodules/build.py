@@ -226,7 +226,7 @@ def ahead(pool: ThreadPoolExecutor, run: Callable[[Work], Made], works: list[Wor
         yield waiting.popleft().result()
 
 
-def _admission(stays: pl.DataFrame) -> pl.LazyFrame:
+def admission(stays: pl.DataFrame) -> pl.LazyFrame:
     """Height and weight of the stays table as events of admission."""
     long = stays.lazy().select("stay_id", "height", "weight").unpivot(index="stay_id", variable_name="concept")
     return as_events(long.drop_nulls("value").with_columns(minute=pl.lit(0)))
@@ -259,11 +259,26 @@ def _sorted(hospital: Hospital, folder: Path, members: pl.DataFrame) -> _Bucket:
     """Read, convert and sort the events of a bucket of stays."""
     tables = bucket_tables(folder, members["bucket"][0])
     frames = hospital.events(tables, members.select(*STAYS))
-    lazy = pl.concat([*frames, _admission(members)]).join(members.lazy().select("stay_id", "stay"), on="stay_id")
+    lazy = pl.concat([*frames, admission(members)]).join(members.lazy().select("stay_id", "stay"), on="stay_id")
     charted = lazy.select(
         "stay", "minute", pl.coalesce("known_minute", "minute").alias("known_minute"), "concept",
         pl.col("value").cast(pl.Float32), pl.col("unit").cast(pl.Categorical), "dropped",
     ).collect()  # fmt: skip
+    events, states, pairs = canonical(charted)
+    stay, *others = events
+    columns = dict(zip(COLUMNS, others, strict=True))
+    return _Bucket(columns, stay, states.reshape(len(NAMES), -1), pairs, _filled(tables, members, hospital.partition))
+
+
+def canonical(charted: pl.DataFrame) -> "tuple[Columns, np.ndarray, dict[tuple[str, str | None], int]]":
+    """What was charted in whole stays as events of the store: converted, within range, each once, with what is derived.
+
+    Args:
+        charted: ``stay, minute, known_minute, concept, value`` (float32)``, unit`` (categorical)``, dropped``.
+
+    Returns:
+        Stay, minute, known, concept and value of the events; rows read by concept and state; rows by concept and unit.
+    """
     stay, minute, known = (charted[c].to_numpy().astype(np.int64) for c in ("stay", "minute", "known_minute"))
     concept = charted["concept"].to_physical().to_numpy().astype(np.int64)
     state = (charted["dropped"].to_physical().cast(pl.Int64) + 1).fill_null(KEPT).to_numpy().copy()
@@ -286,9 +301,9 @@ def _sorted(hospital: Hospital, folder: Path, members: pl.DataFrame) -> _Bucket:
     events = _once(*(c[good] for c in (stay, minute, known, concept, value)))  # nothing is derived from a duplicate
     extra = _derived(*events)
     states += np.bincount(extra[3] * (CLIPPED + 1), minlength=len(states))
-    stay, minute, known, concept, value = _once(*(np.concatenate(both) for both in zip(events, extra, strict=True)))
-    columns = dict(zip(COLUMNS, (minute, known, concept, value), strict=True))
-    return _Bucket(columns, stay, states.reshape(len(NAMES), -1), pairs, _filled(tables, members, hospital.partition))
+    if len(extra[0]):
+        events = _once(*(np.concatenate(both) for both in zip(events, extra, strict=True)))
+    return events, states, pairs
 
 
 def _conversions(
@@ -338,6 +353,8 @@ def _derived(
 ) -> Columns:
     """``treatment.derived`` of these rows, within the plausible ranges."""
     source = np.isin(concept, DERIVED_FROM)
+    if not source.any():
+        return stay[:0], minute[:0], known[:0], concept[:0], value[:0]
     named = pl.Series(NAMES, dtype=CONCEPT).gather(concept[source].astype(np.uint32))
     columns = {"stay": stay, "minute": minute, "known_minute": known, "value": value}
     frame = pl.DataFrame({name: column[source] for name, column in columns.items()}).with_columns(

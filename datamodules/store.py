@@ -45,6 +45,24 @@ class Store:
         self._rates = _mapped(folder / "rates.i8", np.int64)
         self._steps: tuple[np.ndarray, np.ndarray] | None = None
 
+    @classmethod
+    def of(cls, stays: pl.DataFrame, events: tuple[np.ndarray, ...]) -> "Store":
+        """A store in memory.
+
+        Args:
+            stays: schema ``STAYS``.
+            events: stay (row of ``stays``), minute, known minute, concept and value of each, as of ``build.canonical``.
+        """
+        store = cls.__new__(cls)
+        stay, minute, known, concept, value = events
+        store.stays = stays
+        store.offsets = np.searchsorted(stay, np.arange(len(stays) + 1)).astype(np.int64)
+        store.minute, store.known = minute.astype(np.int32), known.astype(np.int32)
+        store.concept, store.value = concept.astype(np.uint8), value.astype(np.float32)
+        store._rates = np.flatnonzero(_RATE_OF[store.concept] >= 0)
+        store._steps = None
+        return store
+
     def __reduce__(self) -> tuple:
         return Store, (self.folder,)  # a worker process maps the files again instead of receiving their content
 

@@ -11,7 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("datamodules", "ehrmodels", "experiments")
 HEAVY = ("torch", "lightning", "torchmetrics")
-BATCHES = ("agreement", "module", "views", "scaler", "sampler", "contract")  # what makes batches, and so may know torch
+BATCHES = (
+    "live",
+    "agreement",
+    "module",
+    "views",
+    "scaler",
+    "sampler",
+    "contract",
+)  # what makes batches, and so may know torch
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 OF_DATA = [path for path in FILES if path.is_relative_to(ROOT / "datamodules")]
 

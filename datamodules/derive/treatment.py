@@ -140,7 +140,16 @@ def derived(events: pl.DataFrame) -> pl.DataFrame:
         was.
     """
     columns = ("stay", "minute", "known_minute", "concept", "value")
-    named = {**_loads(events.lazy()), "urine_rate": _urine_rate(events.lazy()), "gcs": _gcs(events.lazy())}
+    present = set(events["concept"].unique())
+    named: dict[str, pl.LazyFrame] = {}
+    if present & set(NOREPINEPHRINE_EQUIVALENT):
+        named |= _loads(events.lazy())
+    if "urine" in present:
+        named["urine_rate"] = _urine_rate(events.lazy())
+    if present & set(GCS_PARTS):
+        named["gcs"] = _gcs(events.lazy())
+    if not named:
+        return events.select(columns).clear()
     tables = [
         t.with_columns(pl.lit(name, CONCEPT).alias("concept"), pl.col("value").cast(pl.Float32))
         for name, t in named.items()

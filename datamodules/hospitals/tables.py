@@ -47,11 +47,7 @@ class Tables(Hospital):
         present = {c: kind for c, kind in STAYS.items() if c in frame.collect_schema()}
         table = _cast(path, frame, present).collect()
         table = conform(table, STAYS, str(path))
-        return table.with_columns(
-            pl.col("stay_number").fill_null(1),
-            pl.col("hospital_id").fill_null("own"),
-            pl.col("unit").fill_null("other"),
-        )
+        return with_defaults(table)
 
     def tables(self, stays: pl.DataFrame) -> Kept:
         """``events.parquet``."""
@@ -61,14 +57,7 @@ class Tables(Hospital):
 
     def events(self, tables: Kept, stays: pl.DataFrame) -> list[pl.LazyFrame]:
         """The events; derived variables are made anew."""
-        rows = tables["events"].collect()
-        unknown = sorted(set(rows["concept"].drop_nulls().unique()) - set(NAMES))
-        if unknown:
-            raise ValueError(
-                f"{self.root}/events.parquet: {', '.join(unknown[:5])} is no concept of dictionary/concepts.csv"
-            )
-        rows = rows.filter(~pl.col("concept").is_in(DERIVED)).with_columns(pl.col("concept").cast(CONCEPT))
-        return [as_events(rows.lazy())]
+        return [as_events(given(tables["events"].collect(), f"{self.root}/events.parquet").lazy())]
 
     def _open(self, table: str, needed: dict[str, pl.DataType]) -> tuple[Path, pl.LazyFrame]:
         path = raw.find(self.root, table)
@@ -88,6 +77,25 @@ class Tables(Hospital):
                 f"expected {', '.join(needed)}, found {', '.join(columns)}"
             )
         return path, frame
+
+
+def with_defaults(stays: pl.DataFrame) -> pl.DataFrame:
+    """Stays in schema ``STAYS``; one without a number is the patient's first."""
+    return stays.with_columns(
+        pl.col("stay_number").fill_null(1), pl.col("hospital_id").fill_null("own"), pl.col("unit").fill_null("other")
+    )
+
+
+def given(events: pl.DataFrame, place: str) -> pl.DataFrame:
+    """Events without those that are derived, which are made anew.
+
+    Raises:
+        ValueError: a concept is not known.
+    """
+    unknown = sorted(set(events["concept"].drop_nulls().unique()) - set(NAMES))
+    if unknown:
+        raise ValueError(f"{place}: {', '.join(unknown[:5])} is no concept of dictionary/concepts.csv")
+    return events.filter(~pl.col("concept").is_in(DERIVED)).with_columns(pl.col("concept").cast(CONCEPT))
 
 
 def _cast(path: Path, frame: pl.LazyFrame, kinds: dict[str, pl.DataType]) -> pl.LazyFrame:

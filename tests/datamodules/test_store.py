@@ -615,6 +615,7 @@ def test_the_key_follows_the_dictionary_and_the_code(tmp_path: Path, monkeypatch
         "agreement.py",
         "cohort.py",
         "contract.py",
+        "live.py",
         "module.py",
         "sampler.py",
         "scaler.py",
