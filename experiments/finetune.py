@@ -19,7 +19,7 @@ from experiments.resume import Report
 from experiments.strategies import WITH_SOURCE, Transfer
 
 DEFAULT = Transfer()
-NO_GAIN = "no number of them lessens the loss of each third that is left out in a cross-validation"
+NO_GAIN = "no number of them clearly lessens the loss of those left out in a cross-validation"
 MONITOR, PATIENCE = "val_auroc_auprc", 5
 
 
