@@ -38,7 +38,8 @@ def evaluate(
     Nothing is fitted: scaler, variables and threshold are those of the checkpoint. Options of the data that belong to the model
     (task, hours, window, statics, treatment, and on the same hospital system the split) are taken from it; one that contradicts
     it is refused. Writes ``metrics.json`` (``auroc``, ``auprc``, ... each with ``value``, ``low``, ``high``; ``n``,
-    ``n_positive``), ``predictions.parquet`` (``stay_id, patient_id, minute, target, probability, split``) and ``report.html``.
+    ``n_positive``), ``predictions.parquet`` (``stay_id, patient_id, minute, target, probability, split``), ``report.html`` and the
+    model's ``card.md``.
 
     Args:
         ckpt: Checkpoint, such as runs/NAME/best.ckpt.
@@ -70,7 +71,7 @@ def evaluate(
     write_json(written, folder / "metrics.json")
     report.show({data.name: result}, console)
     title = f"{Path(ckpt).parent.name}: {network.spec.task['name']}"
-    files = "metrics.json, predictions.parquet and report.html"
+    files = "metrics.json, predictions.parquet, report.html and card.md"
     if by_hospital is not None:
         hospitals.tell(predictions, data.store.stays, by_hospital, folder, f"{title}, {data.name}")
         files = files.replace(" and", ",") + ", hospitals.csv and hospitals.png"

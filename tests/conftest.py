@@ -45,7 +45,11 @@ def one_thread() -> None:
 def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes a third of a small run: it is left to tests of pictures, of documents and of bits."""
     if request.path.name not in ("test_page.py", "test_docs.py", "test_readme.py"):
-        monkeypatch.setattr(page, "write", lambda folder, *_: files.write(folder / "report.html", b"a page"))
+        monkeypatch.setattr(
+            page,
+            "write",
+            lambda folder, *_: [files.write(folder / name, b"a page") for name in ("report.html", "card.md")],
+        )
 
 
 @pytest.fixture(scope="session")

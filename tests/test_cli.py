@@ -310,7 +310,7 @@ def scores(result: dict[str, Any]) -> None:
 def test_train_writes_a_whole_run(trained: Path) -> None:
     assert {p.name for p in trained.iterdir()} == {
         "config.yaml", "environment.txt", "metrics.csv", "metrics.json", "best.ckpt", "last.ckpt", "predictions.parquet", "finetune-SyntheticEICU",
-        "report.html", "run.log", "run.lock",
+        "report.html", "card.md", "run.log", "run.lock",
     }  # fmt: skip
     assert {p.name for p in (trained / "finetune-SyntheticEICU").iterdir()} >= {
         "metrics.csv", "metrics.json", "best.ckpt", "last.ckpt", "predictions.parquet", "zero_shot.parquet", "zero_shot.json", "report.html",
@@ -361,7 +361,12 @@ def test_evaluate_repeats_the_numbers_of_train(trained: Path, tmp_path: Path, mo
     whole = json.loads((trained / "metrics.json").read_text())
     written = pl.read_parquet(trained / "predictions.parquet")
     for split in ("test", "val"):
-        assert {p.name for p in Path(split).iterdir()} == {"metrics.json", "predictions.parquet", "report.html"}
+        assert {p.name for p in Path(split).iterdir()} == {
+            "metrics.json",
+            "predictions.parquet",
+            "report.html",
+            "card.md",
+        }
         again = json.loads(Path(split, "metrics.json").read_text())
         assert whole[split].pop("stopped").startswith("trained 2 epochs, as many as were asked for; kept: epoch")
         assert {k: again[k] for k in whole[split]} == whole[split]
