@@ -24,7 +24,7 @@ from datamodules.summary import STATISTICS
 from datamodules.tasks import Task
 from datamodules.views import Thinning, Views
 
-FEWEST = 5  # patients with each outcome that a validation split needs
+FEWEST = 20  # patients with each outcome that a validation split needs
 PARTS = 3  # of few patients, one of which at a time is left out
 OF_MACHINE = ("cache", "num_workers")  # options that a checkpoint does not carry to other machines
 log = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
     def limit(self, patients: int | None, draw: int = 0, together: bool = False) -> bool:
         """Leave so many patients to training and validation together, as if no more had been charted; test stays whole.
 
-        They keep their split where validation has at least 5 of them with each outcome; else all of them are in both,
+        They keep their split where validation has at least 20 of them with each outcome; else all of them are in both,
         and no choice should be made by what is validated, but with ``leave_out``.
 
         Args:

@@ -9,7 +9,7 @@ import torch
 
 from datamodules import agreement
 from datamodules.module import ICUDataModule
-from ehrmodels import ICUModule
+from ehrmodels import ICUModule, load
 from ehrmodels.checkpoint import read, spec_of
 from ehrmodels.trees import FittedAtOnce
 from experiments import distributed, files, metrics, page, report, run_directory, tracking
@@ -173,13 +173,7 @@ def _train(
     tracking.end(tracking.scores(result["split"], result))
     if trial is None:
         title = f"{folder.name}: {data.spec.task['name']}"
-        page.write(
-            folder,
-            title,
-            data,
-            {data.name: predictions},
-            {data.name: result},
-            model,
-            kept_apart(folder, result["split"]),
-        )
+        kept = load(folder / "best.ckpt", type(model))
+        thresholds = kept_apart(folder, result["split"])
+        page.write(folder, title, data, {data.name: predictions}, {data.name: result}, kept, thresholds)
     return predictions, result

@@ -44,7 +44,7 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes a third of a small run: it is left to tests of pictures, of documents and of bits."""
-    if request.path.name not in ("test_page.py", "test_docs.py", "test_readme.py"):
+    if request.path.name not in ("test_page.py", "test_docs.py", "test_readme.py", "test_resume.py"):
         monkeypatch.setattr(
             page,
             "write",
