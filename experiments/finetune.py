@@ -219,15 +219,15 @@ def transferred(
         gap = metrics.difference(zero, after)
         write_json(gap, folder / "difference.json")
         console.print(f"{label} less zero-shot, on the same patients: {_in_words(gap)}", soft_wrap=True)
-        title = f"{folder.parent.name} to {target.name}: {network.spec.task['name']}"
-        tables = {name: table for name, (table, _) in scored.items()}
-        page.write(
-            folder, title, target, tables, results, load(folder / "best.ckpt", model), kept_apart(folder, target.split)
-        )
-        console.print(
-            f"report: {folder / 'report.html'}\nnext: ehr predict --ckpt {folder / 'best.ckpt'} --data.root FOLDER --out predictions.parquet",
-            soft_wrap=True,
-        )
+        if trial is None:
+            title = f"{folder.parent.name} to {target.name}: {network.spec.task['name']}"
+            tables = {name: table for name, (table, _) in scored.items()}
+            kept, thresholds = load(folder / "best.ckpt", model), kept_apart(folder, target.split)
+            page.write(folder, title, target, tables, results, kept, thresholds)
+            console.print(
+                f"report: {folder / 'report.html'}\nnext: ehr predict --ckpt {folder / 'best.ckpt'} --data.root FOLDER --out predictions.parquet",
+                soft_wrap=True,
+            )
         return results
 
 

@@ -13,7 +13,7 @@ from datamodules.module import ICUDataModule
 from datamodules.tasks import TASKS
 from ehrmodels import ICUModule
 from experiments import card, evidence, figures, metrics, report, run_directory
-from experiments.files import write_text
+from experiments.files import console, write_text
 from experiments.html import figure, page, soft, table, text
 from experiments.metrics import METRICS
 
@@ -44,6 +44,8 @@ def write(
     Returns:
         The file.
     """
+    if console.quiet:  # one of several processes; the first writes it
+        return folder / "report.html"
     name, predictions = next(reversed(tables.items()))
     result, task = results[name], asdict(data.task)
     rows = evidence.labelled(predictions)

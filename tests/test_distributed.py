@@ -425,7 +425,7 @@ def test_a_job_of_slurm_is_queued_again_and_goes_on(unbroken: Path, mimic: Path,
     assert not (tmp_path / "runs" / "run" / "metrics.json").exists()
     (tmp_path / "tasks").unlink()
     out = finished(start(command, arguments, tmp_path, **environment))
-    assert out.count("picture:") == 1
+    assert out.count("report:") == 1
     again = tmp_path / "runs" / "run"
     for name in ("metrics.csv", "metrics.json", "predictions.parquet"):
         assert (again / name).read_bytes() == (unbroken / "run" / name).read_bytes()
