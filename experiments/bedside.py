@@ -82,7 +82,7 @@ def follow(ckpt: str, folder: Path, out: Path, model: type[ICUModule] | None, on
     threshold = bedside.model.threshold
     while True:
         fresh = sorted(p for p in folder.iterdir() if p.suffix in (".parquet", ".csv") and p.name not in read)
-        for path in sorted((p for p in fresh if p.name.startswith("stays")), key=lambda p: p.name):
+        for path in (p for p in fresh if p.name.startswith("stays")):
             bedside.admit(_table(path))
             read.add(path.name)
         for path in (p for p in fresh if p.name.startswith("events")):

@@ -299,10 +299,7 @@ def readable(table: pl.DataFrame, reference: str) -> pl.DataFrame:
     records = table.to_dicts()
     for name in names:
         label = str(METRICS[name].label)
-        shown[label] = [
-            metrics.text(name, {name: {"value": r[name], "low": r[f"{name}_low"], "high": r[f"{name}_high"]}})
-            for r in records
-        ]
+        shown[label] = [metrics.cell(name, record) for record in records]
         if table[f"{name}_sd"].is_not_null().any():
             shown[f"{label} sd"] = ["-" if r[f"{name}_sd"] is None else f"{r[f'{name}_sd']:.3f}" for r in records]
     for name in names:

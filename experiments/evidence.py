@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from experiments import metrics
-from experiments.metrics import METRICS, Rows
+from experiments.metrics import METRICS, Rows, labelled
 
 POINTS = ("sensitivity=0.8", "sensitivity=0.9", "sensitivity=0.95", "youden", "npv=0.95", "npv=0.98")
 OF_ALERTS = ("sensitivity", "specificity", "ppv", "npv", "alerts_per_100_stays", "utility")
@@ -22,11 +22,6 @@ REPLICATES = 200
 SMALL = 10  # stays, or of either outcome, below which nothing is told of a group
 BEFORE = 48  # hours before an event in which an alert is taken to foretell it
 AGES = ((0, 45, "age below 45"), (45, 65, "age 45 to 64"), (65, 80, "age 65 to 79"), (80, 999, "age 80 and above"))
-
-
-def labelled(predictions: pl.DataFrame) -> pl.DataFrame:
-    """Rows whose outcome is known."""
-    return predictions.filter(pl.col("target").is_not_null() & pl.col("target").is_not_nan())
 
 
 def operating_points(

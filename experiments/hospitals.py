@@ -22,7 +22,7 @@ from rich.progress import track
 from experiments import report
 from experiments.figures import figure
 from experiments.files import console, write
-from experiments.metrics import METRICS, REPLICATES, Rows
+from experiments.metrics import METRICS, REPLICATES, Rows, labelled
 
 POOLED = ("auroc", "slope", "intercept")
 FEWEST = 3  # hospitals whose scores can be pooled, and a further one foreseen
@@ -81,9 +81,10 @@ def by_hospital(predictions: pl.DataFrame, hospital: pl.DataFrame, least: int) -
         ``hospital, n, stays, events`` (stays with one)``, scored``, and of each of AUROC, slope, intercept and ECE the value and its
         standard error over resampled patients; null where it has none.
     """
-    labelled = predictions.filter(pl.col("target").is_not_null() & pl.col("target").is_not_nan())
-    parts = labelled.join(hospital.select("stay_id", "hospital_id"), on="stay_id", how="left").partition_by(
-        "hospital_id", as_dict=True
+    parts = (
+        labelled(predictions)
+        .join(hospital.select("stay_id", "hospital_id"), on="stay_id", how="left")
+        .partition_by("hospital_id", as_dict=True)
     )
     records, names = [], (*POOLED, "ece")
     for (name,), rows in track(

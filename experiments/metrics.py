@@ -180,7 +180,7 @@ def delong(first: Sequence[pl.DataFrame], second: Sequence[pl.DataFrame]) -> dic
     Raises:
         ValueError: the tables are not of the same samples, or a patient has several rows.
     """
-    tables = [_labelled(table).sort(KEY) for table in (*first, *second)]
+    tables = [labelled(table).sort(KEY) for table in (*first, *second)]
     if any(not table.select(*KEY, "target").equals(tables[0].select(*KEY, "target")) for table in tables):
         raise ValueError(NOT_THE_SAME)
     if not one_row_a_patient(tables[0]):
@@ -262,6 +262,11 @@ def text(name: str, result: dict[str, Any]) -> str:
     return f"{value:.{digits}f}" + (
         "" if low is None else f" ({low:.{digits}f}{' to ' if low < 0 else '-'}{high:.{digits}f})"
     )
+
+
+def cell(name: str, record: dict[str, Any]) -> str:
+    """``text`` of a metric from a row of a table: the columns ``name, name_low, name_high``."""
+    return text(name, {name: {"value": record[name], "low": record[f"{name}_low"], "high": record[f"{name}_high"]}})
 
 
 class Calibration(NamedTuple):
@@ -348,24 +353,24 @@ class Rows:
                 f"{wrong:,} of {len(predictions):,} predicted probabilities are not finite numbers: the model's weights "
                 "or its input are not either; train it again with a lower learning rate"
             )
-        labelled = _labelled(predictions)
+        rows = labelled(predictions)
         if utility:
-            labelled = labelled.with_columns(hour=hours_from_onset())
-        labelled = labelled.sort("probability", descending=True, maintain_order=True)
-        if labelled.is_empty():
+            rows = rows.with_columns(hour=hours_from_onset())
+        rows = rows.sort("probability", descending=True, maintain_order=True)
+        if rows.is_empty():
             raise ValueError(
                 "no row with a known outcome to score; use `ehr predict` for patients whose outcome is unknown"
             )
-        self.probability = labelled["probability"].to_numpy()
-        self.outcome = labelled["target"].to_numpy().astype(np.float64)
-        self.first_of_stay = labelled["stay_id"].is_first_distinct().to_numpy()
-        self._patient = labelled["patient_id"].rank("dense").to_numpy() - 1
+        self.probability = rows["probability"].to_numpy()
+        self.outcome = rows["target"].to_numpy().astype(np.float64)
+        self.first_of_stay = rows["stay_id"].is_first_distinct().to_numpy()
+        self._patient = rows["patient_id"].rank("dense").to_numpy() - 1
         self.patients = int(self._patient.max()) + 1
         self._last_of_tie = np.append(self.probability[1:] != self.probability[:-1], True)
         alert: Any = np.nan if threshold is None else self.probability >= threshold
         self._true, self._false = self.outcome * alert, (1 - self.outcome) * alert
         self._squared_error = (self.probability - self.outcome) ** 2
-        hour = labelled["hour"].to_numpy() if utility else np.full(len(labelled), np.nan)
+        hour = rows["hour"].to_numpy() if utility else np.full(len(rows), np.nan)
         self.gain = alert_gain(hour) if utility else hour
         self._gained, self._gainable = self.gain * alert, self.gain * ((hour >= EARLY) & (hour <= LATE))
 
@@ -438,8 +443,8 @@ def choose_threshold(
         return Rows(predictions, None, utility=True).most_useful_threshold()
     from ehrmodels.kinds import threshold  # here, since ``ehr prepare`` prints tables without torch
 
-    labelled = _labelled(predictions)
-    return threshold(labelled["probability"].to_torch(), labelled["target"].to_torch(), operating_point)
+    rows = labelled(predictions)
+    return threshold(rows["probability"].to_torch(), rows["target"].to_torch(), operating_point)
 
 
 def check_operating_point(text: str, task: dict[str, Any] | None) -> None:
@@ -467,7 +472,8 @@ def _told(task: dict[str, Any] | None) -> str:
     )
 
 
-def _labelled(predictions: pl.DataFrame) -> pl.DataFrame:
+def labelled(predictions: pl.DataFrame) -> pl.DataFrame:
+    """Rows whose outcome is known."""
     return predictions.drop_nulls("target").filter(pl.col("target").is_not_nan())
 
 

@@ -48,7 +48,7 @@ def write(
         return folder / "report.html"
     name, predictions = next(reversed(tables.items()))
     result, task = results[name], asdict(data.task)
-    rows = evidence.labelled(predictions)
+    rows = metrics.labelled(predictions)
     stays = data.cohort.stays().filter(pl.col("stay_id").is_in(rows["stay_id"].unique().implode()))
     groups = None
     both = 0 < result["n_positive"] < result["n"]
@@ -91,7 +91,7 @@ def _scores(tables: dict[str, pl.DataFrame], results: dict[str, dict[str, Any]],
 
 
 def _points(rows: pl.DataFrame, chosen_on: pl.DataFrame | None, result: dict[str, Any], task: dict[str, Any]) -> str:
-    choose = rows if chosen_on is None or chosen_on.is_empty() else evidence.labelled(chosen_on)
+    choose = rows if chosen_on is None or chosen_on.is_empty() else metrics.labelled(chosen_on)
     own = (result.get("operating_point", "youden"), result["threshold"])
     where = "these very patients, which flatters them" if choose is rows else "the validation split"
     shown = table(evidence.operating_points(choose, rows, own, task))
@@ -168,10 +168,7 @@ def _subgroups(rows: pl.DataFrame, stays: pl.DataFrame, threshold: float | None)
         "events": [f"< {evidence.SMALL}" if n is None else f"{n:,}" for n in groups["events"]],
     }
     for metric in evidence.OF_GROUPS:
-        triples = [
-            {metric: {"value": r[metric], "low": r[f"{metric}_low"], "high": r[f"{metric}_high"]}} for r in records
-        ]
-        shown[str(METRICS[metric].label)] = [metrics.text(metric, triple) for triple in triples]
+        shown[str(METRICS[metric].label)] = [metrics.cell(metric, record) for record in records]
     return pl.DataFrame(shown)
 
 
