@@ -47,6 +47,7 @@ class Concept(NamedTuple):
             would leave the step before in force).
         treatment: whether it is a treatment or, like urine, the response that a treatment is titrated to.
         source: of the range, see the head of this file.
+        group: what it is read together with, such as "blood gas".
     """
 
     name: str
@@ -58,6 +59,7 @@ class Concept(NamedTuple):
     hourly: str
     treatment: bool
     source: str
+    group: str
 
 
 def words(name: str) -> pl.DataFrame:
@@ -86,9 +88,8 @@ def _concepts() -> tuple[Concept, ...]:
                 f"expected one of {', '.join(HOURLY)}, yes or nothing, V, E, R or P"
             )
         opened = interval[0] == "(", interval[-1] == ")"
-        rows.append(
-            Concept(name, row["unit"], low, high, *opened, row["hourly"], row["treatment"] == "yes", row["source"])
-        )
+        treatment, group = row["treatment"] == "yes", row["group"] or "other"
+        rows.append(Concept(name, row["unit"], low, high, *opened, row["hourly"], treatment, row["source"], group))
     repeated = {c.name for c in rows if [other.name for other in rows].count(c.name) > 1}
     if repeated:
         raise ValueError(f"concepts.csv: {', '.join(sorted(repeated))} stands more than once")

@@ -281,7 +281,7 @@ class STraTS(Baseline):
         self.pool = AttentionPool(d)
 
     def read(self, batch: Triplets) -> Tensor:
-        batch, real = _latest(batch)
+        batch, real = latest(batch)
         position = torch.arange(real.shape[1], device=real.device)
         seen = real | (position == 0)  # nothing at all to attend to would be no number
         x = self.encoder(self.drop(self.embed(batch)), src_key_padding_mask=~seen)
@@ -355,7 +355,7 @@ def _checked(heads: int, width: int) -> int:
     return heads
 
 
-def _latest(batch: Triplets) -> tuple[Triplets, Tensor]:
+def latest(batch: Triplets) -> tuple[Triplets, Tensor]:
     """The batch with the last ``MOST`` observations of each sample, and which places hold one, (B, N)."""
     position = torch.arange(batch.time.shape[1], device=batch.time.device)
     first = (batch.length - MOST).clamp(min=0)[:, None]

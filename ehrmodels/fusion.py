@@ -107,11 +107,7 @@ class Fusion(ICUModule):
 
     def forward(self, batch: Grid) -> Tensor:
         """Logits from a ``Grid``: (B,), or (B, K) for K labels; in training those of every member, (..., M)."""
-        value = self.encode(batch.value).flatten(2) if self.piecewise else batch.value
-        x = self.embed(torch.cat([value, batch.mask, batch.since], -1))  # (B, T, D)
-        local, _ = self.lstm(x)
-        wide = self.transformer(x + self.position)
-        fused = self.norm(self._fuse(local, wide))
+        fused = self._fused(batch)
         weight = torch.softmax(self.pool(fused), 1)  # (B, T, 1)
         pooled = torch.cat(
             [(weight * fused).sum(1), fused[:, -1]], -1
@@ -120,6 +116,17 @@ class Fusion(ICUModule):
         if self.summary:
             parts.append(self.summarised(batch.summary))
         return self.head(torch.cat(parts, -1))
+
+    def hours(self, batch: Grid) -> Tensor:
+        """(B, T, 1) How much each hour counts in the attention over time, 1 in all; the last hour counts once more by itself."""
+        return torch.softmax(self.pool(self._fused(batch)), 1)
+
+    def _fused(self, batch: Grid) -> Tensor:
+        """(B, T, D) Every hour as both branches see it."""
+        value = self.encode(batch.value).flatten(2) if self.piecewise else batch.value
+        x = self.embed(torch.cat([value, batch.mask, batch.since], -1))  # (B, T, D)
+        local, _ = self.lstm(x)
+        return self.norm(self._fuse(local, self.transformer(x + self.position)))
 
     def _fuse(self, local: Tensor, wide: Tensor) -> Tensor:
         both = torch.cat([local, wide], -1)  # (B, T, 2D)

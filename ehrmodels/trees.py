@@ -54,6 +54,10 @@ class FittedAtOnce(ICUModule):
     def output(self, features: np.ndarray) -> np.ndarray:
         """(N,) log odds, or values, from features (N, X)."""
 
+    @abstractmethod
+    def contributions(self, features: np.ndarray, empty: np.ndarray) -> np.ndarray:
+        """(N, X) SHAP values: what of the log odds each feature accounts for, beside the mean, or beside ``empty`` features (N, X)."""
+
     def build(self, spec: Spec) -> None:
         if spec.kind == "multilabel":
             raise ValueError(f"{type(self).__name__} predicts one label: choose a network for a task of several")
@@ -191,6 +195,9 @@ class LightGBM(Boosted):
     def output(self, features: np.ndarray) -> np.ndarray:
         return self.booster.predict(features, raw_score=True, num_threads=torch.get_num_threads())
 
+    def contributions(self, features: np.ndarray, empty: np.ndarray) -> np.ndarray:
+        return self.booster.predict(features, pred_contrib=True, num_threads=torch.get_num_threads())[:, :-1]
+
     def loaded(self, text: str) -> Any:
         return _imported("lightgbm").Booster(model_str=text)
 
@@ -247,6 +254,9 @@ class XGBoost(Boosted):
 
     def output(self, features: np.ndarray) -> np.ndarray:
         return self.booster.inplace_predict(features, predict_type="margin")
+
+    def contributions(self, features: np.ndarray, empty: np.ndarray) -> np.ndarray:
+        return self.booster.predict(_imported("xgboost").DMatrix(features), pred_contribs=True)[:, :-1]
 
     def loaded(self, text: str) -> Any:
         booster = _imported("xgboost").Booster()
@@ -325,6 +335,14 @@ class LogisticRegression(FittedAtOnce):
         with torch.no_grad():
             x = self._inputs(torch.from_numpy(features)).to(self.linear.weight.device)
             return self.linear(x).squeeze(-1).cpu().numpy()
+
+    def contributions(self, features: np.ndarray, empty: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            x, nothing = (self._inputs(torch.from_numpy(each)) for each in (features, empty))
+            static, score, there = (self.linear.weight.cpu() * (x - nothing)).split(
+                [len(self.spec.statics), *2 * [len(self.spec.summary_quantiles)]], 1
+            )
+            return torch.cat([static, score + there], 1).numpy()
 
     def _inputs(self, features: Tensor) -> Tensor:
         static, value = features.split([len(self.spec.statics), len(self.spec.summary_quantiles)], 1)

@@ -1,4 +1,6 @@
-"""``card.md``: what a model is, on whom it was trained and measured, and what it is not for; also a part of ``report.html``.
+"""``card.md`` and ``data_card.md``: what a model and its data are, on whom it was trained and measured, what neither is for.
+
+Both are parts of ``report.html``, too.
 
 References:
 
@@ -31,7 +33,7 @@ LICENCES = {
 YOURS = "to be written by you"
 
 
-def card(
+def of_model(
     model: ICUModule, data: ICUDataModule, results: dict[str, dict[str, Any]], groups: pl.DataFrame | None
 ) -> Card:
     """The card of a model.
@@ -53,12 +55,7 @@ def card(
         if task.hourly
         else (f"once, after the first {task.hours} hours in the ICU")
     )
-    samples = (
-        data.samples.group_by("split").agg(
-            stays=pl.col("stay_id").n_unique(), patients=pl.col("patient_id").n_unique(), samples=pl.len(),
-            events=pl.col("target").cast(pl.Float64).sum().cast(pl.Int64),
-        ).sort("split")
-    )  # fmt: skip
+    samples = _samples(data)
     names = (
         "auroc",
         "auprc",
@@ -92,7 +89,7 @@ def card(
             f"It was not measured on patients younger than {data.min_age:g} years, in other hospital systems than those below, or with other "  # type: ignore[attr-defined]
             "habits of charting; measure it, and recalibrate it, on your own patients first.",
         ]),
-        ("Data", [f"{data.name}: {data.store.stays.height:,} ICU stays. Licence: {LICENCES.get(data.name, 'yours to say')}.", data.attrition]),
+        ("Data", [f"{data.name}: {data.store.stays.height:,} ICU stays; see data_card.md. Licence: {_licence(data)}.", data.attrition]),
         ("Outcome", [f"{label.text}; predicted {when}, of ICU stays{septic}. Patients, not stays, are divided into splits ({data.split_hash()})."]),
         ("Sample size", [samples]),
         ("Predictors", [
@@ -118,10 +115,66 @@ def card(
     return parts
 
 
+def of_data(data: ICUDataModule) -> Card:
+    """The card of a hospital system's data as a task uses them.
+
+    Args:
+        data: set up.
+    """
+    stays, coverage = data.store.stays, data.store.coverage()
+    lost = coverage.columns[coverage.columns.index("stays_percent") + 1 :]
+    reasons = [f"{int(coverage[name].sum()):,} {name.replace('_', ' ')}" for name in lost if int(coverage[name].sum())]
+    known = stays["hospital_death"].drop_nulls()
+    age, male = stays["age"].median(), stays["sex"].mean()
+    who = [
+        f"{stays.height:,} ICU stays of {stays['patient_id'].n_unique():,} patients in {stays['hospital_id'].n_unique():,} hospitals",
+        "age unknown" if age is None else f"median age {float(age):.0f} years",  # type: ignore[arg-type]
+        "sex unknown" if male is None else f"{100 * float(male):.0f} % men",  # type: ignore[arg-type]
+        f"{100 * float(known.cast(pl.Float64).mean() or 0):.1f} % of the {len(known):,} stays with a known outcome ended in death in hospital"  # type: ignore[arg-type]
+        if len(known)
+        else "outcomes unknown",
+    ]
+    charted = coverage.filter(pl.col("events") > 0).select(
+        pl.col("concept").str.replace_all("_", " ").alias("variable"), "unit", "events", pl.col("stays_percent").alias("% of stays"),
+    )  # fmt: skip
+    return [
+        ("Source", [f"{data.name}, extracted from the publisher's files by this program. Licence: {_licence(data)}."]),
+        ("Who is in it", [f"{', '.join(who)}. Ethnicity is not read."]),
+        ("Who is used", ["Rules of inclusion, in this order; outcomes do not depend on features.", data.attrition]),
+        ("How it is divided", [f"By {data.split_by}, never a patient in two splits; hash {data.split_hash()}.", _samples(data)]),
+        ("What was charted", [
+            f"{int(coverage['rows'].sum()):,} rows were read and {int(coverage['events'].sum()):,} kept; "
+            f"left out: {', '.join(reasons) or 'none'}. `ehr prepare --out` shows which, in quality.html.", charted,
+        ]),
+        ("What is not in it", [
+            "What was not charted: missing values are not imputed, and that something was measured tells of the patient's state. Values "
+            "are as charted, within wide plausible limits. Care as it was given in these hospitals in those years.",
+        ]),
+        ("What it may be used for", [
+            "What its licence and your agreement with its publisher allow. Rows of single patients stay on the machine that may hold them; "
+            "this card, the reports and what is sent to trackers hold none.",
+        ]),
+    ]  # fmt: skip
+
+
+def _licence(data: ICUDataModule) -> str:
+    return LICENCES.get(data.name, "yours to say")
+
+
+def _samples(data: ICUDataModule) -> pl.DataFrame:
+    """Stays, patients, samples and events of each split."""
+    return (
+        data.samples.group_by("split").agg(
+            stays=pl.col("stay_id").n_unique(), patients=pl.col("patient_id").n_unique(), samples=pl.len(),
+            events=pl.col("target").cast(pl.Float64).sum().cast(pl.Int64),
+        ).sort("split")
+    )  # fmt: skip
+
+
 def tripod() -> pl.DataFrame:
     """Items of the statement [2] that this card fills, and those that only an author can."""
     items = [
-        ("1 title, 2 abstract, 3 background, 4 objectives", YOURS), ("5 data", "Data, Sample size"), ("6 participants", "Data, Outcome"),
+        ("1 title, 2 abstract, 3 background, 4 objectives", YOURS), ("5 data", "Data, Sample size; data_card.md"), ("6 participants", "Data, Outcome"),
         ("7 data preparation", "docs/data.md"), ("8 outcome", "Outcome"), ("9 predictors", "Predictors"), ("10 sample size", "Sample size"),
         ("11 missing data", "Predictors"), ("12 analytical methods", "Model, Performance; config.yaml"), ("13 class imbalance", "Model (pos_weight)"),
         ("14 fairness", "Fairness"), ("15 model output", "Performance (threshold and how it was chosen)"),
@@ -134,8 +187,8 @@ def tripod() -> pl.DataFrame:
 
 
 def markdown(title: str, parts: Card) -> str:
-    """The card as Markdown."""
-    lines = [f"# Model card: {title}", ""]
+    """A card as Markdown."""
+    lines = [f"# {title}", ""]
     for head, below in parts:
         lines += [f"## {head}", ""]
         for part in below:

@@ -32,14 +32,15 @@ def evaluate(
     model: type[ICUModule] | None = None,
     device: Device = "auto",
     by_hospital: int | None = None,
+    beside: str | None = None,
 ) -> dict[str, Any]:
     """Score a checkpoint on a split of any hospital system.
 
     Nothing is fitted: scaler, variables and threshold are those of the checkpoint. Options of the data that belong to the model
     (task, hours, window, statics, treatment, and on the same hospital system the split) are taken from it; one that contradicts
     it is refused. Writes ``metrics.json`` (``auroc``, ``auprc``, ... each with ``value``, ``low``, ``high``; ``n``,
-    ``n_positive``), ``predictions.parquet`` (``stay_id, patient_id, minute, target, probability, split``), ``report.html`` and the
-    model's ``card.md``.
+    ``n_positive``), ``predictions.parquet`` (``stay_id, patient_id, minute, target, probability, split``), ``report.html`` and its
+    cards, ``card.md`` and ``data_card.md``.
 
     Args:
         ckpt: Checkpoint, such as runs/NAME/best.ckpt.
@@ -49,15 +50,19 @@ def evaluate(
         device: Where to compute; auto: on the GPU where there is one.
         by_hospital: Also score each hospital with at least so many stays with the event, and without; pools AUROC and calibration with
             random effects and draws a forest plot (hospitals.csv, hospitals.png).
+        beside: Run directories or folders of evaluate on the same samples, with commas between, that report.html compares this with.
 
     Returns:
         What ``metrics.json`` holds.
     """
+    from experiments import compare  # which imports this file
+
     folder = Path(out)
     if (folder / "last.ckpt").exists():
         raise ValueError(f"{folder} holds a training run, whose results would be lost; choose another --out")
     if by_hospital is not None and by_hospital < 2:
         raise ValueError(f"--by_hospital must be at least 2, found {by_hospital}")
+    others = [compare.Run.read(run) for run in (beside.split(",") if beside else [])]
     network, data = opened(ckpt, data, model)
     predictions = predict_split(network, data, data.split, device)
     result = {
@@ -71,11 +76,16 @@ def evaluate(
     write_json(written, folder / "metrics.json")
     report.show({data.name: result}, console)
     title = f"{Path(ckpt).parent.name}: {network.spec.task['name']}"
-    files = "metrics.json, predictions.parquet, report.html and card.md"
+    files = "metrics.json, predictions.parquet, report.html, card.md and data_card.md"
     if by_hospital is not None:
         hospitals.tell(predictions, data.store.stays, by_hospital, folder, f"{title}, {data.name}")
         files = files.replace(" and", ",") + ", hospitals.csv and hospitals.png"
-    page.write(folder, title, data, {data.name: predictions}, {data.name: result}, network)
+    compared = None
+    if others:
+        groups = compare.by_configuration([compare.Run.read(str(folder)), *others])
+        this = next(iter(groups))
+        compared = compare.readable(compare.contrasts(groups, this, data.split), this)  # type: ignore[arg-type]
+    page.write(folder, title, data, {data.name: predictions}, {data.name: result}, network, beside=compared)
     console.print(f"wrote {files} to {folder}", soft_wrap=True)
     return written
 

@@ -1,55 +1,26 @@
-"""``ehr explain``: which variables a model's predictions rest on, and whether that is true: the deletion test.
+"""``ehr explain``: which variables a model's predictions rest on, for a cohort and for one stay, and whether that is true.
 
-A variable matters to a prediction as much as its log odds change when all observations of the variable are taken out of the
-record, and whatever a model reads (hours, triplets, summary, what has elapsed) is made anew from those that are left.
-
-References:
-  [1] Zeiler & Fergus 2014, arXiv:1311.2901: attribution by leaving out.
-  [2] Samek et al. 2017, doi:10.1109/TNNLS.2016.2599820: leaving out what an attribution calls important must hurt sooner than
-      leaving out at random.
-
-Shape letters: N samples, V variables.
+Shape letters: N samples, V variables, T hours.
 """
 
-import sys
-from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
-from datamodules.contract import STATISTICS, Batch, Spec, Triplets, unlabelled
+from datamodules.contract import Spec, Triplets, unlabelled
 from datamodules.module import ICUDataModule
 from datamodules.tasks import TASKS
 from datamodules.views import CLIP
-from ehrmodels import HyMaTE, ICUModule
-from experiments import figures, files, report
+from ehrmodels import ICUModule
+from experiments import attribution, figures, files, report
+from experiments.attribution import Explained
 from experiments.evaluate import Device, opened, resolved
 from experiments.files import console
 
-SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of a sample's variables that the deletion test leaves out
-REPEATS = 3  # random orders, another for every sample in each
-MOST = 800  # samples that are explained: the model goes over them once for each variable, and for each share and order
-SHOWN = 15  # variables in a figure
-
-
-class Explained(NamedTuple):
-    """What is known of samples, in the order of ``groups``."""
-
-    groups: list[np.ndarray]  # rows of each batch
-    target: Tensor  # (N,), or (N, K)
-    output: Tensor  # (N,) log odds, or values; the mean over labels where there are several
-    probability: Tensor  # (N,) or the value
-    part: np.ndarray  # (N, V) output less that without the variable
-    charted: np.ndarray  # (N, V) whether there is anything to leave out
-    observations: np.ndarray  # (N, V) in the window
-    weight: np.ndarray | None  # (N, V) fusion weights of HyMaTE
+ROWS = 8  # of a stay's timeline
 
 
 def explain(
@@ -62,11 +33,12 @@ def explain(
 ) -> None:
     """Show which variables the predictions of a checkpoint rest on, for a cohort and for one stay, and test it.
 
-    A variable matters as much as the log odds change without its observations; at most 800 samples are explained. Writes
-    ``attribution.csv`` (a row a variable: ``importance``, the mean absolute change; what of it ``raises`` and ``lowers`` the
-    log odds; the mean among samples that have the variable; how often it is charted; of HyMaTE also its share of the fusion
-    weights), ``deletion.csv`` and ``cohort.png`` (the same, and AUROC when a sample's variables are left out, the most
-    important first, beside random orders), and ``stay.png``.
+    At most 500 samples are explained, by every method that the model has: the change of the log odds without a variable's
+    observations (``importance``), integrated gradients (networks) or SHAP (trees), fusion weights (HyMaTE), attention (Fusion).
+    Writes ``attribution.csv`` (a row a variable: of each method the mean size; what ``raises`` and ``lowers`` the log odds),
+    ``deletion.csv`` (AUROC without the variables that a method, or chance, puts first), ``checks.csv`` (whether a method does
+    better than chance there, and whether it says something else of a model that learned nothing), ``permutation.csv`` (AUROC lost
+    when a group of variables is another sample's), ``cohort.png``, ``stay.png`` and ``timeline.png`` (hour by hour).
 
     Args:
         ckpt: Checkpoint, such as runs/NAME/best.ckpt.
@@ -89,195 +61,96 @@ def explain(
             raise ValueError(
                 f"stay {stay} is not in split {data.split!r} of {data.root}; choose another --stay or --data.split"
             )
+    names = attribution.methods(network)
     with torch.inference_mode():
-        cohort = _explained(network, data, _drawn(data), "explaining")
-        deletion = _deletion(network, data, cohort)
+        cohort = attribution.explained(network, data, attribution.drawn(data, attribution.MOST), names, "explaining")
+        deletion, further = attribution.deletion(network, data, cohort)
+        checks = attribution.checks(network, data, cohort, further, "explaining a model that learned nothing")
+        permutation = attribution.permutation(network, data, cohort, "permutation")
         row = int(np.concatenate(cohort.groups)[cohort.probability.argmax()]) if stay is None else int(shown.max())
-        one = _explained(network, data, [np.array([row])])
+        one = attribution.explained(network, data, [np.array([row])], names)
+        history, course = _history(network, data, row, names)
     if not one.charted.any():
         raise ValueError(f"no observation to draw in stay {ids[row]}; choose another --stay")
-    variables = _per_variable(cohort, network.spec)
+    variables = attribution.per_variable(cohort, network.spec)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(folder / "attribution.csv", variables.write_csv(float_precision=5))
-    files.write_text(folder / "deletion.csv", deletion.write_csv(float_precision=5))
+    for name, table in {
+        "attribution": variables, "deletion": deletion, "checks": checks, "permutation": permutation,
+    }.items():  # fmt: skip
+        files.write_text(folder / f"{name}.csv", table.write_csv(float_precision=5))
     title = f"{data.name} {data.split}, {len(cohort.output):,} samples"
-    unit = "prediction" if network.spec.kind == "regression" else "log odds"
-    _draw_cohort(variables, deletion, title, unit, folder / "cohort.png")
+    with figures.figure(folder / "cohort.png", (16 if "fusion_weight" in names else 13, 5.2)) as figure:
+        attribution.draw_cohort(variables, deletion, title, attribution.unit_of(network.spec), figure)
     minute, events = int(data.samples["minute"][row]), data.batch(np.array([row]), view="triplets")
     _draw_stay(events, _of_one(one, network.spec), network.spec, ids[row], minute, folder / "stay.png")  # type: ignore[arg-type]
+    _draw_timeline(events, one, history, course, network, ids[row], minute, folder / "timeline.png")  # type: ignore[arg-type]
     report.print_table(
-        variables.head(SHOWN).with_columns(pl.col(pl.Float64).round(4)), "what predictions rest on", console
+        variables.head(attribution.SHOWN).with_columns(pl.col(pl.Float64).round(4)), "what predictions rest on", console
     )
-    console.print(
-        f"wrote attribution.csv, deletion.csv, cohort.png and stay.png ({ids[row]}) to {folder}", soft_wrap=True
-    )
+    report.print_table(told(checks), "whether that is true", console)
+    if len(permutation):
+        shown_groups = permutation.with_columns(pl.col(pl.Float64).round(4))
+        report.print_table(shown_groups, "AUROC lost when a group is another sample's", console)
+    written = sorted(path.name for path in folder.iterdir() if path.suffix in (".csv", ".png"))
+    console.print(f"wrote {', '.join(written)} (stay {ids[row]}) to {folder}", soft_wrap=True)
 
 
-def _drawn(data: ICUDataModule) -> list[np.ndarray]:
-    """Rows that are explained, ``MOST`` of the split or all, in groups as large as its batches of like samples are."""
-    batches = list(data.predict_dataloader().sampler)
-    rows, share = np.concatenate(batches), np.concatenate([np.full(len(b), 1 / len(b)) for b in batches])
-    drawn = np.sort(np.random.default_rng(0).permutation(len(rows))[:MOST])
-    rows, group = rows[drawn], np.floor(np.cumsum(share[drawn]) - share[drawn] + 1e-6)  # of a batch that is full at 1
-    return np.split(rows, np.flatnonzero(np.diff(group)) + 1)
+def told(checks: pl.DataFrame) -> pl.DataFrame:
+    """The checks in words."""
+    number = "{:.2f} ({:.2f} to {:.2f})".format
+    rows = [
+        (
+            attribution.METHODS[row["method"]],
+            number(row["deletion"], row["deletion_low"], row["deletion_high"]),
+            number(row["alike"], row["alike_low"], row["alike_high"]),
+            "passes" if row["passed"] else "FAILS",
+        )
+        for row in checks.iter_rows(named=True)
+    ]
+    columns = [
+        "method",
+        "moves the output further than chance",
+        "rank correlation with an untrained model's",
+        "verdict",
+    ]
+    return pl.DataFrame(rows, columns, orient="row")
 
 
-def _explained(model: ICUModule, data: ICUDataModule, groups: list[np.ndarray], step: str | None = None) -> Explained:
-    """The parts that the variables have in the predictions of samples; ``step`` is said while it goes on."""
-    charted = [data.charted(rows) for rows in groups]
-    batches = [_moved(data.batch(rows), model) for rows in groups]
-    raw = [model(batch) for batch in batches]
-    output = [_scalar(one) for one in raw]
-    weight = None
-    if isinstance(model, HyMaTE):
-        weight = np.concatenate([model.attribute(b)[0].cpu().numpy() for b in batches])  # type: ignore[arg-type]
-    part = [np.zeros(c.shape) for c in charted]
-    variables: Any = range(len(model.spec.variables))
-    if step:
-        variables = _followed(variables, f"{step}: {len(variables)} variables of {sum(map(len, groups)):,} samples")
-    for v in variables:
-        for rows, has, whole, into in zip(groups, charted, output, part, strict=True):
-            mine = np.flatnonzero(has[:, v])
-            if len(mine):
-                without = np.zeros((len(mine), has.shape[1]), bool)
-                without[:, v] = True
-                into[mine, v] = (whole[mine] - _output(model, data.batch(rows[mine], without=without))).numpy()
-    number = STATISTICS.index("number")
-    observations = [data.batch(rows, view="summary").summary[..., number].numpy() for rows in groups]
-    return Explained(
-        groups,
-        torch.cat([batch.target for batch in batches]).cpu(),
-        torch.cat(output),
-        _scalar(model.prediction(torch.cat(raw))),
-        np.concatenate(part),
-        np.concatenate(charted),
-        np.concatenate(observations),
-        weight,
-    )
+def _history(
+    network: ICUModule, data: ICUDataModule, row: int, names: list[str]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Parts hour by hour, (T, V), the last hour ending at the prediction; and the probability at the end of each, (T,).
 
-
-def _output(model: ICUModule, batch: Batch) -> Tensor:
-    """(N,) Log odds, or values."""
-    return _scalar(model(_moved(batch, model)))
-
-
-def _moved(batch: Batch, model: ICUModule) -> Batch:
-    return type(batch)(*(t.to(model.device) for t in batch))
-
-
-def _scalar(output: Tensor) -> Tensor:
-    """(N,): the mean over labels where there are several."""
-    return (output.mean(-1) if output.ndim > 1 else output).double().cpu()
-
-
-def _followed(items: Collection[Any], step: str) -> Iterable[Any]:
-    """The items, with a bar on a terminal and else a line that says what takes so long."""
-    if sys.stderr.isatty():
-        return track(items, step, console=Console(stderr=True), transient=True)
-    console.print(step, soft_wrap=True, highlight=False)
-    return items
-
-
-def _per_variable(cohort: Explained, spec: Spec) -> pl.DataFrame:
-    """Means over samples, the most important variable first."""
-    part, has = cohort.part, cohort.charted
-    columns = {
-        "variable": spec.variables,
-        "unit": spec.units,
-        "importance": np.abs(part).mean(0),
-        "raises": np.maximum(part, 0).mean(0),
-        "lowers": np.maximum(-part, 0).mean(0),
-        "importance_when_charted": np.abs(part).sum(0) / np.maximum(has.sum(0), 1),
-        "charted": has.mean(0),
-        "observations": cohort.observations.mean(0, dtype=np.float64),
-    }
-    if cohort.weight is not None:
-        columns["fusion_weight"] = cohort.weight.mean(0, dtype=np.float64)
-    return pl.DataFrame(columns).filter(pl.col("charted") > 0).sort("importance", descending=True, maintain_order=True)
+    Where there is a prediction every hour they are those of each prediction. Else they are what the events of each hour account
+    for in the one prediction, which only integrated gradients tell, and there is no course of probabilities."""
+    if not data.task.hourly:
+        one = attribution.explained(network, data, [np.array([row])], set(names) & {"gradients"})
+        return (None if one.hourly is None else one.hourly[0]), None
+    window = network.spec.window
+    samples = data.samples.with_row_index("row").filter(pl.col("stay_id") == data.samples["stay_id"][row])
+    samples = samples.filter(pl.col("minute") <= data.samples["minute"][row]).sort("minute").tail(window)
+    hours = attribution.explained(network, data, [samples["row"].to_numpy().astype(np.int64)], names[:2][-1:])
+    parts = np.full((window, len(network.spec.variables)), np.nan)
+    course = np.full(window, np.nan)
+    last = samples["minute"][-1]
+    place = window - 1 - (last - samples["minute"].to_numpy()) // 60
+    inside = place >= 0
+    parts[place[inside]] = next(iter(hours.parts.values()))[inside]
+    course[place[inside]] = hours.probability.numpy()[inside]
+    return parts, course
 
 
 def _of_one(one: Explained, spec: Spec) -> pl.DataFrame:
     """``variable, part, probability`` of the only sample, and ``weight`` where there is one; a row for each that it has."""
     columns = {
         "variable": spec.variables,
-        "part": one.part[0],
+        "part": one.parts["importance"][0],
         "probability": [float(one.probability[0])] * len(spec.variables),
     }
-    if one.weight is not None:
-        columns["weight"] = one.weight[0]
+    if "fusion_weight" in one.parts:
+        columns["weight"] = one.parts["fusion_weight"][0]
     return pl.DataFrame(columns).filter(one.charted[0])
-
-
-def _deletion(model: ICUModule, data: ICUDataModule, cohort: Explained) -> pl.DataFrame:
-    """``order, share, auroc, change``: what is left of AUROC without a share of each sample's variables, and how far the
-    output moves."""
-    target = cohort.target
-    known = ~unlabelled(target)
-    both = model.kind.classes and 0 < target[known].sum() < known.sum()
-    rng = np.random.default_rng(0)
-    measures: list[dict[str, Any]] = []
-
-    def measure(order: str, share: float, output: Tensor) -> None:
-        auroc = float(binary_auroc(output[known], target[known].long())) if both else None
-        change = float((output - cohort.output).abs().mean())
-        measures.append({"order": order, "share": share, "auroc": auroc, "change": change})
-
-    for order in ("importance", "random"):
-        measure(order, 0.0, cohort.output)
-    plan = [("importance", s) for s in SHARES] + [("random", s) for s in SHARES for _ in range(REPEATS)]
-    for order, share in _followed(plan, f"deletion test: {len(plan)} passes over {len(target):,} samples"):
-        by = np.abs(cohort.part) if order == "importance" else rng.random(cohort.part.shape)
-        without = _first(by, cohort.charted, share)
-        begin = np.cumsum([0, *map(len, cohort.groups)])
-        outputs = [
-            _output(model, data.batch(rows, without=without[a : a + len(rows)]))
-            for rows, a in zip(cohort.groups, begin, strict=False)
-        ]
-        measure(order, share, torch.cat(outputs))
-    schema = {"order": pl.String, "share": pl.Float64, "auroc": pl.Float64, "change": pl.Float64}
-    return pl.DataFrame(measures, schema=schema)
-
-
-def _first(by: np.ndarray, charted: np.ndarray, share: float) -> np.ndarray:
-    """(N, V) A share of the variables that each sample has: those that are greatest in ``by``."""
-    place = np.where(charted, -by, np.inf).argsort(1, kind="stable").argsort(1, kind="stable")
-    return place < np.round(share * charted.sum(1, keepdims=True))
-
-
-def _draw_cohort(variables: pl.DataFrame, deletion: pl.DataFrame, title: str, unit: str, path: Path) -> None:
-    """How far each variable moves the predictions, of HyMaTE its fusion weights, and the deletion test."""
-    top = variables.head(SHOWN).reverse()
-    weighted = "fusion_weight" in top.columns
-    with figures.figure(path, (16 if weighted else 13, 5.2)) as figure:
-        bars, *weights, curve = figure.subplots(1, 3 if weighted else 2, width_ratios=(1.3, *[0.7] * weighted, 1))
-        place = np.arange(len(top))
-        names = [f"{v.replace('_', ' ')} ({c:.0%})" for v, c in zip(top["variable"], top["charted"], strict=True)]
-        bars.barh(place, top["raises"], 0.7, color="C3", label="raises")
-        bars.barh(place, -top["lowers"], 0.7, color="C0", label="lowers")
-        bars.axvline(0, color="0.4", linewidth=0.8)
-        bars.set_yticks(place, names)
-        bars.set(
-            title=title, xlabel=f"part of the {unit}, mean over samples (in brackets: share that has the variable)"
-        )
-        bars.legend(loc="lower right", fontsize=9)
-        for axes in weights:
-            axes.barh(place, top["fusion_weight"], 0.7, color="0.6")
-            axes.set_yticks(place, [])
-            axes.set(title="Fusion weight", xlabel="mean over samples")
-        measure = "auroc" if deletion["auroc"].null_count() == 0 else "change"
-        for colour, (order, label) in enumerate((("importance", "most important first"), ("random", "random order"))):
-            part = deletion.filter(pl.col("order") == order).group_by("share", maintain_order=True)
-            spread = part.agg(
-                pl.col(measure).mean().alias("mean"),
-                pl.col(measure).min().alias("low"),
-                pl.col(measure).max().alias("high"),
-            )
-            curve.plot(spread["share"] * 100, spread["mean"], marker="o", markersize=4, color=f"C{colour}", label=label)
-            curve.fill_between(spread["share"] * 100, spread["low"], spread["high"], color=f"C{colour}", alpha=0.2)
-        name = "AUROC" if measure == "auroc" else f"mean change of the {unit}"
-        curve.set(title="Deletion test", xlabel="% of a sample's variables left out", ylabel=name)
-        curve.legend(fontsize=9)
 
 
 def _draw_stay(one: Triplets, result: pl.DataFrame, spec: Spec, stay: str, minute: int, path: Path) -> None:
@@ -291,7 +164,7 @@ def _draw_stay(one: Triplets, result: pl.DataFrame, spec: Spec, stay: str, minut
         minute: its prediction time since ICU admission.
         path: the picture.
     """
-    top = result.sort(pl.col("part").abs(), descending=True).head(SHOWN).reverse()
+    top = result.sort(pl.col("part").abs(), descending=True).head(attribution.SHOWN).reverse()
     hour = minute / 60 + (one.time[0].numpy() - 1) * spec.window / 2
     variable, value = one.variable[0].numpy(), one.value[0].numpy()
     target = one.target[0]
@@ -335,6 +208,85 @@ def _draw_stay(one: Triplets, result: pl.DataFrame, spec: Spec, stay: str, minut
         task = TASKS[spec.task["name"]].text
         said = result["probability"][0]
         figure.suptitle(f"stay {stay} at hour {minute / 60:g}: predicted {said:.2f}; {task}: {outcome}")
+
+
+def _draw_timeline(
+    events: Triplets,
+    one: Explained,
+    history: np.ndarray | None,
+    course: np.ndarray | None,
+    model: ICUModule,
+    stay: str,
+    minute: int,
+    path: Path,
+) -> None:
+    """What drove a stay's risk, hour by hour: values in their units, on what their hour adds to the log odds or takes off.
+
+    Args:
+        events: the sample.
+        one: the same, explained.
+        history: (T, V) parts of each hour; None: they cannot be told.
+        course: (T,) probability at the end of each hour; None: there is one prediction.
+        model: that predicts.
+        stay: its stay_id.
+        minute: its prediction time since ICU admission.
+        path: the picture.
+    """
+    spec, end = model.spec, minute / 60
+    start = max(end - spec.window, min([0, *(end + (events.time[0].numpy() - 1) * spec.window / 2)]))
+    size = np.where(one.charted[0], np.abs(one.parts["importance"][0]), 0)
+    rows = [k for k in np.argsort(-size, kind="stable")[:ROWS] if size[k] > 0]
+    most = max(float(np.nanmax(np.abs(history))), 1e-6) if history is not None and np.isfinite(history).any() else 1.0
+    edges = end - spec.window + np.arange(spec.window + 1)
+    hour = end + (events.time[0].numpy() - 1) * spec.window / 2
+    with figures.figure(path, (11, 1.6 + 1.05 * len(rows))) as figure:
+        top, *others = figure.subplots(
+            1 + len(rows), 1, sharex=True, height_ratios=(1.4, *[1] * len(rows)), squeeze=False
+        )[:, 0]
+        shade = None
+        if course is not None:
+            top.plot(edges[1:], course, color="black", marker=".", markersize=4)
+            if model.threshold is not None:
+                top.axhline(model.threshold, color="C3", linestyle="--", linewidth=1)
+            top.set(ylabel="risk")
+        elif history is not None:
+            total = history.sum(1)
+            top.bar(edges[:-1] + 0.5, total, 0.9, color=np.where(total > 0, "C3", "C0"))
+            top.set(ylabel=f"part of the\n{attribution.unit_of(spec)}")
+        else:
+            top.set_axis_off()
+        for axes, k in zip(others, rows, strict=True):
+            seen = events.variable[0].numpy() == k + 1
+            value = events.value[0].numpy()[seen] * spec.scale[k] + spec.center[k]
+            if history is not None:
+                shade = axes.pcolormesh(
+                    edges, [0, 1], history[None, :, k], cmap="RdBu_r", vmin=-most, vmax=most, alpha=0.55,
+                    transform=axes.get_xaxis_transform(), linewidth=0, rasterized=True,
+                )  # fmt: skip
+            axes.plot(
+                hour[seen], value, color="black", marker=".", markersize=4, linewidth=0.8,
+                drawstyle="steps-post" if "mcg" in spec.units[k] else "default",
+            )  # fmt: skip
+            axes.set_ylabel(
+                f"{spec.variables[k].replace('_', ' ')}\n{spec.units[k]}",
+                rotation=0,
+                ha="right",
+                va="center",
+                fontsize=9,
+            )
+            if len(value):  # the colours reach from edge to edge and say nothing of it
+                low, high = value.min(), value.max()
+                room = 0.2 * (high - low) or 0.1 * abs(high) or 1
+                axes.set_ylim(low - room, high + room)
+            axes.tick_params("y", labelsize=8)
+        if shade is not None:
+            figure.colorbar(shade, ax=others, pad=0.01, label=f"what the hour adds to the {attribution.unit_of(spec)}")
+        (others or [top])[-1].set(xlabel="hours since ICU admission", xlim=(start, end))
+        title = f"stay {stay}: predicted {float(one.probability[0]):.2f} at hour {end:g}"
+        if course is None and history is not None:
+            besides = one.parts["gradients"][0].sum() - history.sum()
+            title += f"\nof no hour (summary of the window, what has elapsed): {besides:+.2f}"
+        figure.suptitle(title)
 
 
 def _told(target: Tensor, numbers: bool) -> str:

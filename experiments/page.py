@@ -6,19 +6,22 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 
 from datamodules.contract import STATISTICS
 from datamodules.dictionary import BY_NAME
 from datamodules.module import ICUDataModule
 from datamodules.tasks import TASKS
 from ehrmodels import ICUModule
-from experiments import card, evidence, figures, metrics, report, run_directory
+from experiments import attribution, card, evidence, figures, metrics, report, run_directory
 from experiments.files import console, write_text
 from experiments.html import figure, page, soft, table, text
 from experiments.metrics import METRICS
 
+BESIDE = "Differences are paired: all rows see the same resamples of patients; a star marks an interval without 0."
 FEW = f"Groups of which fewer than {evidence.SMALL} stays have, or do not have, the event have no scores. Ethnicity is not part of the data."
 MOST = 20_000  # stays whose measurements the table of patients is made from
+EXPLAINED = 150  # samples that the explanation is made from
 
 
 def write(
@@ -29,8 +32,9 @@ def write(
     results: dict[str, dict[str, Any]],
     model: ICUModule,
     chosen_on: pl.DataFrame | None = None,
+    beside: pl.DataFrame | None = None,
 ) -> Path:
-    """Write the page of a run, ``report.html``, and the card of its model, ``card.md``.
+    """Write the page of a run, ``report.html``, and the cards of its model and data, ``card.md`` and ``data_card.md``.
 
     Args:
         folder: where; what ``config.yaml`` there says is part of the page.
@@ -40,6 +44,7 @@ def write(
         results: name -> what ``metrics.score`` says and what is told besides, those without curves, too.
         model: that was scored last.
         chosen_on: predictions on which thresholds are chosen; None: there are none but those that are scored.
+        beside: the comparison with other runs, for people.
 
     Returns:
         The file.
@@ -53,6 +58,8 @@ def write(
     groups = None
     both = 0 < result["n_positive"] < result["n"]
     sections: list[tuple[str, str]] = [("Scores", _scores(tables, results, title))]
+    if beside is not None:
+        sections.append(("Beside other runs", table(beside) + soft(BESIDE)))
     if both:
         sections.append(("Operating points", _points(rows, chosen_on, result, task)))
         sections.append(("Decision curve", _decision(rows, result)))
@@ -61,18 +68,25 @@ def write(
         groups = _subgroups(rows, stays, result["threshold"])
         sections.append(("Subgroups", table(groups) + soft(FEW)))
     sections.append(("Patients", _patients(rows, stays, data)))
-    about = card.card(model, data, results, groups)
-    write_text(folder / "card.md", card.markdown(title, about))
-    sections.append(("Model card", f"<details><summary>card.md</summary>{_card(about)}</details>"))
+    if len(data.rows(data.split)):
+        sections.append(("What predictions rest on", _explanation(model, data)))
+    cards = {
+        "card.md": (f"Model card: {title}", card.of_model(model, data, results, groups)),
+        "data_card.md": (f"Data card: {data.name}", card.of_data(data)),
+    }
+    for file, (head, about) in cards.items():
+        write_text(folder / file, card.markdown(head, about))
+    folded = [f"<details><summary>{file}</summary>{_card(about)}</details>" for file, (_, about) in cards.items()]
+    sections.append(("Cards of model and data", "".join(folded)))
     sections.append(("Configuration", _configuration(folder)))
     subject = (
         f"{data.name}, {result.get('split', data.split)} split: {TASKS[data.task.name].text}. {run_directory.code()}"
     )
-    cards = {
+    numbers = {
         "AUROC": metrics.text("auroc", result), "AUPRC": metrics.text("auprc", result), "samples": f"{result['n']:,}",
         "with the event": f"{result['n_positive']:,} ({100 * result['n_positive'] / result['n']:.1f} %)",
     }  # fmt: skip
-    write_text(folder / "report.html", page(title, subject, cards, sections))
+    write_text(folder / "report.html", page(title, subject, numbers, sections))
     return folder / "report.html"
 
 
@@ -194,6 +208,26 @@ def _patients(rows: pl.DataFrame, stays: pl.DataFrame, data: ICUDataModule) -> s
         "<h3>By outcome</h3>" + table(who) + soft("Medians and quartiles of the last value before the (last) prediction, or numbers and shares.")
         + "<h3>Who is left after each rule</h3>" + table(kept)
     )  # fmt: skip
+
+
+def _explanation(model: ICUModule, data: ICUDataModule) -> str:
+    """By the method that costs least, and the test of it; nothing of single patients."""
+    method = [*attribution.methods(model)[1:2], "importance"][0]
+    with torch.inference_mode():
+        cohort = attribution.explained(model, data, attribution.drawn(data, EXPLAINED), [method])
+        deletion, further = attribution.deletion(model, data, cohort, None)
+    variables, unit = attribution.per_variable(cohort, model.spec), attribution.unit_of(model.spec)
+    moved = (
+        f"Without the variables that it puts first the {unit} move {float(np.mean(further[method])):.2f} further than without as many "
+        "at random. ehr explain tests every method, on models that learned nothing, too, and shows single stays."
+    )
+    into: list[str] = []
+    name = attribution.METHODS[method]
+    with figure(
+        (11, 5), into, f"Part of the {unit} by {name}, mean over {len(cohort.output)} samples; deletion test"
+    ) as drawn:
+        attribution.draw_cohort(variables, deletion, f"by {name}", unit, drawn)
+    return "".join(into) + soft(moved)
 
 
 def _configuration(folder: Path) -> str:

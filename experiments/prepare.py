@@ -17,7 +17,9 @@ from experiments import files, quality, report
 from experiments.files import console
 
 
-def prepare(data: Hospital, out: str | None = None, compare_definitions: bool = False) -> None:
+def prepare(
+    data: Hospital, out: str | None = None, compare_definitions: bool = False, beside: str | None = None
+) -> None:
     """Extract raw tables into the cache, print who is left after each rule and how much of each variable was found.
 
     With ``--out``, also write there: ``stays.parquet`` (one row per ICU stay, ``excluded_by`` names the rule that leaves it out),
@@ -31,7 +33,10 @@ def prepare(data: Hospital, out: str | None = None, compare_definitions: bool = 
         data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, Tables, SyntheticMIMICIV or SyntheticEICU.
         out: Folder for the tables.
         compare_definitions: Also show stays, hospitals, prevalence and mortality under every definition of Sepsis-3.
+        beside: Folder that --out wrote of another database: quality.html says how far its values and coverage lie from those here.
     """
+    if beside is not None and out is None:
+        raise ValueError("--beside is told in quality.html: give a folder with --out")
     with progress() as step:
         cohort = Cohort(data, step)
         store = cohort.store
@@ -76,7 +81,7 @@ def prepare(data: Hospital, out: str | None = None, compare_definitions: bool = 
         ("concepts", report.concepts()),
     ):
         files.write_text(folder / f"{name}.csv", table.write_csv())
-    quality.write(folder, data.name, store, attrition)
+    quality.write(folder, data.name, store, attrition, None if beside is None else Path(beside))
     console.print(f"wrote to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}", soft_wrap=True)
 
 

@@ -80,7 +80,46 @@ def checks(events: pl.DataFrame, share: float) -> pl.DataFrame:
     )
 
 
-def write(folder: Path, name: str, store: Store, attrition: pl.DataFrame) -> None:
+def between_databases(events: pl.DataFrame, coverage: pl.DataFrame, other: Path) -> pl.DataFrame:
+    """How far the values of another database, as ``ehr prepare --out`` wrote them, lie from those of this one.
+
+    Args:
+        events: of this one, as ``sampled``.
+        coverage: of this one.
+        other: folder of the other.
+
+    Returns:
+        ``concept, stays, other_stays`` (per cent that have it)``, median, other_median`` and ``shift``: the difference of the medians
+        over the interquartile range of this one; the largest first, what only one has last.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder holds no such files.
+    """
+    for name in ("events.parquet", "coverage.csv"):
+        if not (other / name).is_file():
+            raise FileNotFoundError(f"no {name} in {other}: expected what `ehr prepare --out` writes; set --beside")
+    try:
+        rows = pl.scan_parquet(other / "events.parquet")
+        count = rows.select(pl.len()).collect().item()
+        theirs = rows.gather_every(max(count // MOST, 1)).select(pl.col("concept").cast(pl.String), "value").collect()
+        their_coverage = pl.read_csv(other / "coverage.csv")
+        parts = [
+            spread(table).join(covered.select("concept", "stays_percent"), on="concept")
+            for table, covered in ((events, coverage), (theirs, their_coverage))
+        ]
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{other}: no files of `ehr prepare --out`, or damaged ({error}); write them again") from error
+    own, their = (part.select("concept", "stays_percent", "q25", "q50", "q75") for part in parts)
+    both = own.join(their, on="concept", how="full", coalesce=True, suffix="_other")
+    width = pl.col("q75") - pl.col("q25")
+    shift = pl.when(width > 0).then((pl.col("q50_other") - pl.col("q50")) / width)
+    return both.select(
+        "concept", pl.col("stays_percent").alias("stays"), pl.col("stays_percent_other").alias("other_stays"),
+        pl.col("q50").alias("median"), pl.col("q50_other").alias("other_median"), shift=shift,
+    ).sort(pl.col("shift").abs(), "concept", descending=[True, False], nulls_last=True)  # fmt: skip
+
+
+def write(folder: Path, name: str, store: Store, attrition: pl.DataFrame, other: Path | None = None) -> None:
     """Write ``quality.html``.
 
     Args:
@@ -88,6 +127,7 @@ def write(folder: Path, name: str, store: Store, attrition: pl.DataFrame) -> Non
         name: of the hospital system.
         store: its events.
         attrition: who is left after each rule.
+        other: folder that ``ehr prepare --out`` wrote of another database.
     """
     events, coverage = sampled(store), store.coverage()
     share = min(1.0, len(events) / max(len(store.minute), 1))
@@ -147,6 +187,18 @@ def write(folder: Path, name: str, store: Store, attrition: pl.DataFrame) -> Non
                 table(yes) + soft(f"The {SHOWN} largest.") * (store.hospitals().height > SHOWN),
             ),
         ]
+    if other is not None:
+        differ = between_databases(events, coverage, other).with_columns(
+            pl.col("concept").str.replace_all("_", " "), pl.selectors.float().round_sig_figs(3)
+        )
+        beside = f"Beside {other.name}"
+        headings = {
+            "stays": "% of stays",
+            "other_stays": f"% in {other.name}",
+            "other_median": f"median in {other.name}",
+        }
+        told = "shift: difference of the medians over the interquartile range here; what a transfer has to bear"
+        sections.append((beside, table(differ.rename(headings)) + soft(told)))
     kept, rows = int(coverage["events"].sum()), int(coverage["rows"].sum())
     cards = {
         "stays": f"{store.stays.height:,}",

@@ -11,6 +11,7 @@ from datamodules import simulate
 from experiments import files, page
 from experiments.cli import main
 
+PAGES = ("report.html", "card.md", "data_card.md")
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -48,7 +49,7 @@ def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(
             page,
             "write",
-            lambda folder, *_: [files.write(folder / name, b"a page") for name in ("report.html", "card.md")],
+            lambda folder, *_, **__: [files.write(folder / name, b"a page") for name in PAGES],
         )
 
 

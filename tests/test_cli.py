@@ -310,7 +310,7 @@ def scores(result: dict[str, Any]) -> None:
 def test_train_writes_a_whole_run(trained: Path) -> None:
     assert {p.name for p in trained.iterdir()} == {
         "config.yaml", "environment.txt", "metrics.csv", "metrics.json", "best.ckpt", "last.ckpt", "predictions.parquet", "finetune-SyntheticEICU",
-        "report.html", "card.md", "run.log", "run.lock",
+        "report.html", "card.md", "data_card.md", "run.log", "run.lock",
     }  # fmt: skip
     assert {p.name for p in (trained / "finetune-SyntheticEICU").iterdir()} >= {
         "metrics.csv", "metrics.json", "best.ckpt", "last.ckpt", "predictions.parquet", "zero_shot.parquet", "zero_shot.json", "report.html",
@@ -366,6 +366,7 @@ def test_evaluate_repeats_the_numbers_of_train(trained: Path, tmp_path: Path, mo
             "predictions.parquet",
             "report.html",
             "card.md",
+            "data_card.md",
         }
         again = json.loads(Path(split, "metrics.json").read_text())
         assert whole[split].pop("stopped").startswith("trained 2 epochs, as many as were asked for; kept: epoch")

@@ -118,11 +118,14 @@ def pages(mimic: Path, eicu: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     main(f"{line} --name icu --finetune SyntheticEICU --finetune.root {eicu} --transfer.recalibrate prevalence".split())
     main(f"{line} --name hourly --data.task mortality_24h --data.rolling true --data.hours 24".split())
     main(f"evaluate --ckpt {runs / 'hourly' / 'best.ckpt'} --data.split all --out {runs / 'all'}".split())
+    main(
+        f"evaluate --ckpt {runs / 'icu' / 'best.ckpt'} --data.split val --beside {runs / 'icu'} --out {runs / 'val'}".split()
+    )
     return runs
 
 
 def test_a_page_holds_every_score_and_asks_nothing_of_the_network(pages: Path) -> None:
-    for folder in ("icu", "icu/finetune-prevalence-SyntheticEICU", "all"):
+    for folder in ("icu", "icu/finetune-prevalence-SyntheticEICU", "all", "val"):
         page = (pages / folder / "report.html").read_text()
         assert len(page) < 3_000_000
         markup = re.sub("<pre>.*?</pre>", "", page, flags=re.DOTALL)
@@ -139,10 +142,19 @@ def test_a_page_holds_every_score_and_asks_nothing_of_the_network(pages: Path) -
             metrics.text(name, result) in model_card for name in ("auroc", "slope") if result[name]["value"] is not None
         )
         assert "none, simulated" in model_card and "nan" not in model_card and "None" not in model_card
-        for head in ("Operating points", "Decision curve", "Subgroups", "Patients", "Configuration", "Model card"):
+        for head in (
+            "Operating points",
+            "Decision curve",
+            "Subgroups",
+            "Patients",
+            "Configuration",
+            "Cards of model and data",
+        ):
             assert head in page
         assert ("Lead time and alarms" in page) == (folder == "all")
-        assert ("class_path" in page) == (folder != "all")
+        assert ("class_path" in page) == (folder not in ("all", "val"))
+        assert ("Beside other runs" in page) == (folder == "val")
+        assert "What predictions rest on" in page and "Data card" in (pages / folder / "data_card.md").read_text()
     transferred = (pages / "icu/finetune-prevalence-SyntheticEICU" / "report.html").read_text()
     assert "SyntheticMIMICIV (source)" in transferred and "source&#x27;s threshold" in transferred
 
