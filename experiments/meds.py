@@ -95,12 +95,12 @@ def _dated(stays: pl.DataFrame, store: Store) -> pl.DataFrame:
         first=pl.Series(first), last=pl.Series(last), subject_id=_subjects(stays["patient_id"]),
         events=pl.Series(np.diff(store.offsets)),
     ).with_columns(begin=pl.min_horizontal(*times, 0).cast(pl.Int64), end=pl.max_horizontal(*times, 0).cast(pl.Int64))  # fmt: skip
-    dated = dated.sort("subject_id", "stay_number", "row")
+    dated = dated.sort("subject_id", "stay_number", "row").with_columns(shard=pl.col("events").cum_sum() // SHARD)
     before = pl.col("end").shift().over("subject_id")
     days = ((before + APART - pl.col("begin")) / DAY).ceil().cast(pl.Int64).fill_null(0).cum_sum().over("subject_id")
     return dated.with_columns(
         admitted=pl.lit(ORIGIN) + pl.duration(days=days),
-        shard=(pl.col("events").cum_sum() // SHARD).first().over("subject_id"),
+        shard=pl.col("shard").first().over("subject_id"),
         is_last=pl.int_range(pl.len()).reverse().over("subject_id") == 0,
     )
 

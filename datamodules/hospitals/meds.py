@@ -1,9 +1,9 @@
 """MEDS, the Medical Event Data Standard (https://github.com/Medical-Event-Data-Standard/meds): any dataset of it, read
 through a small table that says which of its codes mean what.
 
-A dataset is one long table of ``subject_id, time, code, numeric_value, text_value``. A line of the mapping gives a code,
-or all codes that begin alike, one meaning: a concept of ``dictionary/concepts.csv``, or one of ``ROLES``, which the stays
-are made of. ``experiments/meds.py`` writes what is read here.
+A dataset is one long table of ``subject_id, time, code, numeric_value, text_value``. A line of the mapping gives a
+code, or all codes that begin alike, one meaning: a concept of ``dictionary/concepts.csv``, or one of ``ROLES``, which
+the stays are made of. ``experiments/meds.py`` writes what is read here.
 """
 
 import hashlib
@@ -59,9 +59,9 @@ class Line(NamedTuple):
 class MEDS(Hospital):
     """A dataset of the Medical Event Data Standard: ``data/**/*.parquet`` and ``metadata/``.
 
-    Every ICU admission is a stay. A row belongs to the stay that its column ``stay_id`` or ``icustay_id`` names, where all
-    ICU admissions have one; else to every stay in whose record its time lies: a day before ICU admission to ICU discharge.
-    A column ``known_time`` says when a row became known (default: at its time). Where
+    Every ICU admission is a stay. A row belongs to the stay that its column ``stay_id`` or ``icustay_id`` names, where
+    all ICU admissions have one; else to every stay in whose record its time lies, which goes from a day before ICU
+    admission to ICU discharge. A column ``known_time`` says when a row became known (default: at its time). Where
     ``metadata/subject_splits.parquet`` is there, it is the split, so ``seed`` and ``split_by`` do not apply.
 
     Args:
@@ -162,7 +162,7 @@ class MEDS(Hospital):
         return list(alike.values())
 
     def _rows(self) -> pl.LazyFrame:
-        """``subject_id, time, code``, of ``OPTIONAL`` what is absent as null, and ``stay``: the stay that a row names."""
+        """Every row: ``subject_id, time, code``, those of ``OPTIONAL``, and as ``stay`` the stay that it names."""
         parts = [_conformed(paths, schema, NEEDED | OPTIONAL) for schema, paths in self._shards]
         return pl.concat(parts).with_columns(stay=pl.coalesce("stay_id", "icustay_id")).drop("stay_id", "icustay_id")
 
