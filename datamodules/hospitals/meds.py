@@ -260,8 +260,10 @@ class MEDS(Hospital):
         named`` (whether rows name their stay)."""
         starts = self._role("icu_admission")
         if starts.is_empty():
-            raise ValueError(f"no ICU admission in {self.root}: expected rows with a time of a code that {self.mapping} "
-                             f"maps to icu_admission")  # fmt: skip
+            raise ValueError(
+                f"no ICU admission in {self.root}: expected rows with a time whose code {self.mapping} maps to "
+                f"icu_admission"
+            )
         named = starts["stay"].null_count() == 0
         starts = starts.sort("subject_id", "time", "stay")
         starts = starts.unique(["subject_id", "stay" if named else "time"], keep="first", maintain_order=True)
@@ -297,7 +299,7 @@ class MEDS(Hospital):
         return kept if static else kept.filter(time.is_not_null())
 
     def _given(self) -> pl.DataFrame:
-        """``stay_id`` and the columns of the stays that lines of the mapping give: the first row of each stay holds."""
+        """``stay_id`` and the columns of the stays that lines of the mapping give: a stay's first row holds."""
         columns = {ln.argument if ln.name == "stay" else "sex" for ln in self._lines if ln.name in ("stay", "sex")}
         rows = self._roles.filter(pl.col("name").is_in(("stay", "sex")))
         placed = self._placed(rows.lazy(), self._records, static=True).sort("time", maintain_order=True)

@@ -178,24 +178,8 @@ def test_an_export_needs_a_folder(refused: Callable[[str], str]) -> None:
 
 # ---- datasets of others ------------------------------------------------------------------------------------------------------
 
-MAPPING = """code,concept,unit,factor,note
-ICU_ADMISSION//Medical*,icu_admission:medical
-ICU_ADMISSION//*,icu_admission
-ICU_DISCHARGE//*,icu_discharge
-HOSPITAL_ADMISSION//*,hospital_admission
-HOSPITAL_DISCHARGE//*,hospital_discharge
-MEDS_BIRTH,birth
-MEDS_DEATH,death
-GENDER//F,sex:female
-GENDER//M,sex:male
-LAB//220045//bpm,heart_rate,bpm
-LAB//223761//*,temperature,*
-LAB//RESULT//50912//mg/dL,creatinine
-LAB//LACTATE,lactate,mg/dL,10,charted in mg/100 uL
-INFUSION_START//221906,norepinephrine
-INFUSION_END//221906,norepinephrine:0
-"""
-MAPPING = "\n".join(line + "," * (4 - line.count(",")) for line in MAPPING.splitlines()) + "\n"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
+MAPPING = DOCUMENT.read_text().split("<!-- mapping -->\n```csv\n")[1].split("```")[0]  # as a reader would copy it
 
 
 def at(day: int, clock: str) -> datetime:
@@ -373,10 +357,10 @@ def test_deaths_after_discharge_and_outcomes_nobody_tells(tmp_path: Path) -> Non
     assert put(tmp_path / "late", frame(rows + late), frame(TWO)).stays()["hospital_death"].to_list() == [False] * 3 + [
         None
     ]
-    mapping = MAPPING.replace("MEDS_DEATH,death,,,\n", "")
+    mapping = MAPPING.replace("MEDS_DEATH,death\n", "")
     unknown = put(tmp_path / "unknown", frame(rows + late), frame(TWO), mapping=mapping).stays()
     assert unknown["hospital_death"].null_count() == 4
-    mapping += "HOSPITAL_DISCHARGE//DIED,hospital_discharge:dead,,,\n"
+    mapping += "HOSPITAL_DISCHARGE//DIED,hospital_discharge:dead\n"
     told = put(tmp_path / "told", frame([r for r in ONE if r[2] != "MEDS_DEATH"]), frame(TWO), mapping=mapping).stays()
     assert told["hospital_death"].to_list() == [False, True, True, None]
     assert told["death_minute"].to_list() == [None, 2910, 1440, None]
@@ -417,7 +401,7 @@ LINES = {
 def test_a_mapping_that_cannot_be_meant_is_refused(case: str, foreign: MEDS, refused: Callable[[str], str]) -> None:
     text, words = LINES[case]
     if text and not text.startswith("code,"):
-        text = MAPPING + text + "," * (4 - text.count(",")) + "\n"
+        text = f"{MAPPING}{text}\n"
     (foreign.root / "mapping.csv").write_text(text)
     said = refused(f"prepare --data MEDS --data.root {foreign.root}")
     assert (words or "mapping.csv: the mapping cannot be read") in said and "mapping.csv" in said
@@ -452,7 +436,7 @@ def test_data_that_cannot_be_read_are_refused(tmp_path: Path, refused: Callable[
 def test_a_code_that_only_the_list_of_codes_names_is_known(foreign: MEDS) -> None:
     (foreign.root / "metadata").mkdir()
     pl.DataFrame({"code": ["LAB//SODIUM"]}).write_parquet(foreign.root / "metadata" / "codes.parquet")
-    (foreign.root / "mapping.csv").write_text(MAPPING + "LAB//SODIUM,sodium,,,\n")
+    (foreign.root / "mapping.csv").write_text(MAPPING + "LAB//SODIUM,sodium\n")
     assert events_of(foreign) == EVENTS
 
 
