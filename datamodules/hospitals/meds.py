@@ -120,10 +120,12 @@ class MEDS(Hospital):
         mapped = self._rows().join(self._concepts(), on="code").select(*NEEDED, "stay")
         placed = self._collect(self._placed(mapped, apart).group_by("code").len("placed"))
         codes = self._codes.join(self._described, on="code", how="left").join(placed, on="code", how="left")
-        lost = pl.when(pl.col("name").is_null()).then("rows").otherwise(pl.col("rows") - pl.col("placed").fill_null(0))
-        why = pl.when(pl.col("name").is_null()).then(pl.lit("not in the mapping")).otherwise(pl.lit("in no stay"))
-        table = codes.filter(~pl.col("name").is_in(list(ROLES)).fill_null(False)).select(
-            "code", "description", rows=lost, why=why
+        unknown = pl.col("name").is_null()
+        table = codes.filter(unknown | ~pl.col("name").is_in(list(ROLES))).select(
+            pl.col("code").fill_null("no code"),
+            "description",
+            rows=pl.when(unknown).then("rows").otherwise(pl.col("rows") - pl.col("placed").fill_null(0)),
+            why=pl.when(unknown).then(pl.lit("not in the mapping")).otherwise(pl.lit("in no stay")),
         )
         return table.filter(pl.col("rows") > 0).sort("rows", "code", descending=[True, False])
 
@@ -135,7 +137,10 @@ class MEDS(Hospital):
         table = _read(path, {"subject_id": pl.Int64(), "split": pl.String()})
         of_subject = table.unique("subject_id", keep="first", maintain_order=True)
         split = pl.col("split").replace_strict(SPLIT, default=None, return_dtype=pl.String)
-        subjects = stays.join(self._records, on="stay_id", how="left", maintain_order="left").select("subject_id")
+        if any(line.argument == "patient_id" for line in self._lines):
+            subjects = stays.join(self._records, on="stay_id", how="left", maintain_order="left").select("subject_id")
+        else:  # without a look into the data
+            subjects = stays.select(subject_id=pl.col("patient_id").cast(pl.Int64))
         return subjects.join(of_subject, on="subject_id", how="left", maintain_order="left").select(split).to_series()
 
     def split_advice(self) -> str:
@@ -213,30 +218,31 @@ class MEDS(Hospital):
         """Every code of the data: ``code, rows``, and what the mapping says: ``name, argument, unit_of_code, factor,
         constant``; the exact line holds, else that of the longest beginning."""
         counted = self._collect(self._rows().group_by("code").len("rows")).sort("code")
-        exact = {line.code: line for line in self._lines if not line.code.endswith("*")}
-        begun = sorted((ln for ln in self._lines if ln.code.endswith("*")), key=lambda ln: len(ln.code), reverse=True)
+        exact = {line.code: line for line in self._lines}
+        begun = {line.code[:-1]: line for line in self._lines if line.code.endswith("*")}
+        longest = sorted(begun, key=len, reverse=True)
 
         def line_of(code: str) -> Line | None:
-            return exact.get(code) or next((line for line in begun if code.startswith(line.code[:-1])), None)
+            return exact.get(code) or next((begun[start] for start in longest if code.startswith(start)), None)
 
-        meant = {code: line for code in counted["code"].drop_nulls() if (line := line_of(code))}
-        used = {*meant.values(), *(line for code in self._described["code"].drop_nulls() if (line := line_of(code)))}
-        idle = [line.code for line in self._lines if line not in used]
+        known = {*counted["code"].drop_nulls(), *self._described["code"].drop_nulls()}
+        idle = [code for code in exact if code[-1] != "*" and code not in known]
+        idle += [f"{start}*" for start in begun if not any(code.startswith(start) for code in known)]
         if idle:
             raise ValueError(
                 f"{self.mapping}: code {', '.join(idle[:5])} is neither in the data of {self.root} nor in {CODES}; "
                 f"correct or remove {'the line' if len(idle) == 1 else f'these {len(idle)} lines'}"
             )
+        meant = {code: line for code in counted["code"].drop_nulls() if (line := line_of(code))}
         rows = []
         for code, line in meant.items():
             rest = code[len(line.code) - 1 :] if line.code.endswith("*") else ""
-            known = None if rest in NONE else rest
-            argument = known if line.argument == "*" else line.argument
-            constant = _constant(line)
-            rows.append((code, line.name, argument, known if line.unit == "*" else line.unit, line.factor, constant))
-        schema = dict.fromkeys(("code", "name", "argument", "unit_of_code"), pl.String) | dict.fromkeys(
-            ("factor", "constant"), pl.Float64
-        )
+            argument, unit = (
+                (None if rest in NONE else rest) if said == "*" else said for said in (line.argument, line.unit)
+            )
+            rows.append((code, line.name, argument, unit, line.factor, _constant(line)))
+        text, numbers = ("code", "name", "argument", "unit_of_code"), ("factor", "constant")
+        schema = dict.fromkeys(text, pl.String) | dict.fromkeys(numbers, pl.Float64)
         return counted.join(pl.DataFrame(rows, schema, orient="row"), on="code", how="left", maintain_order="left")
 
     def _concepts(self) -> pl.LazyFrame:
@@ -272,15 +278,11 @@ class MEDS(Hospital):
             care_unit=pl.col("argument").replace("", None), named=pl.lit(named),
             following=pl.col("time").shift(-1).over("subject_id"),
         )  # fmt: skip
-        left, following = (
-            _nearest(stays, "admitted", self._role("icu_discharge"), "forward", False),
-            pl.col("following"),
-        )
-        stays = stays.with_columns(left=left["found"])
-        stays = stays.with_columns(left=pl.when((following < pl.col("left")).fill_null(False).not_()).then("left"))
-        return stays.with_columns(begin=pl.col("admitted") - LOOKBACK, until=pl.coalesce("left", "following")).drop(
-            "following"
-        )
+        stays = stays.with_columns(_nearest(stays, "admitted", self._role("icu_discharge"), "forward", False)["found"])
+        of_another = (pl.col("following") < pl.col("found")).fill_null(False)
+        stays = stays.with_columns(left=pl.when(~of_another).then("found"))
+        stays = stays.with_columns(begin=pl.col("admitted") - LOOKBACK, until=pl.coalesce("left", "following"))
+        return stays.drop("found", "following")
 
     def _placed(self, rows: pl.LazyFrame, records: pl.DataFrame, static: bool = False) -> pl.LazyFrame:
         """``rows`` with the columns of the stays that they belong to; those of none are left out.

@@ -301,7 +301,7 @@ def test_what_is_not_read_is_told(foreign: MEDS, capsys: pytest.CaptureFixture[s
     ]
 
 
-def ids(table: pl.DataFrame, kind: Any, **of: int) -> pl.DataFrame:
+def ids(table: pl.DataFrame, kind: Any) -> pl.DataFrame:
     """``icustay_id`` as MIMIC_IV_MEDS writes it: of ICU admissions and bedside rows, not of the laboratory."""
     named = pl.col("code").str.contains("ICU_|220045")
     number = pl.when(pl.col("time") < at(9, "10:00")).then(502).otherwise(503)
@@ -436,7 +436,9 @@ def test_data_that_cannot_be_read_are_refused(tmp_path: Path, refused: Callable[
 def test_a_code_that_only_the_list_of_codes_names_is_known(foreign: MEDS) -> None:
     (foreign.root / "metadata").mkdir()
     pl.DataFrame({"code": ["LAB//SODIUM"]}).write_parquet(foreign.root / "metadata" / "codes.parquet")
-    (foreign.root / "mapping.csv").write_text(MAPPING + "LAB//SODIUM,sodium\n")
+    (foreign.root / "mapping.csv").write_text(
+        MAPPING + "LAB//SODIUM,sodium\nLAB//LACT*,lactate\n"
+    )  # the exact line holds
     assert events_of(foreign) == EVENTS
 
 
