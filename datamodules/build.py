@@ -76,6 +76,8 @@ def build(hospital: Hospital, folder: Path, step: Step = lambda *_: None) -> Sto
     def make(partial: Path) -> None:
         stays = _bucketed(check_stays(hospital.stays()), hospital.partition)
         _extract(hospital, stays, partial, step)
+        if (unread := hospital.unread()) is not None:
+            unread.write_csv(partial / "unread.csv")
         _assemble(hospital, stays, partial, step)
 
     once(folder, make, resume=True)

@@ -11,6 +11,7 @@
     rates.i8        rows of the events that are steps of a rate
     coverage.csv    what was read, kept and dropped, per concept
     units.csv       every (concept, charted unit) pair and how it was converted
+    unread.csv      what is in the raw files and is not read, where the hospital can tell
     hospitals.parquet  which raw tables each hospital fills
     rows/           the rows of the raw tables that were kept, by raw table and bucket of stays
     buckets.parquet the bucket of each stay and the minute of its last event
@@ -73,6 +74,11 @@ class Store:
     def units(self) -> pl.DataFrame:
         """Every (concept, charted unit) pair: ``rows, factor, offset``; null where the unit is not known."""
         return pl.read_csv(self.folder / "units.csv", infer_schema_length=None)
+
+    def unread(self) -> pl.DataFrame | None:
+        """``code, description, rows, why`` of what is in the raw files and is not read; None where nobody can tell."""
+        path = self.folder / "unread.csv"
+        return pl.read_csv(path, schema_overrides={"description": pl.String}) if path.exists() else None
 
     def hospitals(self) -> pl.DataFrame:
         """``hospital_id, stays`` and, per raw table, whether any stay of the hospital has a row in it."""

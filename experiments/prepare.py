@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 from rich.console import Console
@@ -13,12 +14,16 @@ from datamodules.build import writing
 from datamodules.cohort import Cohort
 from datamodules.hospitals.base import Hospital
 from datamodules.store import Store
-from experiments import files, quality, report
+from experiments import files, meds, quality, report
 from experiments.files import console
 
 
 def prepare(
-    data: Hospital, out: str | None = None, compare_definitions: bool = False, beside: str | None = None
+    data: Hospital,
+    out: str | None = None,
+    compare_definitions: bool = False,
+    beside: str | None = None,
+    export: Literal["meds"] | None = None,
 ) -> None:
     """Extract raw tables into the cache, print who is left after each rule and how much of each variable was found.
 
@@ -27,22 +32,27 @@ def prepare(
     ``units.csv``, ``concepts.csv`` and ``quality.html`` (rows, units, what was dropped and why, spread of values, hospitals); for MIMIC-IV and eICU also ``sofa.parquet`` (hourly, ``end_minute`` and 24-hour worst scores),
     ``suspicion.parquet``, ``sepsis3.parquet`` (one row a septic stay) and ``vasopressors.parquet`` (infusion intervals), which are
     retrospective: they may look ahead; and where there are several hospitals ``hospitals.parquet`` (which raw tables each fills).
-    `--data Tables --data.root FOLDER` reads such a folder again.
+    `--data Tables --data.root FOLDER` reads such a folder again. Where the data can tell, ``unread.csv`` lists what is in them and is not read.
 
     Args:
-        data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, Tables, SyntheticMIMICIV or SyntheticEICU.
+        data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, MEDS, Tables, SyntheticMIMICIV or SyntheticEICU.
         out: Folder for the tables.
         compare_definitions: Also show stays, hospitals, prevalence and mortality under every definition of Sepsis-3.
         beside: Folder that --out wrote of another database: quality.html says how far its values and coverage lie from those here.
+        export: meds: also write stays and events to the folder meds below --out, as a dataset of the Medical Event Data
+            Standard that `--data MEDS` reads; its dates are made up.
     """
     if beside is not None and out is None:
         raise ValueError("--beside is told in quality.html: give a folder with --out")
+    if export is not None and out is None:
+        raise ValueError("--export meds writes below --out: give --out FOLDER")
     with progress() as step:
         cohort = Cohort(data, step)
         store = cohort.store
         derived = _derived(cohort) if out is not None and data.definitions else {}
         excluded_by, attrition = cohort.excluded()
         compared = cohort.compare_definitions() if compare_definitions else None
+        split = cohort.splits(store.stays) if export == "meds" else None
     coverage = store.coverage()
     report.print_table(attrition, f"{data.name}: stays, patients and deaths after each rule", console)
     events = f"{len(store.minute):,} events of {len(store.stays):,} stays"
@@ -53,6 +63,12 @@ def prepare(
             f"{c} in {u or 'no unit'} ({n} rows)" for c, u, n in unmapped.select("concept", "unit", "rows").iter_rows()
         )
         console.print(f"[yellow]dropped, unit not known: {listed}; see datamodules/dictionary/units.csv[/]")
+    unread = store.unread()
+    if unread is not None and len(unread):
+        for (why,), codes in unread.group_by("why", maintain_order=True):
+            listed = ", ".join(f"{code} ({n:,} rows)" for code, n in codes.select("code", "rows").head(10).iter_rows())
+            more = f" and {len(codes) - 10:,} more" if len(codes) > 10 else ""
+            console.print(f"[yellow]{why}: {codes['rows'].sum():,} rows of {listed}{more}[/]")
     if compared is not None:
         report.print_table(compared, f"{data.name}: Sepsis-3 by definition", console)
     if out is None:
@@ -81,6 +97,10 @@ def prepare(
         ("concepts", report.concepts()),
     ):
         files.write_text(folder / f"{name}.csv", table.write_csv())
+    if unread is not None:
+        files.write_text(folder / "unread.csv", unread.write_csv())
+    if split is not None:
+        meds.write(folder, data.name, stays, split, store)
     quality.write(folder, data.name, store, attrition, None if beside is None else Path(beside))
     console.print(f"wrote to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}", soft_wrap=True)
 

@@ -50,7 +50,7 @@ def train(
     Args:
         model: The model: Fusion, HyMaTE, a baseline such as LightGBM, TabM or GRUD, or a class of your own, such as mymodels.GRU;
             HyMaTEForecast trains HyMaTE's layers without outcomes, for --init_from.
-        data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, Tables, SyntheticMIMICIV or SyntheticEICU.
+        data: Hospital system: MIMICIV, EICU, PhysioNet2012, PhysioNet2019, MEDS, Tables, SyntheticMIMICIV or SyntheticEICU.
         trainer: Arguments of lightning.Trainer; its logger and callbacks join those of this command.
         name: Name of the run; default: that of the YAML file, or data and model, and the seed where it is not 0.
         runs: Folder that holds the run directories.

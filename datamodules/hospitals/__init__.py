@@ -3,6 +3,7 @@ one."""
 
 from datamodules.hospitals import base
 from datamodules.hospitals.eicu import EICU  # noqa: F401
+from datamodules.hospitals.meds import MEDS  # noqa: F401
 from datamodules.hospitals.mimiciv import MIMICIV  # noqa: F401
 from datamodules.hospitals.physionet2012 import PhysioNet2012  # noqa: F401
 from datamodules.hospitals.physionet2019 import PhysioNet2019  # noqa: F401

@@ -201,6 +201,11 @@ class Hospital(ABC):
         """Options that change what is extracted; they are part of the store's key."""
         return {"labs": self.labs}
 
+    def unread(self) -> pl.DataFrame | None:
+        """``code, description, rows, why`` of what is in the files and is not read, where the hospital can tell; called
+        after ``stays``."""
+        return None
+
     def septic_stays(self, septic: pl.DataFrame, stays: pl.DataFrame) -> pl.DataFrame:
         """The rows of schema ``derive.sepsis.SEPSIS3`` that an option of this hospital leaves."""
         return septic
