@@ -42,8 +42,10 @@ def prepare(
         export: meds: also write stays and events to the folder meds below --out, as a dataset of the Medical Event Data
             Standard that `--data MEDS` reads; its dates are made up.
     """
-    if beside is not None and out is None:
-        raise ValueError("--beside is told in quality.html: give a folder with --out")
+    if beside is not None:
+        if out is None:
+            raise ValueError("--beside is told in quality.html: give a folder with --out")
+        quality.check_folder(Path(beside))
     if export is not None and out is None:
         raise ValueError("--export meds writes below --out: give --out FOLDER")
     with progress() as step:

@@ -95,9 +95,7 @@ def between_databases(events: pl.DataFrame, coverage: pl.DataFrame, other: Path)
     Raises:
         FileNotFoundError, ValueError: the folder holds no such files.
     """
-    for name in ("events.parquet", "coverage.csv"):
-        if not (other / name).is_file():
-            raise FileNotFoundError(f"no {name} in {other}: expected what `ehr prepare --out` writes; set --beside")
+    check_folder(other)
     try:
         rows = pl.scan_parquet(other / "events.parquet")
         count = rows.select(pl.len()).collect().item()
@@ -117,6 +115,17 @@ def between_databases(events: pl.DataFrame, coverage: pl.DataFrame, other: Path)
         "concept", pl.col("stays_percent").alias("stays"), pl.col("stays_percent_other").alias("other_stays"),
         pl.col("q50").alias("median"), pl.col("q50_other").alias("other_median"), shift=shift,
     ).sort(pl.col("shift").abs(), "concept", descending=[True, False], nulls_last=True)  # fmt: skip
+
+
+def check_folder(other: Path) -> None:
+    """Refuse a folder that ``ehr prepare --out`` has not written.
+
+    Raises:
+        FileNotFoundError: names what is missing.
+    """
+    for name in ("events.parquet", "coverage.csv"):
+        if not (other / name).is_file():
+            raise FileNotFoundError(f"no {name} in {other}: expected what `ehr prepare --out` writes; set --beside")
 
 
 def write(folder: Path, name: str, store: Store, attrition: pl.DataFrame, other: Path | None = None) -> None:

@@ -1,6 +1,7 @@
 """The page of ``ehr prepare``: its numbers by hand."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +61,36 @@ def test_prepare_writes_the_page(eicu: Path, tmp_path: Path) -> None:
         "Raw tables that hospitals fill",
     ):
         assert f"<h2>{head}</h2>" in page
+
+
+def test_another_database_is_compared_by_medians_over_the_spread_here(tmp_path: Path) -> None:
+    own = pl.DataFrame({"concept": ["heart_rate"] * 4 + ["lactate"] * 2, "value": [60.0, 80, 100, 120, 1, 2]})
+    coverage = pl.DataFrame({"concept": ["heart_rate", "lactate"], "stays_percent": [100.0, 50.0]})
+    other = pl.DataFrame({"concept": ["heart_rate"] * 3 + ["ph"], "value": [110.0, 120, 130, 7.4]})
+    other.write_parquet(tmp_path / "events.parquet")
+    pl.DataFrame({"concept": ["heart_rate", "ph"], "stays_percent": [90.0, 10.0]}).write_csv(tmp_path / "coverage.csv")
+    rows = quality.between_databases(own, coverage, tmp_path).to_dicts()
+    assert [row["concept"] for row in rows] == ["heart_rate", "lactate", "ph"]
+    assert rows[0] == {
+        "concept": "heart_rate",
+        "stays": 100,
+        "other_stays": 90,
+        "median": 90,
+        "other_median": 120,
+        "shift": 1,
+    }
+    assert rows[1]["other_median"] is None and rows[2]["median"] is None
+
+
+def test_the_page_has_another_database_beside(
+    mimic: Path, eicu: Path, tmp_path: Path, refused: Callable[[str], str]
+) -> None:
+    main(f"prepare --data SyntheticMIMICIV --data.root {mimic} --out {tmp_path / 'mimic'}".split())
+    line = f"prepare --data SyntheticEICU --data.root {eicu} --out {tmp_path / 'eicu'} --beside"
+    main(f"{line} {tmp_path / 'mimic'}".split())
+    page = (tmp_path / "eicu" / "quality.html").read_text()
+    assert "<h2>Beside mimic</h2>" in page and "median in mimic" in page
+    assert "expected what `ehr prepare --out` writes" in refused(f"{line} {tmp_path}")
+    assert "give a folder with --out" in refused(
+        f"prepare --data SyntheticEICU --data.root {eicu} --beside {tmp_path / 'mimic'}"
+    )
