@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import logging
+import os
 from abc import ABC, abstractmethod
 from dataclasses import asdict, is_dataclass
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from datamodules.agreement import Trained
 from datamodules.cohort import Cohort, hashed, rows_of
 from datamodules.contract import Batch, Grid, Spec, Summary, Triplets, View, joined
 from datamodules.hospitals.base import Hospital, Split
+from datamodules.resident import Resident, megabytes
 from datamodules.sampler import Batches
 from datamodules.store import Store
 from datamodules.summary import STATISTICS
@@ -26,7 +28,8 @@ from datamodules.views import Thinning, Views
 
 FEWEST = 20  # patients with each outcome that a validation split needs
 PARTS = 3  # of few patients, one of which at a time is left out
-OF_MACHINE = ("cache", "num_workers")  # options that a checkpoint does not carry to other machines
+WORKERS = 8  # most processes that build batches, where nobody says how many
+OF_MACHINE = ("cache", "num_workers", "resident")  # options that a checkpoint does not carry to other machines
 log = logging.getLogger(__name__)
 
 
@@ -46,7 +49,11 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
     Args:
         split: The split that is scored after training: train, val, test or all.
         batch_size: Samples per batch; with several processes, of each of them.
-        num_workers: Processes that build batches; 0 builds them in the training process.
+        num_workers: Processes that build batches; 0 builds them in the training process. Default: up to 8 beside a GPU,
+            where batches are not ``resident``, else 0.
+        resident: Megabytes that samples may take in memory, on the GPU where the model is there, so that training makes
+            each once and not in every epoch. Not used where they do not fit, with num_workers, or by training with
+            thinning, which makes other ones in every epoch. 0: never.
         thinning: Share of observations that training leaves out, others in every epoch, of variables that have at least
             6 in a window.
     """
@@ -58,17 +65,26 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
     treatment: bool
     statics: list[str]
 
-    def __init__(self, split: Split = "test", batch_size: int = 64, num_workers: int = 0, thinning: float = 0.0):
+    def __init__(
+        self,
+        split: Split = "test",
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        thinning: float = 0.0,
+        resident: float = 2048.0,
+    ):
         super().__init__()
         self.save_hyperparameters(logger=False)
         if batch_size < 1:
             raise ValueError(f"--data.batch_size must be at least 1, found {batch_size}")
-        if num_workers < 0:
+        if num_workers is not None and num_workers < 0:
             raise ValueError(f"--data.num_workers must be at least 0, found {num_workers}")
+        if not resident >= 0:
+            raise ValueError(f"--data.resident must be at least 0, found {resident}")
         if not 0 <= thinning < 1:
             raise ValueError(f"--data.thinning must be at least 0 and below 1, found {thinning}")
         self.thinning = thinning
-        self.split, self.batch_size, self.num_workers = split, batch_size, num_workers
+        self.split, self.batch_size, self.num_workers, self.resident = split, batch_size, num_workers, resident
         assert isinstance(self, Hospital)
         self.cohort = Cohort(self)
         self.order_epoch, self.order_start = 0, 0  # of training batches; a training run sets them
@@ -307,11 +323,11 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the training split, shuffled by (``order_seed``, epoch)."""
-        return self._loader("train", shuffle=True)
+        return self._loader("train", shuffle=True, again=True)
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation split in order."""
-        return self._loader("val")
+        return self._loader("val", again=True)
 
     def test_dataloader(self) -> DataLoader:
         """Batches of ``split`` in order."""
@@ -321,7 +337,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         """Batches of ``split``, each scored whole by one process."""
         return self._loader(self.split, whole=True)
 
-    def _loader(self, split: Split, shuffle: bool = False, whole: bool = False) -> DataLoader:
+    def _loader(self, split: Split, shuffle: bool = False, whole: bool = False, again: bool = False) -> DataLoader:
         rows = self.rows(split)
         if not len(rows):
             raise ValueError(
@@ -339,14 +355,41 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         order = (seed, self.order_epoch, self.order_start) if shuffle else (None,)
         batches = Batches(rows, self.batch_size, *order, lengths=lengths, rank=self.rank, world=self.world, whole=whole)
         batches.numbered = shuffle
+        device = self._device()
+        resident = self._resident(rows, lengths, shuffle, device) if again else None
+        if resident is not None:
+            return DataLoader(resident, sampler=batches, batch_size=None)
+        workers = self.num_workers
+        if workers is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            workers = min(WORKERS, max(cores // max(self.world, 1) - 1, 0)) if again and device.type == "cuda" else 0
         return DataLoader(
             Samples(self),
             sampler=batches,
             batch_size=None,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _device(self) -> torch.device:
+        """Where the model of the trainer is."""
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    def _resident(
+        self, rows: np.ndarray, lengths: np.ndarray | None, training: bool, device: torch.device
+    ) -> Resident | None:
+        """Samples that are kept from one epoch to the next; None where they do not fit, or are others every time."""
+        if self.trainer is None or self.trainer.max_epochs == 1 or self.num_workers is not None:
+            return None
+        if training and (self.thinning or self.beside is not None):
+            return None
+        assert self.spec is not None
+        events = 0 if lengths is None else int(lengths.sum())
+        summary = self.summary or self.view == "summary"
+        if megabytes(self.spec, self.view, summary, len(rows), events) > self.resident:
+            return None
+        return Resident(lambda some: self.batch(some, 0 if training else None), rows, lengths, device)
 
     def _lengths(self, rows: np.ndarray) -> np.ndarray:
         own = rows[rows < len(self.samples)]

@@ -15,7 +15,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {  # where those of ``ehr`` are not lightning
 IRRELEVANT = frozenset(  # what no result depends on: where things lie, and what is shown and kept on the way
     [
         *("runs", "name", "out", "config", "resume", "wandb", "checkpoint_minutes", "transfer.workers"),
-        *(f"{data}.init_args.{name}" for data in ("data", "finetune") for name in ("cache", "num_workers")),
+        *(f"{data}.init_args.{name}" for data in ("data", "finetune") for name in ("cache", "num_workers", "resident")),
         *("trainer.log_every_n_steps", "trainer.default_root_dir", "trainer.detect_anomaly", "trainer.profiler"),
     ]
 )

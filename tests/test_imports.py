@@ -15,6 +15,7 @@ BATCHES = (
     "live",
     "agreement",
     "module",
+    "resident",
     "views",
     "scaler",
     "sampler",

@@ -4,6 +4,7 @@ import math
 import pickle
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import datamodules
 from datamodules import EICU, MIMICIV, ICUDataModule
 from datamodules.contract import Grid, Spec, Triplets
 from datamodules.dictionary import BY_NAME, CONCEPT, NAMES
-from datamodules.module import of
+from datamodules.module import Samples, of
+from datamodules.resident import Resident, megabytes
 from datamodules.sampler import Batches
 from datamodules.tasks import Task
 
@@ -487,6 +489,47 @@ def test_an_epoch_has_every_sample_once_and_worker_processes_give_the_same(mimic
         assert (given if view == "grid" else sorted(given)) == alone.rows(split).tolist()  # type: ignore[arg-type] # triplets: by length
 
 
+@pytest.mark.parametrize("summary", [False, True])
+@pytest.mark.parametrize("view", ["grid", "triplets", "summary"])
+def test_resident_samples_are_those_made_anew(view: Any, summary: bool, mimic: Path) -> None:
+    data = MIMICIV(str(mimic))
+    data.view, data.summary = view, summary
+    data.setup()
+    rows = data.rows("train")
+    lengths = data._lengths(rows) if view == "triplets" else None
+    kept = Resident(data.batch, rows, lengths, torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    for some in (rows[:3], *(rng.choice(rows, 40, replace=False) for _ in range(12)), rows):
+        for item in (some, (3, some)):
+            same(kept[item], data.batch(some))
+    assert kept.made.all()
+    kept.make = None  # type: ignore[assignment]  # nothing is made twice
+    same(kept[rows[::-1].copy()], data.batch(rows[::-1].copy()))
+    assert data.spec is not None
+    size = sum(t.numel() * t.element_size() for t in kept.kept.values()) / 2**20
+    events = 0 if lengths is None else int(lengths.sum())
+    planned = megabytes(data.spec, view, summary or view == "summary", len(rows), events)
+    assert planned == pytest.approx(size, abs=8 * 2 * len(rows) / 2**20)  # row and length have 8 bytes
+
+
+def test_samples_are_resident_where_they_fit_and_are_the_same_every_epoch(mimic: Path) -> None:
+    class Fake:
+        max_epochs, global_rank, world_size = 5, 0, 1
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        lightning_module = SimpleNamespace(view="grid", summary=False, spec=None)
+
+    def kind(trainer: bool = True, **options: Any) -> tuple[type, type]:
+        data = MIMICIV(str(mimic), **options)
+        data.setup()
+        data.trainer = Fake() if trainer else None  # type: ignore[assignment]
+        return type(data.train_dataloader().dataset), type(data.val_dataloader().dataset)
+
+    assert kind() == (Resident, Resident)
+    assert kind(thinning=0.3) == (Samples, Resident)
+    for options in ({"resident": 0.01}, {"resident": 0}, {"num_workers": 0}, {"trainer": False}):
+        assert kind(**options) == (Samples, Samples)
+
+
 def test_the_order_of_an_epoch_follows_from_seed_and_number() -> None:
     def order(seed: int | None, epoch: int) -> list[int]:
         batches = Batches(np.arange(100, 200), 32, seed)
@@ -557,7 +600,7 @@ def test_impossible_options_are_refused(tmp_path: Path) -> None:
         ToyData(tmp_path, people(4), {}, batch_size=0)
     with pytest.raises(AttributeError, match="has no attribute 'Hospice'"):
         datamodules.Hospice  # noqa: B018
-    with pytest.raises(AttributeError, match="has no attribute 'Hospice'; choose among EICU, MIMICIV"):
+    with pytest.raises(AttributeError, match="has no attribute 'Hospice'; choose among EICU, MEDS, MIMICIV"):
         datamodules.module.Hospice  # noqa: B018
 
 

@@ -617,6 +617,7 @@ def test_the_key_follows_the_dictionary_and_the_code(tmp_path: Path, monkeypatch
         "contract.py",
         "live.py",
         "module.py",
+        "resident.py",
         "sampler.py",
         "scaler.py",
         "scores.py",
