@@ -22,7 +22,7 @@ import polars as pl
 from filelock import FileLock
 
 from datamodules import dictionary, raw
-from datamodules.derive.treatment import NOREPINEPHRINE_EQUIVALENT, derived
+from datamodules.derive.treatment import Columns, derived
 from datamodules.dictionary import CONCEPT, CONCEPTS, NAMES, RATES, conversion
 from datamodules.hospitals.base import Hospital, Tables
 from datamodules.schema import DROPPED, STAYS, as_events, check_stays
@@ -31,10 +31,6 @@ from datamodules.store import Store
 BUCKET = 500  # stays whose rows are sorted together
 ROW_GROUP = 50_000  # rows that each open file of a bucket may hold in memory
 SOURCES = ("schema.py", "dictionary.py", "raw.py", "build.py", "store.py", "hospitals/**/*.py", "derive/*.py")
-DERIVED_FROM = [
-    NAMES.index(name)
-    for name in (*NOREPINEPHRINE_EQUIVALENT, "urine", "weight", "gcs", *("gcs_eyes", "gcs_verbal", "gcs_motor"))
-]
 NEVER = np.iinfo(np.int32).min  # the last minute of a stay without events
 RATE = np.isin(NAMES, RATES)
 SUM = np.array([c.hourly == "sum" for c in CONCEPTS])
@@ -42,6 +38,7 @@ KEPT, CLIPPED = 0, len(DROPPED.categories) + 1  # states of a row; between them 
 UNMAPPED, NOT_A_NUMBER, OUTSIDE = (
     DROPPED.categories.to_list().index(r) + 1 for r in ("unmapped_unit", "not_a_number", "out_of_range")
 )
+Rows = TypeVar("Rows", pl.DataFrame, pl.LazyFrame)
 Work = TypeVar("Work")
 Made = TypeVar("Made")
 Step = Callable[[str, int, int], None]  # told of progress: what is done, how much of it, of how much
@@ -243,7 +240,6 @@ def _filled(tables: Tables, members: pl.DataFrame, key: str) -> pl.DataFrame:
     return filled.group_by("hospital_id").agg(pl.len().cast(pl.Int64).alias("stays"), pl.col(*tables).any())
 
 
-Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # stay, minute, known, concept, value
 COLUMNS = {"minute.i4": np.int32, "known.i4": np.int32, "concept.u1": np.uint8, "value.f4": np.float32}
 
 
@@ -262,30 +258,42 @@ def _sorted(hospital: Hospital, folder: Path, members: pl.DataFrame) -> _Bucket:
     tables = bucket_tables(folder, members["bucket"][0])
     frames = hospital.events(tables, members.select(*STAYS))
     lazy = pl.concat([*frames, admission(members)]).join(members.lazy().select("stay_id", "stay"), on="stay_id")
-    charted = lazy.select(
-        "stay", "minute", pl.coalesce("known_minute", "minute").alias("known_minute"), "concept",
-        pl.col("value").cast(pl.Float32), pl.col("unit").cast(pl.Categorical), "dropped",
-    ).collect()  # fmt: skip
-    events, states, pairs = canonical(charted)
+    events, states, pairs = canonical(as_charted(lazy).collect())
+    events, made = completed(events)
+    states[:, KEPT] += np.bincount(made, minlength=len(NAMES))
     stay, *others = events
     columns = dict(zip(COLUMNS, others, strict=True))
-    return _Bucket(columns, stay, states.reshape(len(NAMES), -1), pairs, _filled(tables, members, hospital.partition))
+    return _Bucket(columns, stay, states, pairs, _filled(tables, members, hospital.partition))
+
+
+def as_charted(rows: Rows) -> Rows:
+    """Rows in schema ``EVENTS``, with their ``stay``, as ``canonical`` reads them."""
+    unit = pl.col("unit").cast(pl.Categorical)
+    return rows.select(
+        pl.col("stay", "minute").cast(pl.Int64),
+        known=pl.coalesce("known_minute", "minute").cast(pl.Int64),
+        concept=pl.col("concept").to_physical().cast(pl.Int64),
+        value=pl.col("value").cast(pl.Float32).fill_null(np.nan),
+        unit=unit,
+        unit_code=(unit.to_physical().cast(pl.Int64) + 1).fill_null(0),
+        state=(pl.col("dropped").to_physical().cast(pl.Int64) + 1).fill_null(KEPT),
+    )
 
 
 def canonical(charted: pl.DataFrame) -> "tuple[Columns, np.ndarray, dict[tuple[str, str | None], int]]":
-    """What was charted in whole stays as events of the store: converted, within range, each once, with what is derived.
+    """What was charted as events of the store: converted, within range, each once. Each row is judged by itself, so
+    that parts of a stay can be made canonical one by one, and joined by ``distinct``.
 
     Args:
-        charted: ``stay, minute, known_minute, concept, value`` (float32)``, unit`` (categorical)``, dropped``.
+        charted: as of ``as_charted``.
 
     Returns:
-        Stay, minute, known, concept and value of the events; rows read by concept and state; rows by concept and unit.
+        Stay, minute, known, concept and value of the events; (concepts, states) rows read; rows by concept and unit.
     """
-    stay, minute, known = (charted[c].to_numpy().astype(np.int64) for c in ("stay", "minute", "known_minute"))
-    concept = charted["concept"].to_physical().to_numpy().astype(np.int64)
-    state = (charted["dropped"].to_physical().cast(pl.Int64) + 1).fill_null(KEPT).to_numpy().copy()
-    factor, offset, pairs = _conversions(concept, charted["unit"])
-    value = charted["value"].fill_null(np.nan).to_numpy() * factor + offset
+    stay, minute, known, concept = (charted[c].to_numpy() for c in ("stay", "minute", "known", "concept"))
+    state = charted["state"].to_numpy().copy()
+    factor, offset, pairs = _conversions(concept, charted["unit_code"].to_numpy(), charted["unit"])
+    value = charted["value"].to_numpy() * factor + offset
     fio2 = concept == NAMES.index("fio2")  # a percentage or a fraction, often without a unit (mimic-code bg.sql)
     value = np.where(fio2 & (value >= 0.2) & (value <= 1), value * 100, value).astype(np.float32)
     inside, finite, rate = dictionary.plausible(concept, value), np.isfinite(value), RATE[concept]
@@ -300,29 +308,39 @@ def canonical(charted: pl.DataFrame) -> "tuple[Columns, np.ndarray, dict[tuple[s
     good = (state == KEPT) | (state == CLIPPED)
     minute = np.where(rate, np.maximum(minute, known), minute)  # a step counts from when it is known
     known = np.maximum(minute, known)
-    events = _once(*(c[good] for c in (stay, minute, known, concept, value)))  # nothing is derived from a duplicate
-    extra = _derived(*events)
-    states += np.bincount(extra[3] * (CLIPPED + 1), minlength=len(states))
-    if len(extra[0]):
-        events = _once(*(np.concatenate(both) for both in zip(events, extra, strict=True)))
-    return events, states, pairs
+    events = distinct(*(c[good] for c in (stay, minute, known, concept, value)))
+    return events, states.reshape(len(NAMES), -1), pairs
+
+
+def completed(events: Columns) -> tuple[Columns, np.ndarray]:
+    """Events of whole stays, in order and each once, with what is derived from them.
+
+    Returns:
+        Stay, minute, known, concept and value of all; the concepts of those that are derived.
+    """
+    stay, minute, known, concept, value = derived(*events)
+    value = np.where(RATE[concept], dictionary.clipped(concept, value), value)
+    good = dictionary.plausible(concept, value)
+    made = tuple(column[good] for column in (stay, minute, known, concept, value))
+    if len(made[0]):
+        events = distinct(*(np.concatenate(both) for both in zip(events, made, strict=True)))
+    return events, made[3]
 
 
 def _conversions(
-    concept: np.ndarray, unit: pl.Series
+    concept: np.ndarray, code: np.ndarray, unit: pl.Series
 ) -> tuple[np.ndarray, np.ndarray, dict[tuple[str, str | None], int]]:
     """Factor and offset of each row (NaN: the unit is not known), and how many rows each pair of concept and unit
     has."""
-    codes = unit.to_physical().cast(pl.Int64).fill_null(-1).to_numpy() + 1
-    width = int(codes.max(initial=0)) + 1
-    pair = concept * width + codes
+    width = int(code.max(initial=0)) + 1
+    pair = concept * width + code
     rows = np.bincount(pair, minlength=len(NAMES) * width)
-    units = unit.drop_nulls().unique()
-    text = dict(zip((units.to_physical().cast(pl.Int64) + 1).to_list(), units.cast(pl.String).to_list(), strict=True))
+    place = np.zeros(len(rows), np.intp)  # of a row of each pair
+    place[pair] = np.arange(len(pair))
     factors = np.full((len(NAMES) * width, 2), np.nan, np.float32)
     pairs: dict[tuple[str, str | None], int] = {}
     for number in np.flatnonzero(rows).tolist():
-        name, charted = NAMES[number // width], text.get(number % width)
+        name, charted = NAMES[number // width], unit[int(place[number])]
         factor, offset = conversion(name, charted)
         if factor is not None and offset is not None:
             factors[number] = factor, offset
@@ -330,7 +348,9 @@ def _conversions(
     return factors[pair, 0], factors[pair, 1], pairs
 
 
-def _once(stay: np.ndarray, minute: np.ndarray, known: np.ndarray, concept: np.ndarray, value: np.ndarray) -> Columns:
+def distinct(
+    stay: np.ndarray, minute: np.ndarray, known: np.ndarray, concept: np.ndarray, value: np.ndarray
+) -> Columns:
     """Rows sorted by stay, minute, concept and value, each once, known as early as it was; volumes known at several
     times stay apart."""
     key = (stay << 40) + ((minute + 2**31) << 8) + concept
@@ -348,26 +368,6 @@ def _once(stay: np.ndarray, minute: np.ndarray, known: np.ndarray, concept: np.n
     first[1:] = (key[1:] != key[:-1]) | (value[1:] != value[:-1]) | (SUM[concept[1:]] & (known[1:] != known[:-1]))
     key, known, value = key[first], known[first], value[first]
     return key >> 40, ((key >> 8) & 0xFFFFFFFF) - 2**31, known, key & 0xFF, value
-
-
-def _derived(
-    stay: np.ndarray, minute: np.ndarray, known: np.ndarray, concept: np.ndarray, value: np.ndarray
-) -> Columns:
-    """``treatment.derived`` of these rows, within the plausible ranges."""
-    source = np.isin(concept, DERIVED_FROM)
-    if not source.any():
-        return stay[:0], minute[:0], known[:0], concept[:0], value[:0]
-    named = pl.Series(NAMES, dtype=CONCEPT).gather(concept[source].astype(np.uint32))
-    columns = {"stay": stay, "minute": minute, "known_minute": known, "value": value}
-    frame = pl.DataFrame({name: column[source] for name, column in columns.items()}).with_columns(
-        named.alias("concept")
-    )
-    made = derived(frame.cast({"stay": pl.Int32, "minute": pl.Int32, "known_minute": pl.Int32}))
-    concept, value = made["concept"].to_physical().to_numpy().astype(np.int64), made["value"].to_numpy()
-    value = np.where(RATE[concept], dictionary.clipped(concept, value), value)
-    good = dictionary.plausible(concept, value)
-    stay, minute, known = (made[c].to_numpy()[good].astype(np.int64) for c in ("stay", "minute", "known_minute"))
-    return stay, minute, known, concept[good], value[good]
 
 
 class _Counts:

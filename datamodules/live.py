@@ -1,21 +1,23 @@
 """Stays that go on: events are added as they are charted, and batches cut of what is known so far.
 
-What a batch holds equals what ``--data Tables`` gives of the same stays and events.
+What a batch holds equals what ``--data Tables`` gives of the same stays and events. A record is kept as events that are
+converted and each once; what is derived from them is made anew, since a late record changes it. Nothing that a network
+computes can be kept for the next prediction: every time in a batch is relative to its own.
 """
-
-import copy
 
 import numpy as np
 import polars as pl
-import torch
 
-from datamodules.build import admission, canonical
-from datamodules.contract import STATISTICS, VIEWS, Batch, Spec, View
+from datamodules.build import admission, as_charted, canonical, completed, distinct
+from datamodules.contract import Batch, Spec, View
+from datamodules.derive.treatment import Columns
 from datamodules.hospitals.tables import COLUMNS, OPTIONAL, given, with_defaults
-from datamodules.scaler import Statics
-from datamodules.schema import EVENTS, STAYS, as_events, check_stays, conform
+from datamodules.scaler import Inputs
+from datamodules.schema import STAYS, check_stays, conform
 from datamodules.store import Store
 from datamodules.views import Views
+
+NOTHING: Columns = (*(np.zeros(0, np.int64),) * 4, np.zeros(0, np.float32))
 
 
 class Live:
@@ -28,11 +30,11 @@ class Live:
     """
 
     def __init__(self, spec: Spec, view: View, summary: bool):
-        self.spec, self.view, self.summary = spec, view, summary or view == "summary"
+        self.spec, self.view, self.summary = spec, view, summary
         self.stays: dict[int, pl.DataFrame] = {}
-        self._charted: dict[int, list[pl.DataFrame]] = {}
-        self._statics: dict[int, Statics] = {}
-        self._views: dict[int, Views] = {}  # of stays of which nothing was charted since
+        self._events: dict[int, Columns] = {}  # each once, without what is derived from them
+        self._inputs: dict[int, Inputs] = {}
+        self._news: set[int] = set()  # stays whose inputs do not know of all events yet
 
     def admit(self, stays: pl.DataFrame) -> None:
         """Add stays.
@@ -47,11 +49,10 @@ class Live:
         there = [stay for stay in table["stay_id"] if stay in self.stays]
         if there:
             raise ValueError(f"stay {there[0]} was admitted before: admit a stay once")
-        rows = admission(table).collect()
-        for one in table.iter_slices(1):
-            stay = one["stay_id"][0]
-            self.stays[stay] = one
-            self._charted[stay] = [_charted(rows.filter(stay_id=stay))]
+        for stay, one in zip(table["stay_id"], table.iter_slices(1), strict=True):
+            self.stays[stay], self._events[stay] = one, NOTHING
+            self._news.add(stay)
+        self._add(admission(table), table["stay_id"])
 
     def chart(self, events: pl.DataFrame) -> list[int]:
         """Add events; gives the stays that have any.
@@ -68,20 +69,30 @@ class Live:
             raise ValueError(
                 f"events: column {', '.join(missing)} is missing; expected {', '.join([*COLUMNS, *OPTIONAL])}"
             )
-        kept = as_events(given(events, "events").lazy()).collect()
-        parts = kept.partition_by("stay_id", as_dict=True, include_key=True, maintain_order=True)
-        strangers = [stay for (stay,) in parts if stay not in self.stays]
+        return self._add(given(events, "events"), events["stay_id"])
+
+    def _add(self, rows: pl.LazyFrame, stay_id: pl.Series) -> list[int]:
+        """Rows in schema ``EVENTS`` to the events of their stays, which it gives."""
+        ids = np.unique(stay_id.to_numpy())
+        stays = ids.tolist()
+        strangers = [stay for stay in stays if stay not in self.stays]
         if strangers:
             raise ValueError(f"events of stay {strangers[0]}, which was not admitted: give its row of the stays first")
-        for (stay,), rows in parts.items():
-            self._charted[stay].append(_charted(rows))
-            self._views.pop(stay, None)
-        return [stay for (stay,) in parts]
+        place = pl.lit(pl.Series(ids)).search_sorted(pl.col("stay_id"))
+        events = canonical(as_charted(rows.with_columns(stay=place)).collect())[0]
+        ends = np.searchsorted(events[0], np.arange(len(stays) + 1))
+        for number, stay in enumerate(stays):
+            new = [column[ends[number] : ends[number + 1]] for column in events]
+            new[0] = np.zeros_like(new[0])
+            self._events[stay] = distinct(*map(np.concatenate, zip(self._events[stay], new, strict=True)))
+        self._news.update(stays)
+        return stays
 
     def discharge(self, stay: int) -> None:
         """Forget a stay."""
-        for of in (self.stays, self._charted, self._statics, self._views):
+        for of in (self.stays, self._events, self._inputs):
             of.pop(stay, None)
+        self._news.discard(stay)
 
     def batch(self, stay: int, minute: int, without: np.ndarray | None = None) -> Batch:
         """What was known of a stay before a minute: a batch of one sample or, with ``without``, of as many as its rows.
@@ -93,33 +104,13 @@ class Live:
         """
         if stay not in self.stays:
             raise ValueError(f"stay {stay} was not admitted")
-        if stay not in self._views:
-            self._charted[stay] = [pl.concat(self._charted[stay])]
-            store = Store.of(self.stays[stay], canonical(self._charted[stay][0])[0])
-            views = self._views[stay] = Views(store, self.spec.variables, self.spec.window)
-            if stay not in self._statics:
-                self._statics[stay] = Statics(store.stays, self.spec, views)
-            self._statics[stay].views = views
-        views, statics = self._views[stay], self._statics[stay]
+        if stay in self._news:
+            store = Store.of(self.stays[stay], completed(self._events[stay])[0])
+            if stay not in self._inputs:
+                views = Views(store, self.spec.variables, self.spec.window)
+                self._inputs[stay] = Inputs(store.stays, self.spec, views)
+            self._inputs[stay].views.store = store
+            self._news.discard(stay)
         count = 1 if without is None else len(without)
         at = np.zeros(count, np.int64), np.full(count, minute, np.int64)
-        if without is not None:
-            views, statics = views.less(without), copy.copy(statics)
-            statics.views = views
-        static = torch.from_numpy(statics.batch(*at))
-        summary = torch.from_numpy(views.summary(*at)) if self.summary else torch.zeros(count, 0, len(STATISTICS))
-        unknown, row = torch.full((count,), torch.nan), torch.zeros(count, dtype=torch.int64)
-        if self.view == "grid":
-            return VIEWS["grid"](static, summary, *views.grid(self.spec, *at), unknown, row)
-        if self.view == "triplets":
-            return VIEWS["triplets"](static, summary, *views.triplets(self.spec, *at), unknown, row)
-        return VIEWS["summary"](static, summary, unknown, row)
-
-
-def _charted(rows: pl.DataFrame) -> pl.DataFrame:
-    """Rows of one stay in schema ``EVENTS`` as ``canonical`` reads them."""
-    assert rows.columns == list(EVENTS)
-    return rows.select(
-        pl.lit(0, pl.Int64).alias("stay"), "minute", pl.coalesce("known_minute", "minute").alias("known_minute"),
-        "concept", pl.col("value").cast(pl.Float32), pl.col("unit").cast(pl.Categorical), "dropped",
-    )  # fmt: skip
+        return self._inputs[stay].batch(self.view, self.summary, *at, without)

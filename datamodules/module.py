@@ -1,6 +1,5 @@
 """The LightningDataModules: one for each hospital system, all of them the same loaders over its cohort."""
 
-import copy
 import hashlib
 import logging
 import os
@@ -17,12 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules import agreement, hospitals, scaler
 from datamodules.agreement import Trained
 from datamodules.cohort import Cohort, hashed, rows_of
-from datamodules.contract import Batch, Grid, Spec, Summary, Triplets, View, joined
+from datamodules.contract import Batch, Spec, View, joined
 from datamodules.hospitals.base import Hospital, Split
 from datamodules.resident import Resident, megabytes
 from datamodules.sampler import Batches
 from datamodules.store import Store
-from datamodules.summary import STATISTICS
 from datamodules.tasks import Task
 from datamodules.views import Thinning, Views
 
@@ -144,7 +142,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         elif self._own_task:
             self.spec = self.spec._replace(task=agreement.task_of(self))  # type: ignore[arg-type]
         self._views = Views(self.store, self.spec.variables, self.spec.window)
-        self._static = scaler.Statics(self.store.stays, self.spec, self._views)
+        self._inputs = scaler.Inputs(self.store.stays, self.spec, self._views)
         if self._adopted:
             self._remark()
 
@@ -279,7 +277,7 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         train = self.rows("train")
         self.spec = scaler.fit(self, self.store, self._stay[train], self._minute[train])  # type: ignore[arg-type]
         self._views = Views(self.store, self.spec.variables, self.spec.window)
-        self._static = scaler.Statics(self.store.stays, self.spec, self._views)
+        self._inputs = scaler.Inputs(self.store.stays, self.spec, self._views)
 
     def join(self, source: "ICUDataModule") -> None:
         """Let the training samples of another system join these in training; validation and test are these alone.
@@ -418,33 +416,20 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         others = rows >= len(self.samples)
         if others.any():
             return self._joint(rows[~others], rows[others], epoch)
-        stay, minute, thinning = self._stay[rows], self._minute[rows], None
-        views, statics = self._views, self._static
-        if without is not None:
-            views, statics = views.less(without), copy.copy(statics)
-            statics.views = views  # which tell what has elapsed
+        teacher = self.teacher if epoch is not None else None
+        thinning = None
         if epoch is not None and self.thinning:
             thinning = Thinning(self.thinning, self.seed if self.order_seed is None else self.order_seed, epoch)
-        static, target = statics.batch(stay, minute), self._target[rows]
-        teacher = self.teacher if epoch is not None else None
         view = view or self.view
         read = self.summary or view == "summary"
-        summary = np.zeros((len(rows), 0, len(STATISTICS)), np.float32)
-        if read or teacher:
-            summary = views.summary(stay, minute, thinning)
+        at = self._stay[rows], self._minute[rows]
+        batch = self._inputs.batch(view, read or teacher is not None, *at, without, thinning)
+        target = self._target[rows]
         if teacher:
-            target = teacher.mixed(target, rows, static, summary)
+            target = teacher.mixed(target, rows, batch.static.numpy(), batch.summary.numpy())
         if not read:
-            summary = summary[:, :0]
-        first, last = (
-            (torch.from_numpy(static), torch.from_numpy(summary)),
-            (torch.from_numpy(target), torch.from_numpy(rows)),
-        )
-        if view == "grid":
-            return Grid(*first, *views.grid(self.spec, stay, minute, thinning), *last)
-        if view == "triplets":
-            return Triplets(*first, *views.triplets(self.spec, stay, minute, thinning), *last)
-        return Summary(*first, *last)
+            batch = batch._replace(summary=batch.summary[:, :0])
+        return batch._replace(target=torch.from_numpy(target), row=torch.from_numpy(rows))
 
     def _joint(self, own: np.ndarray, others: np.ndarray, epoch: int | None) -> Batch:
         """Samples of both systems that train together."""

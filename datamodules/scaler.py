@@ -1,17 +1,20 @@
-"""The variables and the scaler that a model is told of, fitted on training samples only, and static features."""
+"""The variables and the scaler that a model is told of, fitted on training samples only, and batches made with them."""
+
+import copy
 
 import numpy as np
 import polars as pl
+import torch
 
 from datamodules.agreement import HOURS, task_of
-from datamodules.contract import Spec
+from datamodules.contract import Batch, Grid, Spec, Summary, Triplets, View
 from datamodules.dictionary import BY_NAME, CARE_UNITS, CONCEPTS
 from datamodules.hospitals.base import Hospital
 from datamodules.scores import SCORES, scores
 from datamodules.store import Store
 from datamodules.summary import STATISTICS
 from datamodules.tasks import OUTCOMES, STATICS
-from datamodules.views import CLIP, Views
+from datamodules.views import CLIP, Thinning, Views
 
 FIT_SAMPLES = 8192  # training samples from which the scaler is fitted
 # Quantiles at which values and statistics are cut into bins: close together where the few are who are very ill. Bins of
@@ -112,22 +115,65 @@ def static_columns(stays: pl.DataFrame, statics: list[str]) -> tuple[list[str], 
     return names, values.reshape(len(stays), len(names))
 
 
-class Statics:
-    """Static features as a model expects them, what has elapsed and derived scores; unknown is the mean."""
+class Inputs:
+    """What a model is shown of samples: static features, with what has elapsed and derived scores, the summary, and its
+    view.
+
+    Args:
+        stays: schema ``STAYS``, those of ``views``.
+        spec: of the model.
+        views: of the spec's variables.
+    """
 
     def __init__(self, stays: pl.DataFrame, spec: Spec, views: Views):
         wanted = [s for s in STATICS if s in spec.statics or any(n.startswith(f"{s}=") for n in spec.statics)]
         names, raw = static_columns(stays, wanted)
         of_stay = [n for n in spec.statics if n in names]
         self.raw = raw[:, [names.index(n) for n in of_stay]]
-        self.views, self.elapsed, self.scores = views, HOURS in spec.statics, SCORES[0] in spec.statics
+        self.spec, self.views = spec, views
+        self.elapsed, self.scores = HOURS in spec.statics, SCORES[0] in spec.statics
         self.center, self.scale = np.array(spec.static_center, np.float32), np.array(spec.static_scale, np.float32)
 
-    def batch(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
-        """(B, S) of pairs of stay index and prediction minute."""
+    def static(self, stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
+        """(B, S) of pairs of stay index and prediction minute; unknown is the mean."""
         raw = self.raw[stay]
         if self.elapsed:
             raw = np.concatenate([raw, self.views.elapsed(stay, minute)], 1)
         if self.scores:
             raw = np.concatenate([raw, scores(self.views.last(stay, minute), self.views.variables)], 1)
         return np.nan_to_num(np.clip((raw - self.center) / self.scale, -CLIP, CLIP)).astype(np.float32)
+
+    def batch(
+        self,
+        view: View,
+        summary: bool,
+        stay: np.ndarray,
+        minute: np.ndarray,
+        without: np.ndarray | None = None,
+        thinning: Thinning | None = None,
+    ) -> Batch:
+        """Samples in a view; their targets are not known, and their rows count from 0.
+
+        Args:
+            view: that the model reads.
+            summary: whether it reads the summary, too, which otherwise has no variables.
+            stay: (B,) indices.
+            minute: (B,) of prediction.
+            without: (B, F) variables of each sample that are left out of its record, whatever is made of it.
+            thinning: of training.
+        """
+        inputs = self
+        if without is not None:
+            inputs = copy.copy(self)
+            inputs.views = self.views.less(without)
+        views, count = inputs.views, len(stay)
+        statistics = np.zeros((count, 0, len(STATISTICS)), np.float32)
+        if summary or view == "summary":
+            statistics = views.summary(stay, minute, thinning)
+        first = torch.from_numpy(inputs.static(stay, minute)), torch.from_numpy(statistics)
+        last = torch.full((count,), torch.nan), torch.arange(count)
+        if view == "grid":
+            return Grid(*first, *views.grid(self.spec, stay, minute, thinning), *last)
+        if view == "triplets":
+            return Triplets(*first, *views.triplets(self.spec, stay, minute, thinning), *last)
+        return Summary(*first, *last)

@@ -9,18 +9,22 @@ Shape letters: B samples, F variables.
 
 import numpy as np
 
-SCORES = (
-    "shock index",  # heart rate over systolic pressure [1]
-    "pulse pressure",  # mmHg
-    "BUN over creatinine",
-    "SpO2 over FiO2",  # % over a share [2]
-    "PaO2 over FiO2",  # mmHg over a share
-    "SIRS criteria",  # that are met, of those that can be told [3]
-    "partial SOFA",  # points of what can be told, without drugs, urine and ventilation [4]
-)
 # A point of SOFA [4] for each limit that a value lies below, or reaches.
 BELOW: dict[str, tuple[float, ...]] = {"platelets": (150, 100, 50, 20), "mean_bp": (70,), "gcs": (15, 13, 10, 6)}
 REACHED: dict[str, tuple[float, ...]] = {"bilirubin_total": (1.2, 2, 6, 12), "creatinine": (1.2, 2, 3.5, 5)}
+_LIMITS = [f"{name} below {', '.join(map(str, limits))}" for name, limits in BELOW.items()]
+_LIMITS += [f"{name} of at least {', '.join(map(str, limits))}" for name, limits in REACHED.items()]
+MEANING = {
+    "shock index": "heart_rate / systolic_bp",  # [1]
+    "pulse pressure": "systolic_bp - diastolic_bp",
+    "BUN over creatinine": "bun / creatinine",
+    "SpO2 over FiO2": "100 spo2 / fio2",  # [2]
+    "PaO2 over FiO2": "100 pao2 / fio2",
+    "SIRS criteria": "how many are met: temperature above 38 or below 36; heart_rate above 90; respiratory_rate above "
+    "20 or paco2 below 32; wbc above 12 or below 4",  # of those that can be told [3]
+    "partial SOFA": f"how many limits are passed: {'; '.join(_LIMITS)}",  # without drugs, urine, ventilation [4]
+}
+SCORES = tuple(MEANING)
 
 
 def scores(last: np.ndarray, variables: list[str]) -> np.ndarray:

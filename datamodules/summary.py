@@ -5,24 +5,25 @@ Shape letters: B samples, F variables, N events.
 
 import numpy as np
 
-STATISTICS = (
-    "number",  # of observations in the window
-    "first",
-    "last",  # of the window, or of the hours before it from which values are carried into the grid
-    "change",  # last less first, both in the window
-    "minimum",
-    "maximum",
-    "mean",
-    "median",
-    "sd",  # around the mean, divided by the number
-    "sum",
-    "hours_since",  # from the last observation to the prediction
-    "hour_of_last",  # of the window
-    "late_mean",  # late: in the second half of the window
-    "late_minimum",
-    "late_maximum",
-    "late_sum",
-)
+MEANING = {  # of observations in the window, if nothing else is said; a rate that runs when it opens counts as one
+    "number": "how many",
+    "first": "first value",
+    "last": "last value, of the window or of the hours before it from which values are carried into the grid",
+    "change": "last value less the first, both in the window",
+    "minimum": "least value",
+    "maximum": "greatest value",
+    "mean": "mean of the values",
+    "median": "median of the values",
+    "sd": "standard deviation around the mean, divided by the number",
+    "sum": "sum of the values",
+    "hours_since": "hours from the last observation, before the window or in it, to the prediction",
+    "hour_of_last": "when that was, in hours since the window opened",
+    "late_mean": "mean in the second half of the window",
+    "late_minimum": "least value in the second half",
+    "late_maximum": "greatest value in the second half",
+    "late_sum": "sum in the second half",
+}
+STATISTICS = tuple(MEANING)
 COUNTED = ("number", "sum", "late_sum")  # what says how much there is, and not what it is like
 
 

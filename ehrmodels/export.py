@@ -4,6 +4,8 @@ Shape letters: B samples, T hours, N events, F variables, S static features.
 """
 
 import copy
+import json
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from datamodules.contract import STATISTICS, VIEWS, Spec
 from ehrmodels.base import ICUModule
-from ehrmodels.trees import LightGBM
+from ehrmodels.trees import Boosted, LightGBM
 
 MOST_SAMPLES, MOST_EVENTS = 4096, 65536  # of a batch
 
@@ -80,7 +82,7 @@ def exported(model: ICUModule) -> torch.export.ExportedProgram:
 
 def to_onnx(model: ICUModule, path: str) -> None:
     """Write the model as an ONNX file, with the inputs ``inputs(model)`` and the output ``prediction``."""
-    if isinstance(model, LightGBM):
+    if isinstance(model, Boosted):
         _trees_to_onnx(model, path)
         return
     names = {"input_names": inputs(model), "output_names": ["prediction"]}
@@ -88,11 +90,11 @@ def to_onnx(model: ICUModule, path: str) -> None:
         torch.onnx.export(exported(model), (), path, dynamo=True, verbose=False, external_data=False, **names)
 
 
-def _trees_to_onnx(model: LightGBM, path: str) -> None:
-    """Boosted trees as the operator that ONNX has for them."""
+def _trees_to_onnx(model: Boosted, path: str) -> None:
+    """Trees as the operator that ONNX has for them."""
     from onnx import TensorProto, checker, helper, save
 
-    spec, nodes = model.spec, _nodes(model)
+    spec, trees = model.spec, _of_lightgbm(model) if isinstance(model, LightGBM) else _of_xgboost(model)
     steps: list[Any] = []
     numbers: list[Any] = []
 
@@ -107,7 +109,7 @@ def _trees_to_onnx(model: LightGBM, path: str) -> None:
         return numbers[-1].name
 
     features = step("Concat", "static", step("Flatten", "summary", axis=1), axis=1)
-    score = step("TreeEnsembleRegressor", features, domain="ai.onnx.ml", n_targets=1, aggregate_function="SUM", **nodes)
+    score = step("TreeEnsembleRegressor", features, domain="ai.onnx.ml", n_targets=1, aggregate_function="SUM", **trees)
     calibration = model.calibration
     if calibration is not None and calibration.method != "isotonic":
         score = step("Add", step("Mul", score, number(calibration.slope)), number(calibration.intercept))
@@ -116,13 +118,14 @@ def _trees_to_onnx(model: LightGBM, path: str) -> None:
     if calibration is not None and calibration.method == "isotonic":
         x, y = (np.asarray(part) for part in (calibration.knots, calibration.values))
         past = step("Min", step("Max", step("Sub", score, number(x[:-1])), number(0)), number(np.diff(x)))
+        numbers.append(helper.make_tensor("last", TensorProto.INT64, [1], [1]))
         score = step(
             "Add",
             step("ReduceSum", step("Mul", past, number(np.diff(y) / np.diff(x))), "last", keepdims=1),
             number(y[0]),
         )
     steps.append(helper.make_node("Flatten", [score], ["flat"], axis=0))
-    shape, last = (helper.make_tensor(name, TensorProto.INT64, [1], [k]) for name, k in (("all", -1), ("last", 1)))
+    numbers.append(helper.make_tensor("all", TensorProto.INT64, [1], [-1]))
     steps.append(helper.make_node("Reshape", ["flat", "all"], ["prediction"]))
     wide: dict[str, list[Any]] = {
         "static": ["samples", len(spec.statics)],
@@ -130,52 +133,73 @@ def _trees_to_onnx(model: LightGBM, path: str) -> None:
     }
     given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in wide.items()]
     told = [helper.make_tensor_value_info("prediction", TensorProto.FLOAT, ["samples"])]
-    graph = helper.make_graph(steps, "trees", given, told, [*numbers, shape, last])
+    graph = helper.make_graph(steps, "trees", given, told, numbers)
     versions = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
     made = helper.make_model(graph, opset_imports=versions, ir_version=9)
     checker.check_model(made)
     save(made, path)
 
 
-def _nodes(model: LightGBM) -> dict[str, list[Any]]:
-    """The trees as attributes of ``TreeEnsembleRegressor``."""
-    names = (
-        "treeids",
-        "nodeids",
-        "featureids",
-        "values",
-        "modes",
-        "truenodeids",
-        "falsenodeids",
-        "missing_value_tracks_true",
-    )
-    nodes: dict[str, list[Any]] = {f"nodes_{name}": [] for name in names}
-    leaves: dict[str, list[Any]] = {f"target_{name}": [] for name in ("treeids", "nodeids", "ids", "weights")}
+class _Trees:
+    """Attributes of ``TreeEnsembleRegressor``, filled node by node."""
+
+    def __init__(self) -> None:
+        names = ("treeids", "nodeids", "featureids", "values", "modes", "truenodeids", "falsenodeids")
+        self.nodes: dict[str, list[Any]] = {f"nodes_{name}": [] for name in (*names, "missing_value_tracks_true")}
+        self.leaves: dict[str, list[Any]] = {f"target_{name}": [] for name in ("treeids", "nodeids", "ids", "weights")}
+
+    def branch(self, tree: int, node: int, feature: int, mode: str, value: float, missing: bool) -> int:
+        """Add a node whose children ``goto`` tells; gives its place."""
+        for column, entry in zip(
+            self.nodes.values(), (tree, node, feature, value, mode, 0, 0, int(missing)), strict=True
+        ):
+            column.append(entry)
+        return len(self.nodes["nodes_modes"]) - 1
+
+    def leaf(self, tree: int, node: int, weight: float) -> None:
+        self.branch(tree, node, 0, "LEAF", 0.0, False)
+        for column, entry in zip(self.leaves.values(), (tree, node, 0, weight), strict=True):
+            column.append(entry)
+
+    def goto(self, place: int, yes: int, no: int) -> None:
+        self.nodes["nodes_truenodeids"][place], self.nodes["nodes_falsenodeids"][place] = yes, no
+
+
+def _of_lightgbm(model: LightGBM) -> dict[str, list[Any]]:
+    trees = _Trees()
 
     def add(tree: int, node: dict[str, Any], free: list[int]) -> int:
         """Append a node and what is below it; gives its number."""
-        number, place = free[0], len(nodes["nodes_treeids"])
+        number = free[0]
         free[0] += 1
-        leaf = "leaf_value" in node
-        if leaf:
-            for name, value in zip(leaves, (tree, number, 0, float(node["leaf_value"])), strict=True):
-                leaves[name].append(value)
-            row: tuple[Any, ...] = (tree, number, 0, 0.0, "LEAF", 0, 0, 0)
-        else:
-            assert node["decision_type"] == "<=" and node["missing_type"] in ("NaN", "None"), node
-            threshold = np.float32(node["threshold"])
-            if float(threshold) > node["threshold"]:  # of float32 features the same are at most the next one below
-                threshold = np.nextafter(threshold, np.float32(-np.inf))
-            # without missing values in training one is taken for 0
-            left = node["default_left"] if node["missing_type"] == "NaN" else node["threshold"] >= 0
-            row = (tree, number, node["split_feature"], float(threshold), "BRANCH_LEQ", 0, 0, int(left))
-        for name, value in zip(nodes, row, strict=True):
-            nodes[name].append(value)
-        if not leaf:
-            nodes["nodes_truenodeids"][place] = add(tree, node["left_child"], free)
-            nodes["nodes_falsenodeids"][place] = add(tree, node["right_child"], free)
+        if "leaf_value" in node:
+            trees.leaf(tree, number, float(node["leaf_value"]))
+            return number
+        assert node["decision_type"] == "<=" and node["missing_type"] in ("NaN", "None"), node
+        threshold = np.float32(node["threshold"])
+        if float(threshold) > node["threshold"]:  # of float32 features the same are at most the next one below
+            threshold = np.nextafter(threshold, np.float32(-np.inf))
+        # without missing values in training one is taken for 0
+        left = node["default_left"] if node["missing_type"] == "NaN" else node["threshold"] >= 0
+        place = trees.branch(tree, number, node["split_feature"], "BRANCH_LEQ", float(threshold), left)
+        trees.goto(place, add(tree, node["left_child"], free), add(tree, node["right_child"], free))
         return number
 
     for tree in model.booster.dump_model(num_iteration=-1)["tree_info"]:
         add(tree["tree_index"], tree["tree_structure"], [0])
-    return nodes | leaves
+    return trees.nodes | trees.leaves
+
+
+def _of_xgboost(model: Boosted) -> dict[str, list[Any]]:
+    trees, learner = _Trees(), json.loads(model.fitted)["learner"]
+    for number, tree in enumerate(learner["gradient_booster"]["model"]["trees"]):
+        columns = ("left_children", "right_children", "split_indices", "split_conditions", "default_left")
+        for node, (left, right, feature, value, missing) in enumerate(zip(*map(tree.get, columns), strict=True)):
+            if left < 0:
+                trees.leaf(number, node, value)
+            else:
+                trees.goto(trees.branch(number, node, feature, "BRANCH_LT", value, missing), left, right)
+    start = float(learner["learner_model_param"]["base_score"].strip("[]"))
+    if learner["objective"]["name"] == "binary:logistic":
+        start = math.log(start) - math.log1p(-start)
+    return trees.nodes | trees.leaves | {"base_values": [start]}

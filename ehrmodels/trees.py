@@ -18,6 +18,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 
 from datamodules.contract import Spec, Summary, unlabelled
 from ehrmodels.base import ICUModule, in_range
+from ehrmodels.kernels import exporting
 from ehrmodels.layers import PiecewiseLinear, edges_of
 
 Rows = tuple[np.ndarray, np.ndarray]  # features (N, X), targets (N,)
@@ -316,7 +317,8 @@ class LogisticRegression(FittedAtOnce):
         nn.init.zeros_(self.linear.bias)
 
     def fit_rows(self, rows: Rows) -> str:
-        x, y = self._inputs(torch.from_numpy(rows[0])), torch.from_numpy(rows[1])
+        device = self.linear.weight.device
+        x, y = self._inputs(torch.from_numpy(rows[0]).to(device)), torch.from_numpy(rows[1]).to(device)
         optimiser = torch.optim.LBFGS(
             self.linear.parameters(), max_iter=200, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-6
         )
@@ -331,10 +333,16 @@ class LogisticRegression(FittedAtOnce):
             optimiser.step(closure)
         return json.dumps({"samples": len(y)})
 
+    def forward(self, batch: Summary) -> Tensor:
+        """As the others, but on the device of the batch, so that it can be exported as a network."""
+        if not self.fitted:
+            return super().forward(batch)
+        return self.linear(self._inputs(features_of(batch.static, batch.summary))).squeeze(-1)
+
     def output(self, features: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            x = self._inputs(torch.from_numpy(features)).to(self.linear.weight.device)
-            return self.linear(x).squeeze(-1).cpu().numpy()
+            x = torch.from_numpy(features).to(self.linear.weight.device)
+            return self.linear(self._inputs(x)).squeeze(-1).cpu().numpy()
 
     def contributions(self, features: np.ndarray, empty: np.ndarray) -> np.ndarray:
         with torch.no_grad():
@@ -347,8 +355,8 @@ class LogisticRegression(FittedAtOnce):
     def _inputs(self, features: Tensor) -> Tensor:
         static, value = features.split([len(self.spec.statics), len(self.spec.summary_quantiles)], 1)
         there = (~torch.isnan(value)).float()
-        encode = self.encode.cpu()
-        score = torch.cat([encode(piece).mean(-1) for piece in value.split(1024)])
+        pieces = [value] if exporting() else value.split(1024)  # the codes are as many numbers again for each bin
+        score = torch.cat([self.encode(piece).mean(-1) for piece in pieces])
         return torch.cat([static, (2 * score - 1) * there, there], 1)
 
 

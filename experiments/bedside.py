@@ -72,8 +72,9 @@ def follow(ckpt: str, folder: Path, out: Path, model: type[ICUModule] | None, on
     if out.suffix != ".csv":
         raise ValueError(f"--out {out}: with --follow expected a file that ends in .csv")
     bedside, read = Bedside(ckpt, model), set[str]()
-    told = pl.read_csv(out, schema=SCHEMA, truncate_ragged_lines=True) if out.exists() else pl.DataFrame(schema=SCHEMA)
-    told = told.drop_nulls("file")  # a line that was written in part
+    text = out.read_bytes() if out.exists() else b""
+    whole = text[: text.rfind(b"\n") + 1]  # the last line may have been written in part
+    told = pl.read_csv(whole, schema=SCHEMA) if whole else pl.DataFrame(schema=SCHEMA)
     if len(told):
         told = told.filter(pl.col("file") != told["file"][-1])  # of which not all may have been written
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,18 @@
 """Whole models exported and compiled give PyTorch's numbers at any number of samples and of events."""
 
+import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from test_models import batch, spec
 from torch import Tensor
 
+from datamodules import SyntheticMIMICIV
 from ehrmodels import Fusion, HyMaTE, ICUModule
 from ehrmodels.export import Scorer, example, exported, inputs, to_onnx
 from experiments.cli import main
@@ -86,14 +90,13 @@ def test_a_compiled_model_gives_the_same(name: str) -> None:
 def test_the_verb_writes_the_file_and_what_it_means(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import json
-
     from ehrmodels import load
 
     main(f"export --ckpt {trained / 'best.ckpt'} --out {tmp_path / 'm.pt2'}".split())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "m.pt2"]
     model, meaning = load(trained / "best.ckpt"), json.loads((tmp_path / "m.json").read_text())
-    assert meaning["variables"] == model.spec.variables and meaning["threshold"] == model.threshold
+    assert [v["name"] for v in meaning["variables"]] == model.spec.variables and meaning["threshold"] == model.threshold
+    assert list(meaning["inputs"]) == inputs(model) and meaning["calibration"] is None
     tensors = example(model, 5)
     with torch.no_grad():
         program = torch.export.load(tmp_path / "m.pt2").module()
@@ -107,7 +110,6 @@ def test_trees_in_onnx_give_the_same_on_real_stays_with_missing_values_and_recal
     mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
-    from datamodules import SyntheticMIMICIV
     from ehrmodels import load
     from ehrmodels.calibration import fitted
     from experiments.evaluate import predict_split
@@ -135,10 +137,16 @@ def test_trees_in_onnx_give_the_same_on_real_stays_with_missing_values_and_recal
         model.calibration = fitted(method, expected["probability"].to_numpy(), target, 300)
         to_onnx(model, str(tmp_path / "again.onnx"))
         torch.testing.assert_close(told(tmp_path / "again.onnx").double(), model.calibration(risk), rtol=0, atol=1e-4)
-    main(f"{line} --model LogisticRegression --name linear".split())
+    for other in ("XGBoost --model.rounds 40", "RandomForest --model.depth 4", "LogisticRegression"):
+        name = other.split()[0]
+        main(f"{line} --model {other} --name {name}".split())
+        main(f"export --ckpt {tmp_path / name / 'best.ckpt'} --out {tmp_path / name}.onnx".split())
+        risk = predict_split(load(tmp_path / name / "best.ckpt"), data, "all")["probability"]
+        assert risk.n_unique() > 10
+        torch.testing.assert_close(told(tmp_path / f"{name}.onnx").double(), risk.to_torch(), rtol=0, atol=1e-5)
     with pytest.raises(SystemExit, match="2"):
-        main(f"export --ckpt {tmp_path / 'linear' / 'best.ckpt'} --out {tmp_path / 'linear.onnx'}".split())
-    assert "only LightGBM can be exported, as .onnx" in capsys.readouterr().err
+        main(f"export --ckpt {tmp_path / 'XGBoost' / 'best.ckpt'} --out {tmp_path / 'XGBoost.pt2'}".split())
+    assert "trees can be exported as .onnx" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["platt", "isotonic"])
@@ -153,3 +161,41 @@ def test_a_recalibrated_network_is_exported_with_its_map(method: str) -> None:
     for tensors in shapes(model):
         with torch.no_grad():
             torch.testing.assert_close(program(*tensors), Scorer(model)(*tensors), rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tables(mimic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stays and events as CSV, as ``ehr prepare --out`` writes them as Parquet."""
+    folder, store = tmp_path_factory.mktemp("tables"), SyntheticMIMICIV(str(mimic)).store
+    events = store.frame(0, len(store.stays))
+    for name, table in (("stays", store.stays), ("events", events)):
+        table.filter(pl.col("stay_id") % 8 == 0).write_csv(folder / f"{name}.csv")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["Fusion", "HyMaTE --model.layers 1 --model.state 4", "LightGBM --model.rounds 20"])
+def test_the_example_of_another_program_gives_what_predict_gives(
+    name: str, mimic: Path, tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install -e '.[dev]'")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
+    small = "" if "LightGBM" in name else "--model.width 8 --model.members 2 --trainer.max_epochs 1"
+    data = f"--data SyntheticMIMICIV --data.root {mimic}"
+    main(f"train --model {name} {small} {data} --data.hours 12 --data.window 6 --runs {tmp_path} --name run".split())
+    ckpt = tmp_path / "run" / "best.ckpt"
+    main(f"export --ckpt {ckpt} --out {tmp_path / 'm.onnx'}".split())
+    main(f"predict --ckpt {ckpt} {data} --out {tmp_path / 'risk.csv'}".split())
+    capsys.readouterr()
+    example = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "onnx_example.py"))
+    example["main"](tmp_path / "m.onnx", tables / "stays.csv", tables / "events.csv")
+    said = pl.read_csv(capsys.readouterr().out.encode(), has_header=False, new_columns=["stay_id", "said"])
+    both = pl.read_csv(tmp_path / "risk.csv").join(said, on="stay_id")
+    assert len(both) > 20 and both["said"].n_unique() > 10
+    assert (both["said"] - both["probability"]).abs().max() < 1e-4
+    pressors = pl.read_csv(tables / "events.csv").filter(pl.col("concept") == "norepinephrine", pl.col("minute") < 360)
+    assert pressors["stay_id"].is_in(both["stay_id"].implode()).any()  # set before the window opens
+    meaning = json.loads((tmp_path / "m.json").read_text())
+    meaning["statics"][0] = {"name": "hours in the ICU", "definition": "hours from ICU admission to the prediction"}
+    (tmp_path / "m.json").write_text(json.dumps(meaning))
+    with pytest.raises(SystemExit, match="does not compute hours in the ICU"):
+        example["main"](tmp_path / "m.onnx", tables / "stays.csv", tables / "events.csv")

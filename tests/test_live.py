@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -68,10 +69,10 @@ def test_the_risk_of_a_stay_that_goes_on_is_that_of_its_whole_record(
 
 
 def files_of(folder: Path, tables: Path) -> None:
-    """Six hours of ten stays, a file an hour."""
+    """Six hours of four stays, a file an hour."""
     stays, events = records(tables)
     folder.mkdir()
-    stays = stays.head(10)
+    stays = stays.head(4)
     stays.write_parquet(folder / "stays.parquet")
     events = events.filter(pl.col("stay_id").is_in(stays["stay_id"].implode()), pl.col("known_minute") < 360)
     for hour, part in events.group_by(pl.col("known_minute").clip(0) // 60):
@@ -87,6 +88,12 @@ def test_a_folder_is_followed_and_a_restart_loses_nothing(
     whole = pl.read_csv(tmp_path / "whole.csv", schema=SCHEMA)
     assert whole["file"].n_unique() == 6 and whole["probability"].is_between(0, 1).all()
     assert whole["reasons"].str.contains(r"\w+ [+-]\d").any()
+    text, rng = (tmp_path / "whole.csv").read_bytes(), np.random.default_rng(0)
+    name = text.rindex(b"events-03") + 4  # killed in the name of a file of which it had told some stays
+    for cut in (name, *rng.integers(text.index(b"\n") + 1, len(text), 3).tolist()):
+        (tmp_path / "cut.csv").write_bytes(text[:cut])
+        main(f"{line} {tmp_path / 'cut.csv'}".split())
+        assert (tmp_path / "cut.csv").read_bytes() == text
     late = sorted((tmp_path / "ward").glob("events-*"))[3:]
     for path in late:
         path.rename(tmp_path / path.name)
@@ -117,6 +124,7 @@ def test_what_cannot_be_charted_is_refused(
     assert "which was not admitted" in message(live.chart, stranger)
     own = events.filter(stay_id=stays["stay_id"][0]).head(3)
     assert "column value is missing" in message(live.chart, own.drop("value"))
+    assert "1 events have no minute" in message(live.chart, own.with_columns(minute=pl.Series([0, None, 5])))
     wrong = own.with_columns(concept=pl.lit("mood"))
     assert "mood is no concept" in message(live.chart, wrong)
     with pytest.raises(ValueError, match="stay 7 was not admitted"):

@@ -4,9 +4,13 @@ kg and hour.
 Everything here looks back only: no event changes when what follows it is taken away.
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
 import polars as pl
 
-from datamodules.dictionary import CONCEPT
+from datamodules.dictionary import NAMES
 from datamodules.schema import as_events
 
 # Norepinephrine equivalents: mimic-code ``medication/norepinephrine_equivalent_dose.sql`` (after Goradia 2021,
@@ -21,7 +25,11 @@ NOREPINEPHRINE_EQUIVALENT = {
 }
 CHANGE_OVER = 180  # minutes over which a rise or fall of the vasopressor load is measured
 SILENCE = 360  # minutes without any sign of a ventilator after which it is taken for off
-GCS_PARTS = ("gcs_eyes", "gcs_verbal", "gcs_motor")
+PRESSORS = [NAMES.index(name) for name in NOREPINEPHRINE_EQUIVALENT]
+PER_RATE = np.array([NOREPINEPHRINE_EQUIVALENT.get(name, 0) for name in NAMES])  # of each concept
+URINE, WEIGHT, GCS, *PARTS = map(NAMES.index, ("urine", "weight", "gcs", "gcs_eyes", "gcs_verbal", "gcs_motor"))
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # stay, minute, known, concept, value
+Derived = tuple[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]  # concept; stay, minute, known, value
 
 
 def rate_events(intervals: pl.LazyFrame | pl.DataFrame) -> pl.LazyFrame:
@@ -124,12 +132,19 @@ def volume_events(intervals: pl.LazyFrame, concept: str) -> pl.LazyFrame:
     return as_events(summed.with_columns(concept=pl.lit(concept)))
 
 
-def derived(events: pl.DataFrame) -> pl.DataFrame:
+def derived(stay: np.ndarray, minute: np.ndarray, known: np.ndarray, concept: np.ndarray, value: np.ndarray) -> Columns:
     """Vasopressor load, its change over 3 hours, urine per kg and hour, and the total coma scale, from the events of
     whole stays.
 
+    In numpy, since it runs whenever something is charted at a bedside: on so few rows a query would take longer to
+    plan than all else.
+
     Args:
-        events: ``stay, minute, known_minute, concept, value`` in the concepts' units, no row twice.
+        stay: (N,), as all others; rows are in the order of stay, minute, concept and value, none twice.
+        minute: when it was charted.
+        known: when it was known.
+        concept: index into ``dictionary.NAMES``.
+        value: in the concept's unit.
 
     Returns:
         The same columns: ``norepinephrine_equivalent`` and ``norepinephrine_equivalent_change`` (mcg/kg/min, at every
@@ -139,80 +154,99 @@ def derived(events: pl.DataFrame) -> pl.DataFrame:
         total). Nothing is derived for stays without these records; a value uses only what was known when its record
         was.
     """
-    columns = ("stay", "minute", "known_minute", "concept", "value")
-    present = set(events["concept"].unique())
-    named: dict[str, pl.LazyFrame] = {}
-    if present & set(NOREPINEPHRINE_EQUIVALENT):
-        named |= _loads(events.lazy())
-    if "urine" in present:
-        named["urine_rate"] = _urine_rate(events.lazy())
-    if present & set(GCS_PARTS):
-        named["gcs"] = _gcs(events.lazy())
-    if not named:
-        return events.select(columns).clear()
-    tables = [
-        t.with_columns(pl.lit(name, CONCEPT).alias("concept"), pl.col("value").cast(pl.Float32))
-        for name, t in named.items()
+    parts: list[Derived] = []
+    for make, sources in ((_loads, PRESSORS), (_urine_rate, (URINE, WEIGHT)), (_gcs, (GCS, *PARTS))):
+        of = np.isin(concept, sources)
+        if of.any():
+            parts += make(stay[of], minute[of], known[of], concept[of], value[of])
+    columns = [
+        (np.zeros(0, np.int64),) * 5,
+        *((s, m, k, np.full(len(s), NAMES.index(name)), v) for name, (s, m, k, v) in parts),
     ]
-    return pl.concat([t.select(columns) for t in tables]).collect()
+    stay, minute, known, concept, value = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return stay, minute, known, concept, value.astype(np.float32)
 
 
-def _loads(events: pl.LazyFrame) -> dict[str, pl.LazyFrame]:
-    schema = {"concept": CONCEPT, "weight": pl.Float64()}
-    weights = pl.LazyFrame(list(NOREPINEPHRINE_EQUIVALENT.items()), schema=schema, orient="row")
-    rates = events.join(weights, on="concept")
-    # wherever two values stand at one minute the order is fixed, so that the same store comes of every run
-    before = pl.col("value").shift(fill_value=0).over("stay", "concept", order_by=["minute", "value"])
-    changes = rates.with_columns(change=(pl.col("value") - before) * pl.col("weight")).select(
-        "stay", "minute", "change"
-    )
-    undone = changes.with_columns(minute=pl.col("minute") + CHANGE_OVER, change=-pl.col("change"))
-
-    def total(steps: pl.LazyFrame) -> pl.LazyFrame:
-        summed = steps.group_by("stay", "minute").agg(pl.col("change").sort().sum()).sort("stay", "minute")
-        return summed.select(
-            "stay", "minute", known_minute="minute", value=pl.col("change").cum_sum().over("stay").round(6)
-        )
-
-    load = total(changes).with_columns(pl.col("value").clip(lower_bound=0))
-    return {"norepinephrine_equivalent": load, "norepinephrine_equivalent_change": total(pl.concat([changes, undone]))}
+def _loads(
+    stay: np.ndarray, minute: np.ndarray, known: np.ndarray, concept: np.ndarray, value: np.ndarray
+) -> Iterator[Derived]:
+    order = np.lexsort((concept, stay))  # stable: of one drug by minute, then value
+    before = np.append(np.float32(0), value[order][:-1])
+    before[_begins(stay[order], concept[order])] = 0
+    change = np.empty(len(value))
+    change[order] = (value[order] - before) * PER_RATE[concept[order]]
+    for name, steps in (
+        ("norepinephrine_equivalent", (stay, minute, change)),
+        (
+            "norepinephrine_equivalent_change",
+            (np.append(stay, stay), np.append(minute, minute + CHANGE_OVER), np.append(change, -change)),
+        ),
+    ):
+        of, at, load = _running(*steps)
+        yield name, (of, at, at, np.maximum(load, 0) if name == "norepinephrine_equivalent" else load)
 
 
-def _urine_rate(events: pl.LazyFrame) -> pl.LazyFrame:
-    charted = events.filter(pl.col("concept") == "urine").group_by("stay", "minute")
-    urine = charted.agg(pl.col("value").sort().sum(), pl.col("known_minute").max()).sort("stay", "minute")
-    before = pl.col("minute", "known_minute").shift().over("stay", order_by="minute").name.suffix("_before")
-    urine = urine.with_columns(before)
-    in_order = pl.col("known_minute_before") <= pl.col("known_minute")
-    # a volume that was entered after this one cannot be what came before it: look for the one that was there
-    late = urine.filter(~in_order)
-    earlier = late.select("stay", "minute", "known_minute").join(
-        urine.select("stay", "minute", "known_minute"), on="stay", suffix="_other"
-    )
-    earlier = earlier.filter(
-        pl.col("minute_other") < pl.col("minute"), pl.col("known_minute_other") <= pl.col("known_minute")
-    )
-    earlier = earlier.group_by("stay", "minute").agg(minute_before=pl.col("minute_other").max())
-    mended = (
-        late.drop("minute_before")
-        .join(earlier, on=["stay", "minute"], how="left")
-        .select(urine.collect_schema().names())
-    )
-    urine = pl.concat([urine.filter(in_order), mended])
-    hours = (pl.col("minute") - pl.col("minute_before")) / 60
-    weight = events.filter(pl.col("concept") == "weight").select("stay", "known_minute", kg="value")
-    urine = urine.with_columns(hours=hours).filter(pl.col("hours") <= 24).sort("known_minute")
-    urine = urine.join_asof(weight.sort("known_minute", "kg"), on="known_minute", by="stay", check_sortedness=False)
-    per_kg_hour = pl.col("value") / pl.col("kg") / pl.col("hours").clip(lower_bound=1)
-    return urine.drop_nulls("kg").select("stay", "minute", "known_minute", value=per_kg_hour)
+def _running(stay: np.ndarray, minute: np.ndarray, change: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Stay and minute of each step, and the sum of all changes of the stay up to it."""
+    order = np.lexsort((change, minute, stay))  # of one minute, too, so that the same sum comes of every run
+    stay, minute, change = stay[order], minute[order], change[order]
+    step = _begins(stay, minute)
+    stay, minute, total = stay[step], minute[step], np.add.reduceat(change, step)
+    for first, end in pairwise([*_begins(stay), len(stay)]):
+        np.cumsum(total[first:end], out=total[first:end])
+    return stay, minute, total.round(6)
 
 
-def _gcs(events: pl.LazyFrame) -> pl.LazyFrame:
-    at = ["stay", "minute"]
-    charted = events.filter(pl.col("concept").is_in(GCS_PARTS)).group_by(*at, "concept")
-    parts = charted.agg(pl.col("value").max(), pl.col("known_minute").min())
-    whole = parts.group_by(at).agg(pl.col("value").sum(), pl.col("known_minute").max(), pl.len())
-    whole = whole.filter(pl.col("len") == len(GCS_PARTS)).drop("len")
-    totals = events.filter(pl.col("concept") == "gcs").group_by(at).agg(total_known=pl.col("known_minute").min())
-    whole = whole.join(totals, on=at, how="left")
-    return whole.filter((pl.col("total_known") > pl.col("known_minute")).fill_null(True)).drop("total_known")
+def _urine_rate(
+    stay: np.ndarray, minute: np.ndarray, known: np.ndarray, concept: np.ndarray, value: np.ndarray
+) -> Iterator[Derived]:
+    urine, weight = concept == URINE, concept == WEIGHT
+    if not (urine.any() and weight.any()):
+        return
+    begin = _begins(stay[urine], minute[urine])
+    volume, charted = np.add.reduceat(value[urine], begin), np.maximum.reduceat(known[urine], begin)
+    of, at = stay[urine][begin], minute[urine][begin]
+    # the volume before each, in rows that begin with one of no stay; one that was entered later was not there yet
+    stays, minutes, entered = (np.append(-1, column) for column in (of, at, charted))
+    before = np.arange(len(of))
+    while (late := (stays[before] == of) & (entered[before] > charted)).any():
+        before[late] -= 1
+    hours = (at - minutes[before]) / 60
+    kg = np.lexsort((value[weight], known[weight], stay[weight]))
+    last = np.searchsorted(_key(stay, known)[weight][kg], _key(of, charted), side="right") - 1
+    whole = (stays[before] == of) & (hours <= 24) & (stay[weight][kg][last] == of) & (last >= 0)
+    rate = volume / value[weight][kg][last] / np.maximum(hours, 1)
+    yield "urine_rate", (of[whole], at[whole], charted[whole], rate[whole])
+
+
+def _gcs(
+    stay: np.ndarray, minute: np.ndarray, known: np.ndarray, concept: np.ndarray, value: np.ndarray
+) -> Iterator[Derived]:
+    part = concept != GCS
+    cell = _begins(stay[part], minute[part], concept[part])
+    if not len(cell):
+        return
+    best, seen = np.maximum.reduceat(value[part], cell), np.minimum.reduceat(known[part], cell)
+    of, at = stay[part][cell], minute[part][cell]
+    moment = _begins(of, at)
+    score, seen, number = (f.reduceat(c, moment) for f, c in ((np.add, best), (np.maximum, seen), (np.add, of * 0 + 1)))
+    of, at = of[moment], at[moment]
+    total = _begins(stay[~part], minute[~part])
+    charted = np.append(_key(stay, minute)[~part][total], -1)
+    entered = np.append(np.minimum.reduceat(known[~part], total) if len(total) else known[:0], 0)
+    place = np.searchsorted(charted[:-1], _key(of, at))
+    there = (charted[place] == _key(of, at)) & (entered[place] <= seen)
+    whole = (number == len(PARTS)) & ~there
+    yield "gcs", (of[whole], at[whole], seen[whole], score[whole])
+
+
+def _begins(*columns: np.ndarray) -> np.ndarray:
+    """Of rows in the order of some columns, the first of each combination."""
+    if not len(columns[0]):
+        return np.zeros(0, np.intp)
+    return np.flatnonzero(np.append(True, np.any([column[1:] != column[:-1] for column in columns], 0)))
+
+
+def _key(stay: np.ndarray, minute: np.ndarray) -> np.ndarray:
+    """Stay and minute in one number that sorts by them."""
+    return (stay.astype(np.int64) << 32) + minute + 2**31

@@ -57,7 +57,7 @@ class Tables(Hospital):
 
     def events(self, tables: Kept, stays: pl.DataFrame) -> list[pl.LazyFrame]:
         """The events; derived variables are made anew."""
-        return [as_events(given(tables["events"].collect(), f"{self.root}/events.parquet").lazy())]
+        return [given(tables["events"].collect(), f"{self.root}/events.parquet")]
 
     def _open(self, table: str, needed: dict[str, pl.DataType]) -> tuple[Path, pl.LazyFrame]:
         path = raw.find(self.root, table)
@@ -86,16 +86,20 @@ def with_defaults(stays: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def given(events: pl.DataFrame, place: str) -> pl.DataFrame:
-    """Events without those that are derived, which are made anew.
+def given(events: pl.DataFrame, place: str) -> pl.LazyFrame:
+    """Events in schema ``EVENTS`` without those that are derived, which are made anew.
 
     Raises:
-        ValueError: a concept is not known.
+        ValueError: a concept is not known, or an event has no stay or minute.
     """
-    unknown = sorted(set(events["concept"].drop_nulls().unique()) - set(NAMES))
-    if unknown:
+    for column in ("stay_id", "minute"):
+        if events[column].null_count():
+            raise ValueError(f"{place}: {events[column].null_count():,} events have no {column}; every event needs one")
+    named = events.with_columns(pl.col("concept").cast(pl.String).cast(CONCEPT, strict=False))
+    if named["concept"].null_count() > events["concept"].null_count():
+        unknown = sorted(set(events["concept"].drop_nulls().unique()) - set(NAMES))
         raise ValueError(f"{place}: {', '.join(unknown[:5])} is no concept of dictionary/concepts.csv")
-    return events.filter(~pl.col("concept").is_in(DERIVED)).with_columns(pl.col("concept").cast(CONCEPT))
+    return as_events(named.lazy().filter(~pl.col("concept").is_in(DERIVED)))
 
 
 def _cast(path: Path, frame: pl.LazyFrame, kinds: dict[str, pl.DataType]) -> pl.LazyFrame:

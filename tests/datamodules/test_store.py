@@ -421,7 +421,7 @@ class Raw(Hospital):
 
 if moment == "first table": Path.replace = die("replace", Path.replace, 1)
 if moment == "third table": Path.replace = die("replace", Path.replace, 3, after=True)
-if moment == "sorting": build._once = die("once", build._once, 3)
+if moment == "sorting": build.distinct = die("distinct", build.distinct, 3)
 if moment == "counting": build._Counts.table = die("table", build._Counts.table, 1)
 if moment == "last rename": Path.replace = die("replace", Path.replace, 4)
 if moment == "nobody": os.setuid(65534)

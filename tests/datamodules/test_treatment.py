@@ -2,12 +2,13 @@
 
 import doctest
 
+import numpy as np
 import polars as pl
 import pytest
 
 from datamodules.derive import treatment
-from datamodules.derive.treatment import NOREPINEPHRINE_EQUIVALENT, derived, estimated_events, volume_events
-from datamodules.dictionary import BY_NAME, CONCEPT, CONCEPTS
+from datamodules.derive.treatment import NOREPINEPHRINE_EQUIVALENT, estimated_events, volume_events
+from datamodules.dictionary import BY_NAME, CONCEPT, CONCEPTS, NAMES
 from datamodules.schema import EVENTS
 
 
@@ -15,6 +16,16 @@ def events(*rows: tuple[int, int, str, float] | tuple[int, int, str, float, int]
     """Events of (stay, minute, concept, value, when it was known: default ``minute``)."""
     schema = {"stay": pl.Int32, "minute": pl.Int32, "concept": CONCEPT, "value": pl.Float32, "known_minute": pl.Int32}
     return pl.DataFrame([row if len(row) == 5 else (*row, row[1]) for row in rows], schema, orient="row")
+
+
+def derived(table: pl.DataFrame) -> pl.DataFrame:
+    """``treatment.derived`` of a table in any order, as a table."""
+    table = table.sort("stay", "minute", pl.col("concept").to_physical(), "value").cast({"concept": pl.String})
+    code = np.array([NAMES.index(name) for name in table["concept"]], np.int64)
+    columns = (table[c].to_numpy().astype(np.int64) for c in ("stay", "minute", "known_minute"))
+    stay, minute, known, concept, value = treatment.derived(*columns, code, table["value"].to_numpy())
+    named = {"concept": [NAMES[c] for c in concept], "value": value}
+    return pl.DataFrame({"stay": stay, "minute": minute, "known_minute": known, **named})
 
 
 def after(table: pl.DataFrame, concept: str, stay: int = 0) -> list[tuple[int, float]]:
@@ -161,6 +172,55 @@ def test_nothing_derived_looks_ahead() -> None:
         part = derived(events(*(r for r in rows if r[1] < cut))).filter(pl.col("minute") < cut)
         for concept in whole["concept"].unique():
             assert after(part, concept) == [(m, v) for m, v in after(whole, concept) if m < cut]
+
+
+def plainly(rows: list[tuple[int, str, float, int]]) -> list[tuple[str, int, int, float]]:
+    """(concept, minute, known, value) that are derived from (minute, concept, value, known) of one stay, one by one."""
+    found = []
+
+    def held(drug: str, minute: int) -> float:
+        steps = sorted((m, v) for m, c, v, _ in rows if c == drug and m <= minute)
+        return steps[-1][1] if steps else 0.0
+
+    def load(minute: int) -> float:
+        return sum(weight * held(drug, minute) for drug, weight in NOREPINEPHRINE_EQUIVALENT.items())
+
+    steps = {m for m, c, *_ in rows if c in NOREPINEPHRINE_EQUIVALENT}
+    found += [("norepinephrine_equivalent", m, m, load(m)) for m in steps]
+    change = "norepinephrine_equivalent_change"
+    found += [(change, m, m, load(m) - load(m - 180)) for m in steps | {m + 180 for m in steps}]
+    charted = {m: [(v, k) for n, c, v, k in rows if (n, c) == (m, "urine")] for m in {r[0] for r in rows}}
+    urine = {m: (sum(v for v, _ in parts), max(k for _, k in parts)) for m, parts in charted.items() if parts}
+    for minute, (volume, known) in urine.items():
+        since = max((m for m, (_, k) in urine.items() if m < minute and k <= known), default=None)
+        weights = sorted((k, v) for _, c, v, k in rows if c == "weight" and k <= known)
+        if since is not None and minute - since <= 1440 and weights:
+            found.append(("urine_rate", minute, known, volume / weights[-1][1] / max((minute - since) / 60, 1)))
+    for minute in {r[0] for r in rows}:
+        at = [r for r in rows if r[0] == minute]
+        parts = [[(v, k) for _, c, v, k in at if c == name] for name in ("gcs_eyes", "gcs_verbal", "gcs_motor")]
+        if all(parts):
+            known = max(min(k for _, k in part) for part in parts)
+            if not any(c == "gcs" and k <= known for _, c, _, k in at):
+                found.append(("gcs", minute, known, sum(max(v for v, _ in part) for part in parts)))
+    return sorted(found)
+
+
+def test_many_stays_at_once_give_what_each_gives_one_row_after_another() -> None:
+    rng = np.random.default_rng(0)
+    names = [*NOREPINEPHRINE_EQUIVALENT, *["urine"] * 4, "weight", "gcs", "gcs_eyes", "gcs_verbal", "gcs_motor"]
+    stays = {}
+    for stay in range(40):
+        drawn = [(int(rng.integers(24)) * 40, str(rng.choice(names)), int(rng.integers(1, 9))) for _ in range(60)]
+        stays[stay] = [(m, c, v, m + 50 * int(rng.integers(4))) for m, c, v in dict.fromkeys(drawn)]
+        stays[stay] = [(m, c, v, m if c in NOREPINEPHRINE_EQUIVALENT else k) for m, c, v, k in stays[stay]]
+    found = derived(events(*((stay, m, c, v, k) for stay, rows in stays.items() for m, c, v, k in rows)))
+    assert found["concept"].n_unique() == 4
+    for stay, rows in stays.items():
+        own = found.filter(stay=stay).select("concept", "minute", "known_minute", "value").sort(pl.all()).rows()
+        expected = plainly(rows)
+        assert [row[:3] for row in own] == [row[:3] for row in expected]
+        assert [row[3] for row in own] == pytest.approx([row[3] for row in expected], rel=1e-5, abs=2e-6)
 
 
 def test_nothing_is_derived_from_nothing() -> None:
