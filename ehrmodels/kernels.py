@@ -1,7 +1,7 @@
 """Which kernel runs: a compiled CUDA one where it imports and can do what is asked for, else Triton's, else PyTorch; and why not.
 
 ``EHR_SCAN=torch`` never uses a kernel; ``EHR_SCAN=cuda`` or ``triton`` uses no other, and makes a missing one an error instead of a
-silent fallback. Of the convolution there is none in Triton.
+silent fallback. Of the convolution there is none in Triton. ``EHR_SCAN=cpp`` has the machine's C++ compiler build the scan for its CPU.
 """
 
 import importlib
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+HINTS = dict.fromkeys(("selective_scan_cuda", "causal_conv1d_cuda"), " (`make gpu-check` builds it)")
 
 
 def kernel_for(
@@ -28,7 +29,7 @@ def kernel_for(
     """The module ``interface`` for tensors on CUDA where its compiled ``extension`` imports; None: use what comes after it.
 
     Args:
-        extension: compiled module, such as selective_scan_cuda, or the package triton.
+        extension: module that must import first, such as the compiled selective_scan_cuda, or triton.
         interface: module whose functions call it.
         x: one of the tensors.
         beyond: what is asked for that the kernel cannot do.
@@ -40,15 +41,16 @@ def kernel_for(
         RuntimeError: ``EHR_SCAN`` asks for the kernel and it cannot be used.
     """
     wanted = os.environ.get("EHR_SCAN", "")
-    if wanted not in ("", "cuda", "triton", "torch"):
-        raise ValueError(f"EHR_SCAN={wanted} is not known; expected cuda, triton or torch, or leave it unset")
-    if wanted not in ("", choice) or (not x.is_cuda and wanted != choice) or exporting():
+    if wanted not in ("", "cuda", "triton", "cpp", "torch"):
+        raise ValueError(f"EHR_SCAN={wanted} is not known; expected cuda, triton, cpp or torch, or leave it unset")
+    by_itself = not wanted and x.is_cuda and choice != "cpp"
+    if (wanted != choice and not by_itself) or exporting():
         return None
+    devices = {"cpu"} if choice == "cpp" else {"cuda"}
+    if choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1":  # to be tested
+        devices.add("cpu")
     module: ModuleType | None = None
-    interpreted = (
-        choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    )  # then it runs on a CPU, to be tested
-    if not x.is_cuda and not interpreted:
+    if x.device.type not in devices:
         reason = f"the tensors are on {x.device.type}"
     elif beyond:
         reason = f"it cannot do {', '.join(beyond)}"
@@ -87,4 +89,4 @@ def _imported(extension: str, interface: str, instead: str) -> tuple[ModuleType 
         return module, ""
     except Exception as error:
         log.warning("%s is not used (%s): %s does its work, more slowly", extension, error, instead)
-        return None, f"{error} ({'pip install triton' if extension == 'triton' else '`make gpu-check` builds it'})"
+        return None, f"{error}{HINTS.get(extension, '')}"

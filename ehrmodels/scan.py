@@ -42,7 +42,7 @@ def selective_scan(
 
     Runs mamba-ssm's CUDA kernel on CUDA tensors where it is installed; else that of ``scan_triton``, which also has gradients through
     the last state; else PyTorch, which also does float64 and more than 256 states. ``EHR_SCAN=cuda`` or ``triton`` makes that kernel's
-    absence an error, ``EHR_SCAN=torch`` uses neither.
+    absence an error, ``EHR_SCAN=torch`` uses neither. ``EHR_SCAN=cpp`` builds ``scan_cpp`` for the CPU.
 
     Args:
         u: (B, D, L) input.
@@ -93,7 +93,11 @@ def selective_scan(
         y, last = _exported(x5, step5, a, b, c)
     else:
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x5, step5, a, b, c))
-        y, last, _ = _scan(x5, step5, a, b, c, keep)
+        compiled = kernel_for(
+            "ehrmodels.scan_cpp", "ehrmodels.scan_cpp", u, ["float64"] * (wide == torch.float64), "cpp"
+        )
+        run = _scan if compiled is None else torch.ops.ehr.scan_cpp
+        y, last, _ = run(x5, step5, a, b, c, keep)
     y = y.flatten(2)
     if D is not None:
         y = y + x * D.to(wide)

@@ -546,7 +546,7 @@ def test_asking_for_the_kernel_on_a_cpu_says_what_to_do(monkeypatch: pytest.Monk
 
 def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EHR_SCAN", "jax")
-    with pytest.raises(ValueError, match="EHR_SCAN=jax is not known; expected cuda, triton or torch"):
+    with pytest.raises(ValueError, match="EHR_SCAN=jax is not known; expected cuda, triton, cpp or torch"):
         selective_scan(**inputs(2, 4, 5, 2))
     with pytest.raises(ValueError, match="EHR_SCAN=jax is not known"):
         causal_conv1d(torch.zeros(2, 3, 5), torch.zeros(3, 4))
@@ -561,7 +561,7 @@ def test_the_kernel_gets_every_argument_in_its_place(monkeypatch: pytest.MonkeyP
         ehrmodels.scan,
         "kernel_for",
         lambda extension, interface, x, beyond, choice="cuda", **_: (
-            None if choice == "triton" else asked.append(beyond) or (None if beyond else fake)
+            None if choice != "cuda" else asked.append(beyond) or (None if beyond else fake)
         ),
     )
     name, output = selective_scan(**given, delta_softplus=True)
