@@ -55,7 +55,7 @@ check-ranks: .venv/.installed ## several processes beside one, and training kill
 check-sweep: .venv/.installed ## kill the processes of sweeps at random, on a journal file and on PostgreSQL, and time sweeps
 	.venv/bin/python -m experiments.benchmarks.check_sweep
 
-gpu-check: .venv/.installed ## on a CUDA machine: build Mamba's kernels, compare them with the PyTorch scan, time both, train
+gpu-check: .venv/.installed ## on a CUDA machine: build Mamba's kernels, compare them and Triton's with the PyTorch scan, time all, train
 	.venv/bin/python -m experiments.benchmarks.gpu_check
 
 clean: ## remove the environment, caches and the demo's run and data

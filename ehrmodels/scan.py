@@ -1,4 +1,4 @@
-"""Selective scan and depthwise causal convolution of Mamba: the CUDA kernels where they import, else PyTorch, behind one signature each.
+"""Selective scan and depthwise causal convolution of Mamba: the CUDA kernels where they import, else Triton's scan, else PyTorch.
 
 References:
   [1] Gu & Dao 2023, arXiv:2312.00752, section 3: h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t, y_t = C_t h_t + D u_t.
@@ -40,9 +40,9 @@ def selective_scan(
 ) -> Any:
     """Mamba-1's selective scan with the signature and meaning of mamba-ssm's ``selective_scan_fn`` [2].
 
-    Runs mamba-ssm's CUDA kernel on CUDA tensors where it is installed, else PyTorch, which also does what the kernel cannot: float64,
-    more than 256 states, gradients through the last state. ``EHR_SCAN=cuda`` makes a missing kernel an error, ``EHR_SCAN=torch`` never
-    uses it.
+    Runs mamba-ssm's CUDA kernel on CUDA tensors where it is installed; else that of ``scan_triton``, which also has gradients through
+    the last state; else PyTorch, which also does float64 and more than 256 states. ``EHR_SCAN=cuda`` or ``triton`` makes that kernel's
+    absence an error, ``EHR_SCAN=torch`` uses neither. ``EHR_SCAN=cpp`` builds ``scan_cpp`` for the CPU.
 
     Args:
         u: (B, D, L) input.
@@ -61,41 +61,43 @@ def selective_scan(
 
     Raises:
         ValueError: shapes do not agree, or A is complex.
-        RuntimeError: ``EHR_SCAN=cuda`` and there is no kernel; or a gradient of a gradient is asked for, which there is none of.
+        RuntimeError: ``EHR_SCAN`` asks for a kernel that is not there; or a gradient of a gradient is asked for, which there is none of.
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
-    beyond = {
-        "float64": u.dtype == torch.float64,
-        "more than 256 states": A.shape[1] > 256,
-        "a gradient through the last state": return_last_state
-        and torch.is_grad_enabled(),  # the kernel would take it for 0
-    }
+    beyond = ["float64"] * (u.dtype == torch.float64) + ["more than 256 states"] * (A.shape[1] > 256)
+    through_last = return_last_state and torch.is_grad_enabled()  # the CUDA kernel would take that gradient for 0
     kernel = kernel_for(
         "selective_scan_cuda",
         "mamba_ssm.ops.selective_scan_interface",
         u,
-        [what for what, asked in beyond.items() if asked],
+        beyond + ["a gradient through the last state"] * through_last,
+        instead="Triton or else PyTorch",
     )
     if kernel is not None:
         delta, B, C, z = (None if t is None else t.to(u.dtype) for t in (delta, B, C, z))  # it takes one type only
         D, delta_bias = (None if t is None else t.float() for t in (D, delta_bias))
         return kernel.selective_scan_fn(u, delta, A.float(), B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    if kernel_for("triton", "ehrmodels.scan_triton", u, beyond, "triton") is not None:
+        return _fused(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     wide = torch.promote_types(u.dtype, torch.float32)
     x, step = (_time_major(t, wide) for t in (u, delta))
     if delta_bias is not None:
         step = step + delta_bias.to(wide)
     if delta_softplus:
         step = F.softplus(step)
-    b, c = _grouped(B, u, wide), _grouped(C, u, wide)  # (L, B, G, N)
-    groups = math.lcm(b.shape[2], c.shape[2])
-    b, c = (t.contiguous() if t.shape[2] == groups else t.repeat_interleave(groups // t.shape[2], 2) for t in (b, c))
+    b, c, groups = _grouped(B.to(wide), C.to(wide), u)
     a = A.to(wide).unflatten(0, (groups, -1)).transpose(1, 2).contiguous()  # (G, N, D / G)
     x5, step5 = (t.unflatten(2, (groups, -1)).contiguous() for t in (x, step))  # (L, B, G, D / G)
+    b, c = b.contiguous(), c.contiguous()
     if exporting():
         y, last = _exported(x5, step5, a, b, c)
     else:
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x5, step5, a, b, c))
-        y, last, _ = _scan(x5, step5, a, b, c, keep)
+        compiled = kernel_for(
+            "ehrmodels.scan_cpp", "ehrmodels.scan_cpp", u, ["float64"] * (wide == torch.float64), "cpp"
+        )
+        run = _scan if compiled is None else torch.ops.ehr.scan_cpp
+        y, last, _ = run(x5, step5, a, b, c, keep)
     y = y.flatten(2)
     if D is not None:
         y = y + x * D.to(wide)
@@ -103,6 +105,33 @@ def selective_scan(
         y = y * F.silu(_time_major(z, wide))
     y = y.to(u.dtype).permute(1, 2, 0)
     return (y, last.transpose(2, 3).flatten(1, 2)) if return_last_state else y
+
+
+def _fused(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    return_last_state: bool,
+) -> Any:
+    """``selective_scan`` by ``scan_triton``: all of it in one kernel, each input in its own type."""
+    b, c, groups = _grouped(B, C, u)
+    x, step, gate = (
+        None if t is None else _time_major(t, t.dtype).unflatten(2, (groups, -1)) for t in (u, delta, z)
+    )  # (L, B, G, D / G)
+    a, direct, bias = (
+        None if t is None else t.float().unflatten(0, (groups, -1)).contiguous() for t in (A, D, delta_bias)
+    )
+    given = x, step, a, b, c, direct, gate, bias
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    y, last, _ = torch.ops.ehr.scan_triton(*given, delta_softplus, keep)
+    y = y.flatten(2).permute(1, 2, 0)
+    return (y, last.flatten(1, 2)) if return_last_state else y
 
 
 def selective_scan_reference(
@@ -419,11 +448,18 @@ def _time_major(t: Tensor, wide: torch.dtype) -> Tensor:
     return t.permute(2, 0, 1).to(wide)
 
 
-def _grouped(t: Tensor, u: Tensor, wide: torch.dtype) -> Tensor:
-    """B or C as (L, B, G, N); a constant one becomes a group a channel."""
-    if t.ndim == 2:
-        return t.to(wide).expand(u.shape[2], u.shape[0], *t.shape)
-    return (t if t.ndim == 4 else t.unsqueeze(1)).to(wide).permute(3, 0, 1, 2)
+def _grouped(B: Tensor, C: Tensor, u: Tensor) -> tuple[Tensor, Tensor, int]:
+    """B and C as (L, B, G, N), and G; where one is constant, a channel is a group."""
+
+    def one(t: Tensor) -> Tensor:
+        if t.ndim == 2:
+            return t.expand(u.shape[2], u.shape[0], *t.shape)
+        return (t if t.ndim == 4 else t.unsqueeze(1)).permute(3, 0, 1, 2)
+
+    b, c = one(B), one(C)
+    groups = math.lcm(b.shape[2], c.shape[2])
+    b, c = (t if t.shape[2] == groups else t.repeat_interleave(groups // t.shape[2], 2) for t in (b, c))
+    return b, c, groups
 
 
 def _of_channels(t: Tensor, u: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """`make gpu-check` without a GPU: it says so, it would see a wrong scan, and a build that fails stops nothing."""
 
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,19 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_right_scan_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("triton", [False, True])
+def test_the_right_scan_passes(triton: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if triton and (find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1"):
+        pytest.skip("Triton is not there, or does not run on a CPU")
     monkeypatch.setattr(gpu_check, "RESULT", tmp_path / "gpu.csv")
-    rows = gpu_check.compare(CPU, set(), [SHAPE, (1, 8, 1, 3)], repeats=1)
+    kernels, shapes = set(), [SHAPE, (1, 8, 1, 3)]
+    if triton:
+        kernels, shapes = {("scan", "triton")}, [(1, 8, 3, 2)]
+        monkeypatch.setattr("ehrmodels.scan_triton.CHUNK", 2)
+    rows = gpu_check.compare(CPU, kernels, shapes, repeats=1)
     assert {r.outcome for r in rows} == {"ok", ""}
+    scans = [r for r in rows if r.what.startswith("scan") and r.measure.startswith("error")]
+    assert all((r.triton is not None) == (r.between is not None) == triton for r in scans)
     assert gpu_check.conclude(rows, "a device") == 0
     assert len((tmp_path / "gpu.csv").read_text().splitlines()) == len(rows) + 1
 
@@ -56,7 +67,8 @@ def test_a_scan_that_breaks_off_fails_and_the_rest_goes_on(monkeypatch: pytest.M
     assert any("invalid argument" in r.outcome for r in rows) and any(r.outcome == "ok" for r in rows)
 
 
-def test_no_kernel_is_usable_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_kernel_is_usable_on_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert gpu_check.usable(CPU) == set()
     assert "the tensors are on cpu" in capsys.readouterr().out
 

@@ -545,10 +545,10 @@ def test_asking_for_the_kernel_on_a_cpu_says_what_to_do(monkeypatch: pytest.Monk
 
 
 def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EHR_SCAN", "triton")
-    with pytest.raises(ValueError, match="EHR_SCAN=triton is not known"):
+    monkeypatch.setenv("EHR_SCAN", "jax")
+    with pytest.raises(ValueError, match="EHR_SCAN=jax is not known; expected cuda, triton, cpp or torch"):
         selective_scan(**inputs(2, 4, 5, 2))
-    with pytest.raises(ValueError, match="EHR_SCAN=triton is not known"):
+    with pytest.raises(ValueError, match="EHR_SCAN=jax is not known"):
         causal_conv1d(torch.zeros(2, 3, 5), torch.zeros(3, 4))
 
 
@@ -560,7 +560,9 @@ def test_the_kernel_gets_every_argument_in_its_place(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         ehrmodels.scan,
         "kernel_for",
-        lambda extension, interface, x, beyond: asked.append(beyond) or (None if beyond else fake),
+        lambda extension, interface, x, beyond, choice="cuda", **_: (
+            None if choice != "cuda" else asked.append(beyond) or (None if beyond else fake)
+        ),
     )
     name, output = selective_scan(**given, delta_softplus=True)
     assert name == "kernel"
@@ -585,7 +587,9 @@ def test_the_kernel_of_the_convolution_serves_the_widths_that_it_knows(monkeypat
     fake = SimpleNamespace(
         causal_conv1d_fn=lambda x, weight, bias, activation: asked.append((weight.shape[1], bias, activation)) or x
     )
-    monkeypatch.setattr(ehrmodels.scan, "kernel_for", lambda extension, interface, x, beyond: None if beyond else fake)
+    monkeypatch.setattr(
+        ehrmodels.scan, "kernel_for", lambda extension, interface, x, beyond, **_: None if beyond else fake
+    )
     for width in range(1, 7):
         causal_conv1d(torch.zeros(2, 3, 5), torch.zeros(3, width), activation="silu")
     assert asked == [(width, None, "silu") for width in (2, 3, 4)]
@@ -601,7 +605,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return each[0]
 
     fake = SimpleNamespace(selective_scan_fn=keep, causal_conv1d_fn=keep)
-    monkeypatch.setattr(ehrmodels.scan, "kernel_for", lambda extension, interface, x, beyond: None if beyond else fake)
+    monkeypatch.setattr(
+        ehrmodels.scan, "kernel_for", lambda extension, interface, x, beyond, **_: None if beyond else fake
+    )
     return calls
 
 

@@ -29,6 +29,7 @@ from torch._higher_order_ops.associative_scan import associative_scan
 from torch.nn import functional as F
 
 from datamodules.contract import Batch, Spec, Triplets
+from ehrmodels import scan_cpp
 from ehrmodels.hymate import HyMaTE
 from ehrmodels.scan import selective_scan, selective_scan_reference
 
@@ -39,6 +40,7 @@ SHAPES: tuple[Shape, ...] = ((32, 256, 128, 16), (32, 600, 128, 16), (16, 1024, 
 SMALL: Shape = (2, 37, 8, 4)  # where outputs and gradients of all are compared with the reference
 ROUNDS, SECONDS = 7, 15.0  # rounds at a shape, and the time after which an implementation begins no other
 OURS, LOOP, PSCAN, ASSOCIATIVE = "ours", "plain loop, autograd", "mambapy pscan", "torch associative_scan"
+COMPILED = "ours, EHR_SCAN=cpp"
 SLOW_PATH, MAMBA_REF, FLOOR = "transformers slow path", "mamba-ssm selective_scan_ref", "floor of torch operations"
 # Least ratio to ours by length, forward and training. Ours is to be within 1.5 times the floor.
 TARGETS: dict[str, tuple[dict[int, float], dict[int, float]]] = {
@@ -83,6 +85,7 @@ def implementations() -> dict[str, Scan]:
     """Every implementation that is there; the others are named and left out."""
     found: dict[str, Scan] = {OURS: selective_scan, LOOP: around(loop), ASSOCIATIVE: around(associative)}
     others: dict[str, Callable[[], Scan]] = {
+        COMPILED: compiled,
         PSCAN: lambda: around(importlib.import_module("mambapy.pscan").pscan),
         SLOW_PATH: lambda: importlib.import_module("transformers.models.mamba.modeling_mamba").mamba_selective_scan,
         MAMBA_REF: mamba_ssm,
@@ -90,9 +93,20 @@ def implementations() -> dict[str, Scan]:
     for name, load in others.items():
         try:
             found[name] = load()
-        except (ImportError, AttributeError) as error:
-            console.print(f"{name}: not installed, left out ({error})")
+        except (ImportError, AttributeError, RuntimeError) as error:
+            console.print(f"{name}: not there, left out ({error})")
     return found
+
+
+def compiled() -> Scan:
+    """Ours with its loops in C++."""
+    scan_cpp.try_out()
+
+    def scan(*given: Any) -> Tensor:
+        with mock.patch.dict(os.environ, EHR_SCAN="cpp"):
+            return selective_scan(*given)
+
+    return scan
 
 
 def around(states: Callable[[Tensor, Tensor], Tensor]) -> Scan:

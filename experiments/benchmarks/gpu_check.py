@@ -1,6 +1,6 @@
-"""`make gpu-check`: the CUDA kernels of the Mamba block beside the PyTorch scan, on the GPU of this machine.
+"""`make gpu-check`: the CUDA kernels of the Mamba block and Triton's scan beside PyTorch, on the GPU of this machine.
 
-Finds or builds the kernels, compares both with a float64 loop over the steps, times them, and trains every model with either. What
+Finds or builds the kernels, compares all with a float64 loop over the steps, times them, and trains every model with each. What
 cannot be done here (no compiler, no network, no memory) is said and left out; the exit status is 1 only if a comparison fails.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ehrmodels.scan import causal_conv1d, selective_scan, selective_scan_reference
-from experiments.benchmarks.gpu_build import EXTENSIONS, compiler, line, provide, say, version
+from experiments.benchmarks.gpu_build import compiler, line, provide, say, version
 from experiments.benchmarks.gpu_train import (
     PATHS,
     STAYS,
@@ -63,7 +63,9 @@ def main() -> int:
     kernels = usable(device)
     rows = compare(device, kernels)
     show(rows, "forward and backward: errors against float64 over the largest value, median time, peak memory")
-    trained = train_all(device, tuple(PATHS) if len(kernels) == len(EXTENSIONS) else ("pytorch",), folder)
+    whole = {column: ("scan", column) in kernels for column in PATHS} | {"pytorch": True}
+    whole["kernel"] &= ("convolution", "kernel") in kernels
+    trained = train_all(device, [column for column in PATHS if whole[column]], folder)
     show(trained, f"training: {STEPS} steps in bfloat16 on {STAYS:,} simulated stays")
     return conclude(rows + trained, about)
 
@@ -78,16 +80,17 @@ def conclude(rows: Sequence[Row], device: str) -> int:
     return int(failed > 0)
 
 
-def usable(device: torch.device) -> set[str]:
-    """Names of the operations whose kernel runs on ``device``; says why of the others."""
+def usable(device: torch.device) -> set[tuple[str, str]]:
+    """Which operation runs on ``device`` with which column's kernel; says why not of the others."""
     kernels = set()
     for operation in operations((1, 8, 4, 2), torch.float32, device):
-        try:
-            with scanning("kernel"):
-                derived(operation.run, operation)
-            kernels.add(operation.name)
-        except Exception as error:  # whatever a package says that was built for another torch
-            say(f"{operation.name}: PyTorch only: {line(error)}")
+        for column in ("kernel", "triton") if operation.name == "scan" else ("kernel",):
+            try:
+                with scanning(column):
+                    derived(operation.run, operation)
+                kernels.add((operation.name, column))
+            except Exception as error:  # whatever a package says that was built for another torch
+                say(f"{operation.name}: no {column}: {line(error)}")
     return kernels
 
 
@@ -150,14 +153,14 @@ def last_state(call: Callable[..., Any], operation: Operation, double: bool = Fa
 
 
 def compare(
-    device: torch.device, kernels: set[str], shapes: Sequence[Sequence[int]] = SHAPES, repeats: int = 15
+    device: torch.device, kernels: set[tuple[str, str]], shapes: Sequence[Sequence[int]] = SHAPES, repeats: int = 15
 ) -> list[Row]:
-    """Errors, milliseconds and peak memory of every operation in every shape and type; ``kernels`` names those that have one."""
+    """Errors, milliseconds and peak memory of every operation in every shape and type, with PyTorch and ``kernels``."""
     rows: list[Row] = []
     for shape, dtype in ((s, d) for s in shapes for d in LIMITS):
         for operation in operations(shape, dtype, device):
             what = f"{operation.name} {tuple(shape)} {str(dtype).removeprefix('torch.')}"
-            columns = tuple(PATHS) if operation.name in kernels else ("pytorch",)
+            columns = [c for c in PATHS if c == "pytorch" or (operation.name, c) in kernels]
             rows += attempt(what, partial(errors, what, operation, columns, LIMITS[dtype]))
             rows += attempt(what, partial(costs, what, operation, columns, device, repeats))
     return rows
@@ -169,15 +172,17 @@ def errors(what: str, operation: Operation, columns: Sequence[str], limits: tupl
     for column in columns:
         with scanning(column):
             results[column] = derived(operation.run, operation) | last_state(operation.run, operation)
-    pairs = {column: (result, exact) for column, result in results.items()}
-    if len(results) == 2:
-        pairs["between"] = (results["kernel"], results["pytorch"])
     rows = []
     for name, true in exact.items():
         limit, scale = limits[name in operation.inputs], true.abs().max().clamp(min=FLOOR)
-        found = {
-            column: float((a[name].double() - b[name].double()).abs().max() / scale) for column, (a, b) in pairs.items()
-        }
+
+        def error(a: Tensor, b: Tensor, scale: Tensor = scale) -> float:
+            return float((a.double() - b.double()).abs().max() / scale)
+
+        found = {column: error(result[name], true) for column, result in results.items()}
+        others = [error(result[name], results["pytorch"][name]) for c, result in results.items() if c != "pytorch"]
+        if others:
+            found["between"] = max(others)
         measure = f"error of gradient of {name}" if name in operation.inputs else f"error of {name}"
         rows.append(measured(what, measure, found, limit))
     return rows
@@ -201,7 +206,7 @@ def costs(what: str, operation: Operation, columns: Sequence[str], device: torch
 
 def show(rows: Sequence[Row], title: str) -> None:
     table = Table(title=title)
-    for heading in ("", "measure", "kernel", "PyTorch", "between", "limit", "outcome"):
+    for heading in ("", "measure", "kernel", "Triton", "PyTorch", "between", "limit", "outcome"):
         table.add_column(heading)
     for row in rows:
         table.add_row(*map(escape, cells(row)))

@@ -1,4 +1,4 @@
-"""Training as `make gpu-check` measures it: every model for a few hundred steps, with the CUDA kernels and with the PyTorch scan."""
+"""Training as `make gpu-check` measures it: every model for a few hundred steps, with the CUDA kernels, Triton's scan and PyTorch's."""
 
 import os
 import time
@@ -20,7 +20,7 @@ from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE
 from experiments.benchmarks.gpu_build import line
 
-PATHS = {"kernel": "cuda", "pytorch": "torch"}  # column -> EHR_SCAN
+PATHS = {"kernel": "cuda", "triton": "triton", "pytorch": "torch"}  # column -> EHR_SCAN
 STEPS, WARMUP, STAYS, WORKERS = 500, 20, 4000, 4
 MODELS = {"Fusion": Fusion} | {
     f"HyMaTE {a}": (lambda a=a: HyMaTE(attention=a)) for a in ("token", "variable", "channel")
@@ -28,11 +28,12 @@ MODELS = {"Fusion": Fusion} | {
 
 
 class Row(NamedTuple):
-    """One measure of one thing: with the kernel, with PyTorch, between the two; none of these may exceed ``limit``."""
+    """One measure of one thing: with the CUDA kernel, Triton, PyTorch, between PyTorch and the others; none may exceed ``limit``."""
 
     what: str
     measure: str
     kernel: float | None = None
+    triton: float | None = None
     pytorch: float | None = None
     between: float | None = None
     limit: float | None = None
@@ -43,7 +44,7 @@ def measured(what: str, measure: str, found: Mapping[str, float | None], limit: 
     """A row of the values ``found`` by column, judged if there is a limit; what is no number exceeds it."""
     held = limit is not None and all(value is not None and value <= limit for value in found.values())
     outcome = "" if limit is None else "ok" if held else "FAILS"
-    return Row(what, measure, found.get("kernel"), found.get("pytorch"), found.get("between"), limit, outcome)
+    return Row(what, measure, limit=limit, outcome=outcome, **found)
 
 
 def attempt(what: str, call: Callable[[], list[Row]]) -> list[Row]:
@@ -58,7 +59,7 @@ def attempt(what: str, call: Callable[[], list[Row]]) -> list[Row]:
 
 @contextmanager
 def scanning(column: str) -> Iterator[None]:
-    """Let ``ehrmodels.scan`` use the "kernel", or "pytorch"."""
+    """Let ``ehrmodels.scan`` use the "kernel", "triton", or "pytorch"."""
     before = os.environ.get("EHR_SCAN")
     os.environ["EHR_SCAN"] = PATHS[column]
     try:
@@ -146,7 +147,7 @@ def train_all(
         what = f"{name}, {workers} workers"
         found: dict[str, dict[str, float | None]] = {}
         data.num_workers = workers
-        for column in (columns if name != "Fusion" else ("pytorch",))[: 1 if workers else 2]:
+        for column in (columns if name != "Fusion" else ("pytorch",))[: 1 if workers else None]:
             rows += attempt(f"{what}, {column}", partial(train, MODELS[name], data, column, device, steps, found))
         for measure in next(iter(found.values()), {}):
             limit = 1.0 if measure.startswith("loss") else None
