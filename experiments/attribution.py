@@ -35,6 +35,7 @@ REPEATS = 3  # random orders, another for every sample in each
 MOST = 500  # samples that are explained: the model goes over them once for each variable, and for each share and order
 CHECKED = 150  # of them that untrained models are explained on
 UNTRAINED = 2  # of them
+REPLICATES = 300  # resamples of patients for what permutation costs
 ALIKE = 0.5  # rank correlation with an untrained model's parts from which on a method fails
 SMALLEST = 32  # samples of which gradients are taken at once
 SHOWN = 15  # variables in a figure
@@ -266,7 +267,7 @@ def permutation(model: ICUModule, data: ICUDataModule, cohort: Explained, step: 
         for own, other in zip(cohort.groups, others, strict=True):
             batch, beside = (moved(data.batch(each), model) for each in (own, other))
             outputs.append(_scalar(model(attribution.swapped(batch, beside, mine, model.spec))))
-        less = metrics.difference(_predictions(torch.cat(outputs), target, patients), whole, 300)["auroc"]
+        less = metrics.difference(_predictions(torch.cat(outputs), target, patients), whole, REPLICATES)["auroc"]
         found.append((group, int(mine.sum()), less["value"], less["low"], less["high"]))
     table = pl.DataFrame(found, ["group", "variables", *schema], orient="row")
     return table.sort("auroc_loss", descending=True, maintain_order=True)

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 
 from experiments import evidence, metrics
+from experiments import page as pages_of
 from experiments.cli import main
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -115,13 +116,19 @@ def pages(mimic: Path, eicu: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A run of trees, scored on a second system, and hourly."""
     runs = tmp_path_factory.mktemp("pages")
     line = f"train --model LightGBM --model.rounds 20 --data SyntheticMIMICIV --data.root {mimic} --runs {runs}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages_of, "EXPLAINED", 30)
+        _make(line, eicu, runs)
+    return runs
+
+
+def _make(line: str, eicu: Path, runs: Path) -> None:
     main(f"{line} --name icu --finetune SyntheticEICU --finetune.root {eicu} --transfer.recalibrate prevalence".split())
     main(f"{line} --name hourly --data.task mortality_24h --data.rolling true --data.hours 24".split())
     main(f"evaluate --ckpt {runs / 'hourly' / 'best.ckpt'} --data.split all --out {runs / 'all'}".split())
     main(
         f"evaluate --ckpt {runs / 'icu' / 'best.ckpt'} --data.split val --beside {runs / 'icu'} --out {runs / 'val'}".split()
     )
-    return runs
 
 
 def test_a_page_holds_every_score_and_asks_nothing_of_the_network(pages: Path) -> None:
