@@ -34,10 +34,11 @@ format: .venv/.installed ## let ruff sort imports and lay out the code
 		|| echo 'mamba-ssm does not install: the comparison with it is left out'
 	touch $@
 
-bench: .venv/.installed .venv-bench/.installed ## time and memory of `ehr prepare`, of the scan and of training, beside others (ROOT=folder of PhysioNet 2012)
+bench: .venv/.installed .venv-bench/.installed ## time and memory of `ehr prepare`, of the scan and of training, beside others, and how long one stay takes (ROOT=folder of PhysioNet 2012)
 	.venv/bin/python -m experiments.benchmarks.bench
 	.venv-bench/bin/python -m experiments.benchmarks.bench_scan
 	.venv/bin/python -m experiments.benchmarks.bench_models $(if $(ROOT),--root $(ROOT))
+	.venv/bin/python -m experiments.benchmarks.bench_latency
 
 bench-full: .venv/.installed ## time and memory of `ehr prepare` on simulated files of the real databases' size (hours, 40 GB)
 	.venv/bin/python -m experiments.benchmarks.bench_full

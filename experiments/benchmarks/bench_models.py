@@ -53,7 +53,7 @@ class Simulated(PhysioNet2012):
         died = np.random.default_rng(1).random(self.count) < 0.14
         stays = pl.DataFrame({"stay_id": np.arange(self.count), "hospital_death": died}).with_columns(
             patient_id=pl.col("stay_id").cast(pl.String),
-            hospital_id=pl.lit("b"),
+            hospital_id=pl.when(pl.col("stay_id") % 2 == 0).then(pl.lit("b")).otherwise(pl.lit("c")),
             stay_number=1,
             age=60.0,
             icu_minutes=HOURS * 60,
