@@ -24,7 +24,8 @@ def inputs(say: dict[str, Any], stay: dict[str, str], events: list[dict[str, str
     summary, triplets = [], []
     for k, variable in enumerate(say["variables"]):
         own = [e for e in known if e["concept"] == variable["name"]]
-        course = sorted((int(e["minute"]) - at + 60 * hours, float(np.float32(e["value"]))) for e in own)
+        course = [(int(e["minute"]) - at + 60 * hours, float(np.float32(e["value"]))) for e in own]
+        course.sort(key=lambda event: event[0])  # of one minute in the order of the table
         minute, x = np.array(course).reshape(-1, 2).T  # since the window opened
         recent = minute >= -60 * carry
         hour = (minute[recent] // 60).astype(int) + carry
@@ -69,8 +70,9 @@ def raw(stay: dict[str, str], feature: dict[str, Any]) -> float:
 
 
 def standard(number: Any, of: dict[str, Any], clip: float) -> Any:
-    """Standardised; what is not known is 0."""
-    return np.nan_to_num(np.clip((number - of["center"]) / of["scale"], -clip, clip))
+    """Standardised in 32 bits, since models tell a value from the next one at the edges of their bins; unknown is 0."""
+    center, scale = np.float32(of["center"]), np.float32(of["scale"])
+    return np.nan_to_num(np.clip((np.asarray(number, np.float32) - center) / scale, -clip, clip))
 
 
 def statistics(minute: np.ndarray, x: np.ndarray, hours: int) -> dict[str, float]:
