@@ -103,12 +103,13 @@ def workers(command: int) -> list[int]:
 
 def ranks(worker: int) -> list[int]:
     """Process ids of those that train a trial for a worker, the first of them first."""
-    return sorted(child for child in _children(worker) if _is_rank(child))
+    return sorted(rank for server in _children(worker) if _forks(server) for rank in _children(server))
 
 
-def _is_rank(process: int) -> bool:
+def _forks(process: int) -> bool:
+    """Whether a process is what starts ranks, or one of them."""
     with contextlib.suppress(OSError):
-        return b"multiprocessing.spawn" in Path(f"/proc/{process}/cmdline").read_bytes()
+        return b"multiprocessing.forkserver" in Path(f"/proc/{process}/cmdline").read_bytes()
     return False
 
 
@@ -135,12 +136,13 @@ def killed(folder: Path, storage: str | None, rng: random.Random, devices: int) 
     ]
     line += ["--storage", storage] if storage else []
     kills, seen = {"worker": 0, "rank": 0, "command": 0}, set[int]()
-    start = time.monotonic()
+    start, trained = time.monotonic(), 0.0
     with (folder / "output").open("ab") as output:
         process = subprocess.Popen(line, stdout=output, stderr=output)
         while process.poll() is None:
-            # ranks are started after their worker, and there would be nothing but starts
-            time.sleep(rng.uniform(1, 3) if devices == 1 else rng.uniform(4, 12))
+            time.sleep(rng.uniform(1, 3))
+            if devices > 1 and epochs(study_folder) == trained:
+                continue  # ranks start after their worker: a slow machine would do nothing else
             running = workers(process.pid)
             training = [rank for worker in running for rank in ranks(worker)]
             seen |= set(training)
@@ -156,10 +158,11 @@ def killed(folder: Path, storage: str | None, rng: random.Random, devices: int) 
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
                 kills["rank" if victim in training else "worker"] += 1
+            trained = epochs(study_folder)
     if process.returncode:
         output_tail = (folder / "output").read_text()[-2000:]
         raise RuntimeError(f"the sweep ended with {process.returncode}: {output_tail}")
-    if left := [rank for rank in seen if _is_rank(rank)]:
+    if left := [rank for rank in seen if _forks(rank)]:
         raise RuntimeError(f"ranks outlived their sweep: {left}")
     study = opened(study_folder, storage)
     trials = study.trials()
@@ -167,7 +170,7 @@ def killed(folder: Path, storage: str | None, rng: random.Random, devices: int) 
     assert best is not None
     numbers = sorted(t.number for t in trials)
     cli.main(["train", "-c", str(study_folder / "best.yaml")])
-    epochs = [
+    curves = [
         pl.read_csv(run / "metrics.csv")["val_auroc_auprc"]
         for run in (folder / f"{study_folder.name}-best", study_folder / f"trial-{best.number:04d}")
     ]
@@ -184,9 +187,14 @@ def killed(folder: Path, storage: str | None, rng: random.Random, devices: int) 
         "commands killed": kills["command"],
         "trials that lost a process": sum("lost" in t.user_attrs for t in trials),
         "best": f"{best.value:.6f}",
-        "best, by ehr train": f"{max(epochs[0].to_list()):.6f}",
+        "best, by ehr train": f"{max(curves[0].to_list()):.6f}",
         "minutes": f"{(time.monotonic() - start) / 60:.1f}",
     }
+
+
+def epochs(folder: Path) -> float:
+    """When an epoch of any trial in the study's folder last ended."""
+    return max((path.stat().st_mtime for path in folder.glob("trial-*/metrics.csv")), default=0.0)
 
 
 def opened(folder: Path, storage: str | None) -> Study:

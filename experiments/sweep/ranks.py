@@ -37,7 +37,8 @@ def train_on(devices: int, arguments: list[str], trial: fit.Trial) -> None:
     """
     # Ranks meet at a store of this process: one of the first rank would need a port that is still free when it gets there.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning"])  # takes longest, and neither starts threads nor looks for a GPU
     processes, lines = [], list[Connection]()
     try:
         for rank in range(devices):

@@ -103,8 +103,8 @@ def attempt(study: Study, trial: Trial, order: dict[str, Any]) -> None:
         for key, fact in (facts | {"host": platform.node()}).items():
             trial.set_user_attr(key, fact)
         begun = folder / run_name / "config.yaml"
-        if begun.exists() and yaml.safe_load(begun.read_text())["trainer"]["devices"] != config["trainer"]["devices"]:
-            empty(folder / run_name)
+        if begun.exists() and str(yaml.safe_load(begun.read_text())["trainer"]["devices"]) != str(order["devices"]):
+            empty(begun.parent)
         told = fit.Trial(order["name"], trial.number, trial.params, report)
         if order["devices"] > 1:
             ranks.train_on(order["devices"], arguments, told)
