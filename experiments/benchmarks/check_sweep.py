@@ -42,7 +42,7 @@ model:
   class_path: Fusion
 trainer: {max_epochs: 8}
 """
-KILLS = 60  # at most, so that a slow machine also comes to an end
+KILLS = {1: 60, 2: 40}  # by devices a trial, at most, so that a slow machine also comes to an end
 
 
 def configuration(home: Path, stays: int) -> str:
@@ -146,7 +146,7 @@ def killed(folder: Path, storage: str | None, rng: random.Random, devices: int) 
             running = workers(process.pid)
             training = [rank for worker in running for rank in ranks(worker)]
             seen |= set(training)
-            if not running or sum(kills.values()) >= KILLS:
+            if not running or sum(kills.values()) >= KILLS[devices]:
                 continue
             if rng.random() < 0.15:
                 process.kill()

@@ -236,6 +236,11 @@ class Study:
         """This process leaves the trial to another by intention, which must not count as an attempt that was lost."""
         trial.set_user_attr("lost", [0, 0])
 
+    def leave(self, trial: Trial) -> None:
+        """Let any process, this one too, go on with the trial as with one that has lost its process."""
+        self._locks.release(trial.number)
+        self._begun.remove(trial.number)
+
     def end(self, trial: Trial, state: TrialState, value: float | None = None, **facts: Any) -> None:
         """Finish a trial of this process; ``facts`` are kept with it."""
         with self.locked():  # also fails where the connection that holds the trial's lock is gone
@@ -245,8 +250,7 @@ class Study:
         for key, fact in facts.items():
             trial.set_user_attr(key, fact)
         self._study.tell(trial, value, state)
-        self._locks.release(trial.number)
-        self._begun.remove(trial.number)
+        self.leave(trial)
 
 
 def value(trial: FrozenTrial) -> float:

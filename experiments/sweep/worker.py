@@ -122,7 +122,7 @@ def attempt(study: Study, trial: Trial, order: dict[str, Any]) -> None:
         raise  # the disk: no fault of the trial
     except ranks.RankLostError as error:
         print(f"{run_name}: {error}", flush=True)
-        raise SystemExit(RENEW) from error  # as if this process had been killed: the next one goes on
+        study.leave(trial)
     except SystemExit:
         study.end(trial, TrialState.FAIL, reason="its command line was refused: see the worker's log")
     except ValueError as error:
