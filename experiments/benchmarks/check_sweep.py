@@ -169,7 +169,8 @@ def killed(folder: Path, storage: str | None, rng: random.Random, devices: int) 
     best = study.best(trials)
     assert best is not None
     numbers = sorted(t.number for t in trials)
-    cli.main(["train", "-c", str(study_folder / "best.yaml")])
+    again = [sys.executable, "-m", "experiments.cli", "train", "-c", str(study_folder / "best.yaml")]
+    subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
     curves = [
         pl.read_csv(run / "metrics.csv")["val_auroc_auprc"]
         for run in (folder / f"{study_folder.name}-best", study_folder / f"trial-{best.number:04d}")

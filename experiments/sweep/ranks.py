@@ -53,6 +53,7 @@ def train_on(devices: int, arguments: list[str], trial: fit.Trial) -> None:
     finally:
         for process in processes:
             process.kill()
+        for process in processes:
             process.join()
 
 
