@@ -42,7 +42,7 @@ model:
   class_path: Fusion
 trainer: {max_epochs: 8}
 """
-KILLS = {1: 60, 2: 40}  # by devices a trial, at most, so that a slow machine also comes to an end
+KILLS = {1: 60, 2: 24}  # by devices a trial, at most, so that a slow machine also comes to an end
 
 
 def configuration(home: Path, stays: int) -> str:
@@ -136,13 +136,16 @@ def killed(folder: Path, storage: str | None, rng: random.Random, devices: int) 
     ]
     line += ["--storage", storage] if storage else []
     kills, seen = {"worker": 0, "rank": 0, "command": 0}, set[int]()
-    start, trained = time.monotonic(), 0.0
+    start, trained = time.monotonic(), dict[int, int]()
     with (folder / "output").open("ab") as output:
         process = subprocess.Popen(line, stdout=output, stderr=output)
         while process.poll() is None:
             time.sleep(rng.uniform(1, 3))
-            if devices > 1 and epochs(study_folder) == trained:
-                continue  # ranks start after their worker: a slow machine would do nothing else
+            if devices > 1:  # ranks start after their worker: on a slow machine a trial would be killed again and again
+                now = progress(study_folder, storage)
+                if not now or any(done <= trained.get(number, 0) for number, done in now.items()):
+                    continue
+                trained = now
             running = workers(process.pid)
             training = [rank for worker in running for rank in ranks(worker)]
             seen |= set(training)
@@ -158,7 +161,6 @@ def killed(folder: Path, storage: str | None, rng: random.Random, devices: int) 
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
                 kills["rank" if victim in training else "worker"] += 1
-            trained = epochs(study_folder)
     if process.returncode:
         output_tail = (folder / "output").read_text()[-2000:]
         raise RuntimeError(f"the sweep ended with {process.returncode}: {output_tail}")
@@ -193,9 +195,12 @@ def killed(folder: Path, storage: str | None, rng: random.Random, devices: int) 
     }
 
 
-def epochs(folder: Path) -> float:
-    """When an epoch of any trial in the study's folder last ended."""
-    return max((path.stat().st_mtime for path in folder.glob("trial-*/metrics.csv")), default=0.0)
+def progress(folder: Path, storage: str | None) -> dict[int, int]:
+    """Trial that is not over -> how many epochs it has; nothing where none was begun."""
+    if not any(folder.glob("trial-*")):
+        return {}
+    with opened(folder, storage) as study:
+        return {t.number: len(t.intermediate_values) for t in study.trials() if not t.state.is_finished()}
 
 
 def opened(folder: Path, storage: str | None) -> Study:
