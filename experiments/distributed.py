@@ -1,6 +1,7 @@
 """Training on several processes: which of them this one is, what they tell each other, and what happens when one of them ends."""
 
 import logging
+import multiprocessing
 import os
 import platform
 import re
@@ -27,6 +28,7 @@ ENDED = "another process of this training ended; the same command with --resume 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 PARENT = "EHR_TRAINING_PARENT"  # process id of the one that started this one
 ALIKE_SECONDS = 10  # in which all processes that fail for one reason have failed
+_joined = False  # whether this process is one of a group that another started and hears of
 # What torch says in a process that waits for one that is gone.
 GONE = re.compile(
     r"Connection (was likely )?(closed|reset)|Broken pipe|pair closure|Socket closed|recvValue|NCCL.*(remote|abort|time)",
@@ -68,7 +70,7 @@ def distributed_run(trainer: dict[str, Any]) -> Iterator[None]:
             watch.end()
         if isinstance(error, KeyboardInterrupt) and _first_is_gone() and not os.environ.get("EHR_TRACEBACK"):
             watch.end()
-        if rank and isinstance(error, Exception | KeyboardInterrupt):
+        if rank and not _joined and isinstance(error, Exception | KeyboardInterrupt):
             time.sleep(
                 ALIKE_SECONDS
             )  # the first process says it, and ends this one, if it has failed for the same reason
@@ -87,6 +89,28 @@ def distributed_run(trainer: dict[str, Any]) -> Iterator[None]:
         watch.stop()
         if main:
             signal.signal(signal.SIGTERM, handler)
+
+
+def join(rank: int, port: int) -> None:
+    """Become one of the processes of one machine that train together, started by ``multiprocessing``; it ends with its parent.
+
+    Args:
+        rank: number of this process among them.
+        port: of the parent's ``torch.distributed.TCPStore``, where they meet.
+    """
+    global _joined
+    _joined = True
+    files.console.quiet = rank > 0
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # the store is there
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _place(trainer: dict[str, Any]) -> tuple[int, int]:

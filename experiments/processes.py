@@ -54,10 +54,11 @@ class Workers:
             status 0 where nothing is left to do, and 2 where it would be the same for any other.
         order: of whatever the module needs, ``name`` and ``folder``.
         number: of processes.
+        devices: of each of them.
     """
 
-    def __init__(self, module: str, order: dict[str, Any], number: int):
-        self.module, self.order, self.number = module, order, number
+    def __init__(self, module: str, order: dict[str, Any], number: int, devices: int = 1):
+        self.module, self.order, self.number, self.each = module, order, number, devices
         self.folder = Path(order["folder"])
         # of this host and command: several may share the folder, such as the tasks of one srun
         self.log_name = f"worker-{platform.node()}-{os.getpid()}"
@@ -65,7 +66,7 @@ class Workers:
         environment = {
             k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_PREFIXES) and k not in LAUNCHER_VARIABLES
         }
-        environment.setdefault("OMP_NUM_THREADS", str(max(_cores() // number, 1)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(_cores() // (number * devices), 1)))
         # this very package, even where the current folder holds another one named experiments
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
@@ -81,7 +82,8 @@ class Workers:
     def start(self, index: int) -> None:
         environment = dict(self.environment)
         if self.devices:
-            environment["CUDA_VISIBLE_DEVICES"] = self.devices[index % len(self.devices)]
+            own = range(index * self.each, (index + 1) * self.each)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[i % len(self.devices)] for i in own)
         with self.log(index).open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", self.module],
@@ -118,7 +120,8 @@ class Workers:
         ) as bar:
             task = bar.add_task(self.order["name"], total=total)
             console.print(
-                f"{self.folder}: {total} {what}, {self.number} worker{'s' * (self.number > 1)}; {self.log_name}-*.log say more",
+                f"{self.folder}: {total} {what}, {self.number} worker{'s' * (self.number > 1)}"
+                f"{f' of {self.each} devices' if self.each > 1 else ''}; {self.log_name}-*.log say more",
                 soft_wrap=True,
             )
             try:

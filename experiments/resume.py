@@ -167,8 +167,20 @@ class Epochs(Callback):
             write_text(self.path, self._table())
             shown = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k.startswith(("train", "val", "cv")))
             console.print(f"epoch {trainer.current_epoch:3d}  {shown}", highlight=False, soft_wrap=True)
-            if self.report is not None:
-                self.report(trainer.current_epoch, row)
+        if self.report is not None:
+            self._tell(self.report, trainer, row)
+
+    def _tell(self, report: Report, trainer: lightning.Trainer, row: dict[str, float]) -> None:
+        """Report an epoch from the first process; what that raises is raised in all of them, so that none waits for another."""
+        raised: Exception | None = None
+        if trainer.is_global_zero:
+            try:
+                report(trainer.current_epoch, row)
+            except Exception as error:
+                raised = error
+        for reason in distributed.all_gather(raised):
+            if reason is not None:
+                raise reason
 
     def _table(self) -> str:
         """The rows as CSV; what an epoch does not have is empty."""

@@ -123,6 +123,14 @@ def opened(
             raise
 
 
+def empty(folder: Path) -> None:
+    """Let a run be trained anew: all goes but what was printed, and what it is known by at Weights & Biases."""
+    with _alone(folder, "--name"):
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in ("run.lock", "run.log", "wandb_id"):
+                path.unlink()
+
+
 def _take_up(folder: Path, config: dict[str, Any], resume: bool | None, option: str, verb: Callable[..., Any]) -> None:
     path = folder / "config.yaml"
     if path.exists():

@@ -48,6 +48,9 @@ def differences(
         function: the verb, whose signature has the defaults of the options at the top.
     """
     before, after = flat(stored), flat(new)
+    for config in (before, after):
+        if str(config.get("trainer.devices")).isdigit():
+            config["trainer.devices"] = int(config["trainer.devices"])  # a flag is recorded as a word
     sections = {key.removesuffix(".class_path") for key in {*before, *after} if key.endswith(".class_path")}
     exchanged = [s for s in sections if not _same_class(before.get(f"{s}.class_path"), after.get(f"{s}.class_path"))]
     unequal: dict[str, tuple[Any, Any]] = {}

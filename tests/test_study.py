@@ -170,6 +170,25 @@ def test_settings_that_change_no_result_are_the_same_study(tmp_path: Path) -> No
         Study("s", str(tmp_path / "study.journal"), {**SETTINGS, "config": config})
 
 
+def _divided(devices: int, batch: int) -> str:
+    data = f"data: {{class_path: EICU, init_args: {{batch_size: {batch}}}}}"
+    return f"{data}\ntrainer: {{devices: {devices}}}\n"
+
+
+def test_the_same_batches_on_other_devices_are_the_same_study(tmp_path: Path) -> None:
+    storage = str(tmp_path / "study.journal")
+    for devices, batch in ((1, 32), (2, 16), (4, 8)):
+        Study("s", storage, {**SETTINGS, "config": _divided(devices, batch)})
+    with pytest.raises(
+        ValueError, match=r"--trainer.devices: 1 there, 2 here\n.*--data.batch_size times --trainer.devic"
+    ):
+        Study("s", storage, {**SETTINGS, "config": _divided(2, 32)})
+    terms = {**SETTINGS, "space": {"data.batch_size": [8, 16]}}
+    Study("drawn", storage, {**terms, "config": _divided(1, 32)})
+    with pytest.raises(ValueError, match="the batches that --space names are those of one device"):
+        Study("drawn", storage, {**terms, "config": _divided(2, 16)})
+
+
 # ---- repeated configurations -------------------------------------------------------------------------------------------------
 
 ONE_CHOICE = {**SETTINGS, "space": {"model.width": [8]}}

@@ -1,12 +1,16 @@
 """``ehr sweep``: what it refuses, how a trial ends, and a sweep whose workers are killed."""
 
+import contextlib
 import functools
+import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +24,12 @@ from test_cli import refused
 from test_study import SETTINGS, claimed, eventually
 
 from ehrmodels import load
-from experiments import processes, train
+from experiments import distributed, fit, processes, resume, train
+from experiments.benchmarks.check_sweep import ranks as ranks_of
 from experiments.benchmarks.check_sweep import workers
 from experiments.cli import main
+from experiments.sweep import command, ranks, worker
 from experiments.sweep import report as sweep_report
-from experiments.sweep import worker
 from experiments.sweep.space import check_names
 from experiments.sweep.study import Study
 
@@ -62,7 +67,11 @@ def test_bad_space(space: str, message: str, mimic: Path, tmp_path: Path, capsys
     [
         ("--storage sqlite:///a.db", "expected a journal file, or postgresql://user@host/database"),
         ("--storage postgresql://u:secret@127.0.0.1:1/db", "postgresql://u:***@127.0.0.1:1/db cannot be reached"),
-        ("--trainer.devices 2", "one trial runs on one device"),
+        (
+            "--trainer.devices auto",
+            "--trainer.devices must be the number of devices of each trial in a sweep, found auto",
+        ),
+        ("--trainer.devices 2 --trainer.num_nodes 2", "the devices of a trial are those of one machine"),
         ("--workers 0", "--trials and --workers must be at least 1"),
         ("--data.root nowhere", "no folder nowhere"),
         ("--finetune EICU", "unknown option --finetune"),
@@ -98,7 +107,7 @@ def test_bad_sweep(more: str, message: str, mimic: Path, tmp_path: Path, capsys:
             "data.sofa data.sofa.gcs_intubated data.min_age data.first_stay data.min_icu_hours data.labs",
             "which patients",
         ),
-        ("trainer.devices trainer.num_nodes trainer.strategy", "one trial runs on one device"),
+        ("trainer.devices trainer.num_nodes trainer.strategy", "on how many devices a trial runs is no setting"),
         ("trainer.logger trainer.callbacks", "the training sets it itself"),
         ("trainer.limit_val_batches trainer.overfit_batches", "the same patients"),
     ],
@@ -132,6 +141,153 @@ def test_cores_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -
     assert processes._cores() == os.cpu_count()
 
 
+@pytest.mark.parametrize(
+    ("gpus", "accelerator", "devices", "workers", "found"),
+    [
+        (8, "auto", 2, 4, (2, 4)),
+        (8, "auto", 3, None, (3, 2)),
+        (8, "auto", 1, 16, (1, 16)),  # GPUs may be shared by trials of one
+        (2, "cpu", 2, 3, (2, 3)),
+        (0, "auto", 2, None, (2, 1)),
+        (8, "auto", 2, 5, "5 workers with 2 devices a trial need 10 GPUs, and 8 are here: lower --workers or"),
+        (1, "auto", "2", None, "1 worker with 2 devices a trial need 2 GPUs, and 1 is here"),
+    ],
+)
+def test_trials_share_the_gpus_of_a_machine(
+    gpus: int, accelerator: str, devices: Any, workers: int | None, found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    trainer = {"devices": devices, "accelerator": accelerator}
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=found):
+            command.shares(trainer, workers)
+    else:
+        assert command.shares(trainer, workers) == found
+
+
+def test_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(ValueError, match="give the command without torchrun"):
+        command.shares({"devices": 2}, None)
+
+
+def test_every_worker_has_devices_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    class Process:
+        stdin = io.BytesIO()
+
+        def __init__(self, *_: Any, env: dict[str, str], **__: Any):
+            started.append(env["CUDA_VISIBLE_DEVICES"])
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(Process.stdin, "close", lambda: None, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2,3,5,6,7")
+    for each, expected in ((2, ["1,2", "3,5", "6,7"]), (1, ["1", "2", "3"])):
+        group = processes.Workers("experiments.sweep.worker", {"folder": str(tmp_path)}, 3, each)
+        for index in range(3):
+            group.start(index)
+        assert started == expected
+        started.clear()
+
+
+# ---- a trial on several devices ----------------------------------------------------------------------------------------------
+
+
+def test_a_trial_of_two_ranks_that_loses_one_goes_on_and_is_pruned(mimic: Path, trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    line = LINE.format(mimic, tmp_path).removeprefix("sweep ").removesuffix(" --name s --trials 4")
+    more = "--name trial-0000 --data.split val --trainer.devices 2 --trainer.accelerator cpu --wandb offline"
+    told: list[int] = []
+
+    def report(epoch: int, row: dict[str, float]) -> None:
+        told.append(epoch)
+        running = sorted(multiprocessing.active_children(), key=lambda process: process.pid or 0)
+        if told == [0, 1]:
+            assert len(running) == 2 and row["val_loss"] > 0
+            running[1].kill()
+        if epoch == 2:
+            raise optuna.TrialPruned
+
+    for reason in (ranks.RankLostError, optuna.TrialPruned):
+        with pytest.raises(reason):
+            ranks.train_on(2, f"{line} {more} --trainer.max_epochs 9".split(), fit.Trial("s", 0, {}, report))
+        assert not multiprocessing.active_children()
+    assert told == [0, 1, 1, 2]
+    run = tmp_path / "trial-0000"
+    assert pl.read_csv(run / "metrics.csv")["epoch"].to_list() == [0, 1, 2]
+    assert len(list(run.rglob("*.wandb"))) == 1  # of the first process, which began with what was logged before
+    assert (run / "run.log").read_text().count("epoch   2") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "raised"),
+    [
+        ([(1, None), (0, (0, {})), (0, None)], None),
+        ([(0, (0, {})), (0, (1, {})), (0, optuna.TrialPruned())], optuna.TrialPruned),
+        ([(1, ValueError("out of memory")), (0, "gone")], ValueError),  # the first notices that the second is gone
+        ([(0, "gone"), (1, OSError(28, "No space left on device"))], OSError),
+        ([(1, "gone")], ranks.RankLostError),
+    ],
+)
+def test_the_first_word_ends_a_trial(words: list[tuple[int, Any]], raised: type[Exception] | None) -> None:
+    pairs = [multiprocessing.Pipe() for _ in range(2)]
+    for rank, word in words:
+        pairs[rank][1].close() if word == "gone" else pairs[rank][1].send(word)
+    told: list[int] = []
+
+    def report(epoch: int, row: dict[str, float]) -> None:
+        told.append(epoch)
+        if epoch:
+            raise optuna.TrialPruned
+
+    with contextlib.nullcontext() if raised is None else pytest.raises(raised):
+        ranks._listen([mine for mine, _ in pairs], fit.Trial("s", 0, {}, report))
+    epochs = [word[0] for _, word in words if isinstance(word, tuple)]
+    assert told == epochs
+    assert [pairs[0][1].recv() for _ in epochs] == [epoch == 0 for epoch in epochs]
+
+
+def test_what_a_report_raises_ends_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+
+    def all_gather(value: Any) -> list[Any]:
+        said.append(value)
+        return [said[0], None]  # what the first process said
+
+    def report(epoch: int, row: dict[str, float]) -> None:
+        raise optuna.TrialPruned(f"pruned after epoch {epoch}")
+
+    monkeypatch.setattr(distributed, "all_gather", all_gather)
+    epochs = resume.Epochs(Path("metrics.csv"), 0, Path("last.ckpt"), 10, report)
+    for first in (True, False):
+        with pytest.raises(optuna.TrialPruned, match="pruned after epoch 3"):
+            epochs._tell(report, SimpleNamespace(current_epoch=3, is_global_zero=first), {})  # type: ignore[arg-type]
+    assert said[1] is None
+
+
+def test_a_trial_that_was_begun_on_other_devices_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+    run = tmp_path / "trial-0000"
+    run.mkdir()
+
+    @functools.wraps(train.train)
+    def look(**_: Any) -> None:
+        seen.append({path.name for path in run.iterdir()} - {"run.lock"})
+        raise optuna.TrialPruned
+
+    monkeypatch.setattr(train, "train", look)
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump({"model": "Fusion", "data": "SyntheticMIMICIV", "trainer": {}}))
+    for begun in (2, 1):
+        (run / "config.yaml").write_text(f"trainer: {{devices: {begun}}}")
+        for name in ("last.ckpt", "metrics.csv", "wandb_id"):
+            (run / name).write_text("")
+        one = Study("s", str(tmp_path / f"{begun}.journal"), SETTINGS)
+        order = {"name": "s", "folder": str(tmp_path), "parent": os.getppid(), "devices": 1, "batch_size": 16}
+        worker.attempt(one, claimed(one, 1), {**order, "terms": {**SETTINGS, "monitor": "val_auroc"}})
+    assert seen == [{"wandb_id"}, {"config.yaml", "last.ckpt", "metrics.csv", "wandb_id"}]
+
+
 # ---- one trial ---------------------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +311,7 @@ def test_cores_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -
         (optuna.TrialPruned(), TrialState.PRUNED, None, None),
         (KeyboardInterrupt(), TrialState.RUNNING, None, KeyboardInterrupt),
         (OSError(28, "No space left on device"), TrialState.RUNNING, None, OSError),
+        (ranks.RankLostError("a process of the trial was killed"), TrialState.RUNNING, None, None),
     ],
 )
 def test_how_a_trial_ends(
@@ -181,6 +338,8 @@ def test_how_a_trial_ends(
         "name": "s",
         "folder": str(tmp_path),
         "parent": os.getppid(),
+        "devices": 1,
+        "batch_size": 16,
         "terms": {**SETTINGS, "monitor": "val_auroc"},
     }
     if leaves is None:
@@ -188,9 +347,13 @@ def test_how_a_trial_ends(
     else:
         with pytest.raises(leaves):
             worker.attempt(one, trial, order)
+    if isinstance(raised, ranks.RankLostError):  # as if the process itself had been killed
+        assert claimed(one, 1).number == 0 and one.trials()[0].user_attrs["lost"] == [0, 1]
     ended = one.trials()[0]
     assert ended.state == state and ended.user_attrs.get("reason") == reason
-    assert yaml.safe_load(ended.user_attrs["config"])["model"]["init_args"]["width"] == trial.params["model.width"]
+    config = yaml.safe_load(ended.user_attrs["config"])
+    assert config["model"]["init_args"]["width"] == trial.params["model.width"]
+    assert config["data"]["init_args"]["batch_size"] == 16
 
 
 @pytest.mark.parametrize(
@@ -373,16 +536,18 @@ def test_workers_end_with_the_command(mimic: Path, trained: Path, tmp_path: Path
         "1000",
         "--patience",
         "1000",
+        *("--trainer.devices", "2", "--trainer.accelerator", "cpu"),
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.cli", *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     eventually(lambda: (tmp_path / "s" / "trial-0000" / "metrics.csv").exists(), 120)
     mine = workers(process.pid)
-    assert len(mine) == 1
+    trained_by = ranks_of(mine[0])
+    assert len(mine) == 1 and len(trained_by) == 2
     process.kill()
     process.wait()
-    eventually(lambda: not Path(f"/proc/{mine[0]}").exists(), 30)
+    eventually(lambda: not any(Path(f"/proc/{one}").exists() for one in [*mine, *trained_by]), 30)
     one = json.loads((tmp_path / "s" / "study.journal").read_text().splitlines()[0])
     assert one["study_name"] == "s"
 

@@ -1,4 +1,5 @@
-"""``python -m experiments.benchmarks.check_sweep``: sweeps whose processes are killed at random, on both storages, and how fast sweeps are.
+"""``python -m experiments.benchmarks.check_sweep``: sweeps whose processes are killed at random, on both storages, with one device and
+with two a trial; whether both find the same; and how fast sweeps are.
 
 Needs the programs of PostgreSQL (initdb, postgres) for that half; says so where they are not installed.
 """
@@ -21,6 +22,7 @@ import optuna
 import polars as pl
 import yaml
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial
 
 from experiments import cli, fit, train
 from experiments.files import console, write_text
@@ -40,7 +42,7 @@ model:
   class_path: Fusion
 trainer: {max_epochs: 8}
 """
-KILLS = 60  # at most, so that a slow machine also comes to an end
+KILLS = {1: 60, 2: 24}  # by devices a trial, at most, so that a slow machine also comes to an end
 
 
 def configuration(home: Path, stays: int) -> str:
@@ -96,38 +98,58 @@ def server(folder: Path) -> Iterator[str]:
 
 def workers(command: int) -> list[int]:
     """Process ids of the workers that the process ``command`` has started."""
+    return _children(command)
+
+
+def ranks(worker: int) -> list[int]:
+    """Process ids of those that train a trial for a worker, the first of them first."""
+    return sorted(rank for server in _children(worker) if _forks(server) for rank in _children(server))
+
+
+def _forks(process: int) -> bool:
+    """Whether a process is what starts ranks, or one of them."""
+    with contextlib.suppress(OSError):
+        return b"multiprocessing.forkserver" in Path(f"/proc/{process}/cmdline").read_bytes()
+    return False
+
+
+def _children(parent: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = path.read_text().rsplit(")", 1)[1].split()
-            if int(fields[1]) == command and fields[0] != "Z":
+            if int(fields[1]) == parent and fields[0] != "Z":
                 found.append(int(path.parent.name))
     return found
 
 
-def killed(folder: Path, storage: str | None, rng: random.Random) -> dict[str, Any]:
-    """Run a sweep of 4 workers; every few seconds kill -9 one of them, and now and then the command itself, which is then given again."""
-    line = [
-        sys.executable,
-        "-m",
-        "experiments.cli",
-        "sweep",
-        "-c",
-        str(folder / "check.yaml"),
-        "--workers",
-        "4",
-        "--runs",
-        str(folder),
+def killed(folder: Path, storage: str | None, rng: random.Random, devices: int) -> dict[str, Any]:
+    """Run a sweep of 4 processes that train; every few seconds kill -9 one of its processes, and now and then the command itself,
+    which is then given again."""
+    study_folder = folder / f"check-{devices}"
+    line = [sys.executable, "-m", "experiments.cli", "sweep", "-c", str(folder / "check.yaml"), f"--runs={folder}"]
+    line += [
+        f"--name={study_folder.name}",
+        f"--workers={4 // devices}",
+        f"--trainer.devices={devices}",
+        f"--data.batch_size={64 // devices}",
     ]
     line += ["--storage", storage] if storage else []
-    kills = {"worker": 0, "command": 0}
-    start = time.monotonic()
+    kills, seen = {"worker": 0, "rank": 0, "command": 0}, set[int]()
+    start, trained = time.monotonic(), dict[int, int]()
     with (folder / "output").open("ab") as output:
         process = subprocess.Popen(line, stdout=output, stderr=output)
         while process.poll() is None:
             time.sleep(rng.uniform(1, 3))
+            if devices > 1:  # ranks start after their worker: on a slow machine a trial would be killed again and again
+                now = progress(study_folder, storage)
+                if not now or any(done <= trained.get(number, 0) for number, done in now.items()):
+                    continue
+                trained = now
             running = workers(process.pid)
-            if not running or sum(kills.values()) >= KILLS:
+            training = [rank for worker in running for rank in ranks(worker)]
+            seen |= set(training)
+            if not running or sum(kills.values()) >= KILLS[devices]:
                 continue
             if rng.random() < 0.15:
                 process.kill()
@@ -135,46 +157,60 @@ def killed(folder: Path, storage: str | None, rng: random.Random) -> dict[str, A
                 kills["command"] += 1
                 process = subprocess.Popen(line, stdout=output, stderr=output)
             else:
+                victim = rng.choice([*running, *training])
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(rng.choice(running), signal.SIGKILL)
-                kills["worker"] += 1
+                    os.kill(victim, signal.SIGKILL)
+                kills["rank" if victim in training else "worker"] += 1
     if process.returncode:
         output_tail = (folder / "output").read_text()[-2000:]
         raise RuntimeError(f"the sweep ended with {process.returncode}: {output_tail}")
-    study = opened(folder, storage)
+    if left := [rank for rank in seen if _forks(rank)]:
+        raise RuntimeError(f"ranks outlived their sweep: {left}")
+    study = opened(study_folder, storage)
     trials = study.trials()
     best = study.best(trials)
     assert best is not None
     numbers = sorted(t.number for t in trials)
-    cli.main(["train", "-c", str(folder / "check" / "best.yaml")])
-    epochs = [
-        pl.read_csv(folder / name / "metrics.csv")["val_auroc_auprc"]
-        for name in ("check-best", f"check/trial-{best.number:04d}")
+    again = [sys.executable, "-m", "experiments.cli", "train", "-c", str(study_folder / "best.yaml")]
+    subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
+    curves = [
+        pl.read_csv(run / "metrics.csv")["val_auroc_auprc"]
+        for run in (folder / f"{study_folder.name}-best", study_folder / f"trial-{best.number:04d}")
     ]
     return {
         "storage": "PostgreSQL" if storage else "journal file",
+        "devices a trial": devices,
         "trials": len(trials),
         "finished": sum(t.state.name in ("COMPLETE", "PRUNED") for t in trials),
         "failed": sum(t.state.name == "FAIL" for t in trials),
         "missing numbers": len(set(range(40)) - set(numbers)),
         "repeated configurations": len(trials) - len({tuple(sorted(t.params.items())) for t in trials}),
         "workers killed": kills["worker"],
+        "ranks killed": kills["rank"],
         "commands killed": kills["command"],
         "trials that lost a process": sum("lost" in t.user_attrs for t in trials),
         "best": f"{best.value:.6f}",
-        "best, by ehr train": f"{max(epochs[0].to_list()):.6f}",
+        "best, by ehr train": f"{max(curves[0].to_list()):.6f}",
         "minutes": f"{(time.monotonic() - start) / 60:.1f}",
     }
 
 
+def progress(folder: Path, storage: str | None) -> dict[int, int]:
+    """Trial that is not over -> how many epochs it has; nothing where none was begun."""
+    if not any(folder.glob("trial-*")):
+        return {}
+    with opened(folder, storage) as study:
+        return {t.number: len(t.intermediate_values) for t in study.trials() if not t.state.is_finished()}
+
+
 def opened(folder: Path, storage: str | None) -> Study:
-    """The study of a sweep that has run in ``folder``."""
+    """The study of a sweep whose folder is ``folder``."""
     where: Any = storage and storage.replace("postgresql:", "postgresql+psycopg:")
-    journal = str(folder / "check" / "study.journal")
+    journal = str(folder / "study.journal")
     known = optuna.load_study(
-        study_name="check", storage=where or optuna.storages.JournalStorage(JournalFileBackend(journal))
+        study_name=folder.name, storage=where or optuna.storages.JournalStorage(JournalFileBackend(journal))
     )
-    return Study("check", storage or journal, known.user_attrs)
+    return Study(folder.name, storage or journal, known.user_attrs)
 
 
 def plain(folder: Path, trials: int) -> None:
@@ -207,13 +243,46 @@ def plain(folder: Path, trials: int) -> None:
 
 def check_kills(home: Path, storages: list[str | None]) -> None:
     rng, rows = random.Random(0), []
-    for storage in storages:
-        folder = home / ("server" if storage else "journal")
-        folder.mkdir()
-        write_text(folder / "check.yaml", configuration(home, 800))
-        rows.append(killed(folder, storage, rng))
-        console.print(rows[-1])
+    for devices in (1, 2):
+        for storage in storages:
+            folder = home / f"{'server' if storage else 'journal'}-{devices}"
+            folder.mkdir()
+            write_text(folder / "check.yaml", configuration(home, 800))
+            rows.append(killed(folder, storage, rng, devices))
+            console.print(rows[-1])
     pl.DataFrame(rows).write_csv(RESULTS / "sweep_killed.csv")
+
+
+def check_ranks(home: Path, trials: int = 14) -> None:
+    """One sweep of trials on one device and one of trials on two, with the same batches and nothing random in training.
+
+    Their learning rates are low: high ones make differences of a last bit large within epochs, and whatever is drawn next differs.
+    """
+    whole = yaml.safe_load(configuration(home, 800))
+    whole["space"] = {"model.learning_rate": {"low": 1e-4, "high": 3e-3, "log": True}, "model.width": [8, 16]}
+    whole["model"]["init_args"] = {"dropout": 0.0}
+    write_text(home / "ranks.yaml", yaml.safe_dump(whole))
+    found: dict[int, list[FrozenTrial]] = {}
+    rows: list[dict[str, Any]] = []
+    for devices in (1, 2):
+        line = ["sweep", "-c", str(home / "ranks.yaml"), f"--name=ranks-{devices}", f"--runs={home}", "--workers=1"]
+        line += [f"--trials={trials}", f"--trainer.devices={devices}", f"--data.batch_size={64 // devices}"]
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-m", "experiments.cli", *line], check=True, stdout=subprocess.DEVNULL)
+        minutes = (time.monotonic() - start) / 60
+        with opened(home / f"ranks-{devices}", None) as study:
+            found[devices], best = study.trials(), study.best(study.trials())
+        assert best is not None
+        pairs = [(a, b) for a, b in zip(found[1], found[devices], strict=True) if a.params == b.params]
+        values = [abs(a.value - b.value) for a, b in pairs if a.value is not None and b.value is not None]
+        same = sum(a.state == b.state for a, b in pairs)
+        row: dict[str, Any] = {"devices a trial": devices, "--data.batch_size": 64 // devices, "trials": trials}
+        row |= {"pruned": sum(t.state.name == "PRUNED" for t in found[devices])}
+        row |= {"as with one device": same, "largest difference of values": f"{max(values):.1e}"}
+        row |= {"best trial": best.number, "best": f"{best.value:.6f}", "minutes": f"{minutes:.1f}"}
+        rows.append(row)
+        console.print(row)
+    pl.DataFrame(rows).write_csv(RESULTS / "sweep_ranks.csv")
 
 
 def check_speed(home: Path, trials: int = 40) -> None:
@@ -263,6 +332,7 @@ def main() -> None:
         else:
             storages.insert(0, stack.enter_context(server(home / "postgresql")))
         check_kills(home, storages)
+        check_ranks(home)
         check_speed(home)
 
 

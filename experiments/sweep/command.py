@@ -1,4 +1,4 @@
-"""``ehr sweep``: many processes, each with one trial at a time on its own device, draw configurations of ``ehr train`` from one study."""
+"""``ehr sweep``: many processes, each with one trial at a time on its own devices, draw configurations of ``ehr train`` from one study."""
 
 import tempfile
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 
 from datamodules.module import ICUDataModule
 from ehrmodels import ICUModule
@@ -38,10 +39,10 @@ def sweep(
 ) -> None:
     """Search the hyper-parameters of ``ehr train``; takes all its flags, which say what every trial starts from.
 
-    Every worker is a process that runs one trial at a time on its own device. The same command again, on this machine or, with
-    --storage postgresql://..., on another, joins the study or goes on with it. Each trial is a run directory, runs/NAME/trial-NUMBER;
-    its value is the best --monitor of its epochs. Trials are scored on the validation split alone. At the end: best.yaml (for ehr
-    train), trials.csv and sweep.png in runs/NAME.
+    Every worker runs one trial at a time on devices of its own, as many as --trainer.devices says. The same command again, on this
+    machine or, with --storage postgresql://..., on another, joins the study or goes on with it. Each trial is a run directory,
+    runs/NAME/trial-NUMBER; its value is the best --monitor of its epochs. Trials are scored on the validation split alone. At the
+    end: best.yaml (for ehr train), trials.csv and sweep.png in runs/NAME.
 
     Args:
         model: The network, as for train.
@@ -51,7 +52,7 @@ def sweep(
         name: Name of the study; default: that of the YAML file, or sweep.
         runs: Folder that holds run directories; the study's is runs/NAME.
         trials: Trials in all, those of other machines and of earlier commands included.
-        workers: Processes on this machine, one a GPU in turn; default: the number of GPUs, or 1.
+        workers: Trials at a time on this machine, each on its own --trainer.devices; default: as many as there are GPUs for, or 1.
         storage: A journal file for the processes of one machine, or postgresql://user@host/database for those of several;
             default: study.journal in the study's folder.
         sampler_seed: Seed of the sampler (TPE).
@@ -59,12 +60,9 @@ def sweep(
         config: What every trial starts from, as YAML; default: made of model, data and trainer.
     """
     trainer = {**TRAINER_DEFAULTS, **(trainer or {})}
-    if str(trainer.get("devices", 1)) != "1" or trainer.get("num_nodes", 1) != 1:
-        raise ValueError(
-            "one trial runs on one device: leave --trainer.devices and --trainer.num_nodes at 1 and use --workers instead"
-        )
     if trials < 1 or (workers is not None and workers < 1):
         raise ValueError(f"--trials and --workers must be at least 1, found {trials} and {workers}")
+    devices, number = shares(trainer, workers)
     name, monitor = name or "sweep", monitor or ("val_auroc_auprc" if model.supervised else "val_loss")
     folder = Path(runs) / name
     if config is None:
@@ -88,6 +86,8 @@ def sweep(
         "terms": terms,
         "folder": str(folder),
         "trials": trials,
+        "devices": devices,
+        "batch_size": data.batch_size,
     }
     try:
         with Study(name, order["storage"], terms) as study:
@@ -98,8 +98,8 @@ def sweep(
             with study.locked():
                 write_text(folder / "train.yaml", config)
             if not study.finished(trials):
-                number = workers or max(torch.cuda.device_count(), 1)
-                Workers("experiments.sweep.worker", order, number).run(lambda: standing(study, order), trials, "trials")
+                started = Workers("experiments.sweep.worker", order, number, devices)
+                started.run(lambda: standing(study, order), trials, "trials")
             with study.locked():
                 summarise(study, folder, monitor, name)
         if wandb == "offline":
@@ -113,6 +113,33 @@ def sweep(
                 f"the server of --storage is gone ({reason}): when it is back, the same command goes on"
             ) from error
         raise
+
+
+def shares(trainer: dict[str, Any], workers: int | None) -> tuple[int, int]:
+    """Devices of each trial, and workers on this machine: as many as its GPUs are enough for where the user says nothing.
+
+    Raises:
+        ValueError: the GPUs are not enough, or a trial would reach over machines.
+    """
+    if TorchElasticEnvironment.detect():
+        raise ValueError("ehr sweep starts all its processes itself: give the command without torchrun")
+    if (trainer.get("num_nodes") or 1) != 1:
+        raise ValueError(
+            "the devices of a trial are those of one machine: leave --trainer.num_nodes at 1; with --storage postgresql://... "
+            "the same command on several machines shares a study"
+        )
+    wanted = str(trainer.get("devices", 1))
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise ValueError(f"--trainer.devices must be the number of devices of each trial in a sweep, found {wanted}")
+    devices = int(wanted)
+    gpus = 0 if trainer.get("accelerator") == "cpu" else torch.cuda.device_count()
+    number = workers or max(gpus // devices, 1)
+    if devices > 1 and 0 < gpus < devices * number:
+        raise ValueError(
+            f"{number} worker{'s' * (number > 1)} with {devices} devices a trial need {devices * number} GPUs, and {gpus} "
+            f"{'are' if gpus > 1 else 'is'} here: lower --workers or --trainer.devices"
+        )
+    return devices, number
 
 
 def check(config: str, space: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ REFUSED = {  # flags, as a pattern -> why they are not searched
     rf"data\.({COHORT.replace(' ', '|')})(\..*)?": "it changes which patients or labels are scored: one sweep for each value",
     rf"data\.({FILES.replace(' ', '|')})": "trials must be scored on the same patients: give it for all of them",
     r"trainer": "give single options, such as trainer.gradient_clip_val",
-    r"trainer\.(devices|num_nodes|strategy)": "one trial runs on one device; --workers says how many run at a time",
+    r"trainer\.(devices|num_nodes|strategy)": "on how many devices a trial runs is no setting of it: give it for all of them",
     r"trainer\.(logger|callbacks)": "the training sets it itself",
     r"trainer\.(limit_val_batches|overfit_batches)": "trials must be scored on the same patients, all of them",
 }

@@ -75,8 +75,7 @@ class Study:
                 self._study.set_user_attr(key, value)
                 continue
             if key == "config":
-                stored, new = (yaml.safe_load(text) for text in (agreed[key], value))
-                unlike = settings.as_flags(settings.differences(stored, new, train))
+                unlike = self._unlike(*(yaml.safe_load(text) for text in (agreed[key], value)))
             else:
                 unlike = f"  {agreed[key]} there, {value} here" if agreed[key] != value else ""
             if unlike:
@@ -84,6 +83,21 @@ class Study:
                     f"study {self._study.study_name} was begun with another {key}:\n{unlike}\n"
                     "give the command that it was begun with, or choose another --name"
                 )
+
+    def _unlike(self, stored: dict[str, Any], new: dict[str, Any]) -> str:
+        """In what two configurations differ, a line each; not where they divide the same batches among other numbers of devices."""
+        different = settings.differences(stored, new, train)
+        told, devices = settings.as_flags(different), different.get("trainer.devices")
+        if devices is None:
+            return told
+        if any(name.replace("-", "_").endswith(".batch_size") for name in self.space):
+            return f"{told}\n  (the batches that --space names are those of one device)"
+        sizes = different.get("data.init_args.batch_size", (1, 1))
+        if len(different) == 2 and int(devices[0]) * sizes[0] == int(devices[1]) * sizes[1]:
+            return ""
+        return (
+            f"{told}\n  (other devices are the same study where --data.batch_size times --trainer.devices is the same)"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -222,6 +236,11 @@ class Study:
         """This process leaves the trial to another by intention, which must not count as an attempt that was lost."""
         trial.set_user_attr("lost", [0, 0])
 
+    def leave(self, trial: Trial) -> None:
+        """Let any process, this one too, go on with the trial as with one that has lost its process."""
+        self._locks.release(trial.number)
+        self._begun.remove(trial.number)
+
     def end(self, trial: Trial, state: TrialState, value: float | None = None, **facts: Any) -> None:
         """Finish a trial of this process; ``facts`` are kept with it."""
         with self.locked():  # also fails where the connection that holds the trial's lock is gone
@@ -231,8 +250,7 @@ class Study:
         for key, fact in facts.items():
             trial.set_user_attr(key, fact)
         self._study.tell(trial, value, state)
-        self._locks.release(trial.number)
-        self._begun.remove(trial.number)
+        self.leave(trial)
 
 
 def value(trial: FrozenTrial) -> float:

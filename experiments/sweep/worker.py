@@ -18,7 +18,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from experiments import cli, fit, tracking, train
 from experiments.processes import RENEW, Standing, why_failed
-from experiments.run_directory import code, configuration
+from experiments.run_directory import code, configuration, empty
+from experiments.sweep import ranks
 from experiments.sweep.locks import server_lost
 from experiments.sweep.space import flag
 from experiments.sweep.study import Study
@@ -71,10 +72,15 @@ def work(order: dict[str, Any]) -> None:
 
 
 def attempt(study: Study, trial: Trial, order: dict[str, Any]) -> None:
-    """Train one trial and say in the study what became of it; goes on where a process before this one left it."""
+    """Train one trial and say in the study what became of it; goes on where a process before this one left it.
+
+    A trial on several devices is trained by processes of its own; one that was begun on another number of them begins anew.
+    """
     folder, run_name = Path(order["folder"]), f"trial-{trial.number:04d}"
     monitor = order["terms"]["monitor"]
-    arguments = ["-c", str(folder / "train.yaml"), *(flag(k, v) for k, v in trial.params.items())]
+    # not as the file has them: it may be that of another command of the study, with other devices
+    arguments = [f"--trainer.devices={order['devices']}", f"--data.batch_size={order['batch_size']}"]
+    arguments += ["-c", str(folder / "train.yaml"), *(flag(k, v) for k, v in trial.params.items())]
     arguments += [f"--runs={folder}", f"--name={run_name}", "--data.split=val"]
 
     def report(epoch: int, row: dict[str, float]) -> None:
@@ -96,7 +102,14 @@ def attempt(study: Study, trial: Trial, order: dict[str, Any]) -> None:
         }
         for key, fact in (facts | {"host": platform.node()}).items():
             trial.set_user_attr(key, fact)
-        train.train(**{**values, "resume": True}, trial=fit.Trial(order["name"], trial.number, trial.params, report))
+        begun = folder / run_name / "config.yaml"
+        if begun.exists() and str(yaml.safe_load(begun.read_text())["trainer"]["devices"]) != str(order["devices"]):
+            empty(begun.parent)
+        told = fit.Trial(order["name"], trial.number, trial.params, report)
+        if order["devices"] > 1:
+            ranks.train_on(order["devices"], arguments, told)
+        else:
+            train.train(**{**values, "resume": True}, trial=told)
         best = _best_epoch(folder / run_name / "metrics.csv", monitor)
         study.end(trial, TrialState.COMPLETE, best[monitor], metrics=best)
     except optuna.TrialPruned:
@@ -107,6 +120,9 @@ def attempt(study: Study, trial: Trial, order: dict[str, Any]) -> None:
         raise
     except OSError:
         raise  # the disk: no fault of the trial
+    except ranks.RankLostError as error:
+        print(f"{run_name}: {error}", flush=True)
+        study.leave(trial)
     except SystemExit:
         study.end(trial, TrialState.FAIL, reason="its command line was refused: see the worker's log")
     except ValueError as error:
