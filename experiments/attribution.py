@@ -37,7 +37,7 @@ CHECKED = 150  # of them that untrained models are explained on
 UNTRAINED = 2  # of them
 REPLICATES = 300  # resamples of patients for what permutation costs
 ALIKE = 0.5  # rank correlation with an untrained model's parts from which on a method fails
-SMALLEST = 32  # samples of which gradients are taken at once
+AT_ONCE = 32  # samples of which gradients are taken
 SHOWN = 15  # variables in a figure
 METHODS = {
     "importance": "left out", "gradients": "integrated gradients", "shap": "SHAP", "fusion_weight": "fusion weight",
@@ -102,21 +102,10 @@ def explained(
     parts: dict[str, np.ndarray] = {}
     hourly = None
     if "importance" in names:
-        part = [np.zeros(c.shape) for c in charted]
-        variables: Any = range(len(model.spec.variables))
-        if step:
-            variables = followed(variables, f"{step}: {len(variables)} variables of {sum(map(len, groups)):,} samples")
-        for v in variables:
-            for rows, has, whole, into in zip(groups, charted, output, part, strict=True):
-                mine = np.flatnonzero(has[:, v])
-                if len(mine):
-                    without = np.zeros((len(mine), has.shape[1]), bool)
-                    without[:, v] = True
-                    into[mine, v] = (whole[mine] - _output(model, data.batch(rows[mine], without=without))).numpy()
-        parts["importance"] = np.concatenate(part)
+        parts["importance"] = _left_out(model, data, groups, charted, output, step)
     for name in {"gradients", "shap"} & set(names):
         method: Any = attribution.shap if name == "shap" else attribution.integrated_gradients
-        pieces = [piece for rows in groups for piece in np.split(rows, range(SMALLEST, len(rows), SMALLEST))]
+        pieces = [piece for rows in groups for piece in np.split(rows, range(AT_ONCE, len(rows), AT_ONCE))]
         every = followed(pieces, f"{step}: {name}") if step and name == "gradients" else pieces
         of = []
         for rows in every:
@@ -139,6 +128,29 @@ def explained(
         np.concatenate(charted),
         np.concatenate(observations),
     )
+
+
+def _left_out(
+    model: ICUModule,
+    data: ICUDataModule,
+    groups: list[np.ndarray],
+    charted: list[np.ndarray],
+    output: list[Tensor],
+    step: str | None,
+) -> np.ndarray:
+    """(N, V) Output less that without each variable that a sample has [1]."""
+    part = [np.zeros(has.shape) for has in charted]
+    variables: Any = range(len(model.spec.variables))
+    if step:
+        variables = followed(variables, f"{step}: {len(variables)} variables of {sum(map(len, groups)):,} samples")
+    for v in variables:
+        for rows, has, whole, into in zip(groups, charted, output, part, strict=True):
+            mine = np.flatnonzero(has[:, v])
+            if len(mine):
+                without = np.zeros((len(mine), has.shape[1]), bool)
+                without[:, v] = True
+                into[mine, v] = (whole[mine] - _output(model, data.batch(rows[mine], without=without))).numpy()
+    return np.concatenate(part)
 
 
 def moved(batch: Batch, model: ICUModule) -> Batch:
