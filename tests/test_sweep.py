@@ -216,12 +216,13 @@ def test_a_trial_of_two_ranks_that_loses_one_goes_on_and_is_pruned(mimic: Path, 
     assert told == [0, 1, 1, 2]
     run = tmp_path / "trial-0000"
     assert pl.read_csv(run / "metrics.csv")["epoch"].to_list() == [0, 1, 2]
-    assert len(list(run.rglob("*.wandb"))) == 1  # of the first process, which began with what was logged before
+    (record,) = run.rglob("*.wandb")  # of the first process, which began with what was logged before
+    assert json.loads(_reader("--summary", "--json", str(record)))["summary"]["state"] == "pruned"
     assert (run / "run.log").read_text().count("epoch   2") == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "raised"),
+    ("words", "raised"),  # what ranks say, and which
     [
         ([(1, None), (0, (0, {})), (0, None)], None),
         ([(0, (0, {})), (0, (1, {})), (0, optuna.TrialPruned())], optuna.TrialPruned),
@@ -241,8 +242,11 @@ def test_the_first_word_ends_a_trial(words: list[tuple[int, Any]], raised: type[
         if epoch:
             raise optuna.TrialPruned
 
-    with contextlib.nullcontext() if raised is None else pytest.raises(raised):
-        ranks._listen([mine for mine, _ in pairs], fit.Trial("s", 0, {}, report))
+    lines = [mine for mine, _ in pairs]
+    with pytest.raises(raised) if raised is ranks.RankLostError else contextlib.nullcontext():
+        word, speaker = ranks._listen(lines, fit.Trial("s", 0, {}, report))
+        by = next((rank for rank, word in words if isinstance(word, Exception)), 0)
+        assert type(word) is (raised or type(None)) and speaker is lines[by]
     epochs = [word[0] for _, word in words if isinstance(word, tuple)]
     assert told == epochs
     assert [pairs[0][1].recv() for _ in epochs] == [epoch == 0 for epoch in epochs]

@@ -16,6 +16,9 @@ import torch
 from experiments import cli, distributed, fit, tracking, train
 from experiments.processes import why_failed
 
+ALIKE_SECONDS = 5  # in which the first rank also says what another has failed of
+CLOSING_SECONDS = 30  # that it then has for its run at Weights & Biases
+
 
 class RankLostError(Exception):
     """A rank ended without a word, as one that is killed does."""
@@ -49,23 +52,27 @@ def train_on(devices: int, arguments: list[str], trial: fit.Trial) -> None:
             its_end.close()
             processes.append(process)
             lines.append(line)
-        _listen(lines, trial)
+        word, speaker = _listen(lines, trial)
+        if speaker is lines[0] or lines[0].poll(ALIKE_SECONDS):
+            processes[0].join(CLOSING_SECONDS)
     finally:
         for process in processes:
             process.kill()
         for process in processes:
             process.join()
+    if word is not None:
+        raise word
 
 
-def _listen(lines: list[Connection], trial: fit.Trial) -> None:
-    """Hand on the epochs of the first rank until it has trained, or any other has failed."""
+def _listen(lines: list[Connection], trial: fit.Trial) -> tuple[Exception | None, Connection]:
+    """Hand on the epochs of the first rank until it has trained, or any has failed: the word on that, and whose it is."""
     first, left = lines[0], list(lines)
     while True:
         heard = {line: _word(line) for line in wait(left) if isinstance(line, Connection)}
         # a rank that failed says so before it ends, which others that end of it notice later: words come first
-        for word in heard.values():
+        for line, word in heard.items():
             if isinstance(word, Exception) and not isinstance(word, RankLostError):
-                raise word
+                return word, line
         for line, word in heard.items():
             if isinstance(word, RankLostError):
                 raise word
@@ -77,7 +84,7 @@ def _listen(lines: list[Connection], trial: fit.Trial) -> None:
                 else:
                     line.send(True)
             elif line is first:
-                return
+                return None, line
             else:
                 left.remove(line)
 
@@ -99,18 +106,16 @@ def _rank(line: Connection, rank: int, port: int, arguments: list[str], trial: t
         if not line.recv():
             raise optuna.TrialPruned(f"pruned after epoch {epoch}")
 
-    word: Exception | None = None
     try:
         values = cli.configured("train", arguments)
         train.train(**{**values, "resume": True}, trial=fit.Trial(*trial, report))
-    except optuna.TrialPruned as pruned:
-        tracking.end({"state": "pruned"})
-        word = pruned
-    except OSError as error:
-        word = error
+        line.send(None)
+    except (optuna.TrialPruned, OSError) as error:
+        line.send(error)
+        if isinstance(error, optuna.TrialPruned):
+            tracking.end({"state": "pruned"})
     except Exception as error:
         if not isinstance(error, ValueError):
             traceback.print_exc()
+        line.send(ValueError(str(error) if isinstance(error, ValueError) else why_failed(error)))
         tracking.end({"state": "failed"}, failed=True)
-        word = ValueError(str(error) if isinstance(error, ValueError) else why_failed(error))
-    line.send(word)
