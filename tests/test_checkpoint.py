@@ -78,7 +78,7 @@ def test_no_data_class_of_a_checkpoint_is_imported(
     save(content, path)
     with pytest.raises(SystemExit, match="2"):
         main(f"evaluate --ckpt {path} --out {tmp_path / 'o'}".split())
-    assert f"was trained on {name}, which is none of EICU, MIMICIV" in capsys.readouterr().err
+    assert f"was trained on {name}, which is none of EICU, MEDS, MIMICIV" in capsys.readouterr().err
     assert bait not in sys.modules
 
 

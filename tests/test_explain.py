@@ -163,7 +163,7 @@ FORMS = {
 def test_any_model_is_explained(
     name: str, mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for constant, few in (("MOST", 40), ("CHECKED", 20), ("UNTRAINED", 1), ("REPEATS", 1), ("REPLICATES", 10)):
+    for constant, few in (("MOST", 24), ("CHECKED", 12), ("UNTRAINED", 1), ("REPEATS", 1), ("REPLICATES", 10)):
         monkeypatch.setattr(attribution, constant, few)
     if name == "LightGBM":
         pytest.importorskip("lightgbm", reason="lightgbm is not installed: pip install -e '.[trees]'")
