@@ -314,7 +314,7 @@ def draw_cohort(variables: pl.DataFrame, deletion: pl.DataFrame, title: str, uni
     bars.barh(place, -top["lowers"], 0.7, color="C0", label="lowers")
     bars.axvline(0, color="0.4", linewidth=0.8)
     bars.set_yticks(place, names)
-    bars.set(title=title, xlabel=f"part of the {unit}, mean over samples (in brackets: share that has the variable)")
+    bars.set(title=title, xlabel=f"part of the {unit}, mean over samples\n(in brackets: share that has the variable)")
     bars.legend(loc="lower right", fontsize=9)
     for axes in weights:
         axes.barh(place, top["fusion_weight"], 0.7, color="0.6")
