@@ -49,8 +49,8 @@ class ICUDataModule(lightning.LightningDataModule, ABC):
         batch_size: Samples per batch; with several processes, of each of them.
         num_workers: Processes that build batches; 0 builds them in the training process. Default: up to 8 beside a GPU,
             where batches are not ``resident``, else 0.
-        resident: Megabytes that the samples of train, and as many that those of val, may take on the device of the model,
-            so that training makes each once and not in every epoch. Not used where they do not fit, with num_workers,
+        resident: Megabytes that the samples of train, and as many that those of val, may take where the model is,
+            so that training makes each once and not every epoch. Not used where they do not fit, with num_workers,
             or by training with thinning, which makes other ones in every epoch. 0: never.
         thinning: Share of observations that training leaves out, others in every epoch, of variables that have at least
             6 in a window.
