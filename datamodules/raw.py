@@ -166,6 +166,25 @@ def attempt(root: Path, table: str, run: Callable[[], T]) -> T:
         ) from error
 
 
+def parquet(path: Path, needed: Iterable[str]) -> tuple[pl.LazyFrame, pl.Schema]:
+    """A parquet file whose columns have types already, and these.
+
+    Raises:
+        ValueError: the file is damaged, or lacks a column.
+    """
+    try:
+        frame = pl.scan_parquet(path, hive_partitioning=False)
+        schema = frame.collect_schema()
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path}: the file is cut off or damaged ({error}); write it again") from error
+    missing = [c for c in needed if c not in schema]
+    if missing:
+        raise ValueError(
+            f"{path}: column {', '.join(missing)} is missing; expected {', '.join(needed)}, found {', '.join(schema)}"
+        )
+    return frame, schema
+
+
 def number(text: pl.Expr) -> pl.Expr:
     """Free text -> number, null where it holds none: ``"16"``, ``" 1,000 "``, ``"50 %"``, ``".4"``."""
     bare = text.str.replace("%", "", literal=True).str.strip_chars()

@@ -25,7 +25,7 @@ from torchmetrics.functional.classification import binary_auroc
 from datamodules.contract import STATISTICS, Batch, Spec, unlabelled
 from datamodules.dictionary import BY_NAME
 from datamodules.module import ICUDataModule
-from ehrmodels import ICUModule, attribution
+from ehrmodels import Fusion, HyMaTE, ICUModule, attribution
 from ehrmodels.trees import FittedAtOnce
 from experiments import metrics
 from experiments.files import console
@@ -66,8 +66,12 @@ def methods(model: ICUModule) -> list[str]:
     """
     if isinstance(model, FittedAtOnce):
         return ["importance", "shap"]
-    own = {"HyMaTE": ["fusion_weight"], "Fusion": ["attention"]}.get(type(model).__name__, [])
-    return ["importance", *(["gradients"] if attribution.integrable(model) else []), *own]
+    of_model = {
+        "gradients": attribution.integrable(model),
+        "fusion_weight": isinstance(model, HyMaTE),
+        "attention": isinstance(model, Fusion),
+    }
+    return ["importance", *(name for name, has in of_model.items() if has)]
 
 
 def drawn(data: ICUDataModule, most: int) -> list[np.ndarray]:
@@ -178,14 +182,14 @@ def deletion(
     known = ~unlabelled(target)
     both = model.kind.classes and target.ndim == 1 and 0 < target[known].sum() < known.sum()
     rng = np.random.default_rng(0)
-    rows: list[dict[str, Any]] = []
+    measures: list[dict[str, Any]] = []
     moves: dict[str, list[np.ndarray]] = {}
 
     def measure(order: str, share: float, output: Tensor) -> None:
         auroc = float(binary_auroc(output[known], target[known].long())) if both else None
         change = (output - cohort.output).abs()
         moves.setdefault(order, []).append(change.numpy())
-        rows.append({"order": order, "share": share, "auroc": auroc, "change": float(change.mean())})
+        measures.append({"order": order, "share": share, "auroc": auroc, "change": float(change.mean())})
 
     plan = [(name, s) for name in cohort.parts for s in SHARES] + [
         ("random", s) for s in SHARES for _ in range(REPEATS)
@@ -203,7 +207,7 @@ def deletion(
     for order in (*cohort.parts, "random"):
         measure(order, 0.0, cohort.output)
     schema = {"order": pl.String, "share": pl.Float64, "auroc": pl.Float64, "change": pl.Float64}
-    table = pl.DataFrame(rows, schema=schema)
+    table = pl.DataFrame(measures, schema=schema)
     place = {name: k for k, name in enumerate((*cohort.parts, "random"))}
     return table.sort(pl.col("order").replace_strict(place), "share", maintain_order=True), further
 

@@ -69,15 +69,14 @@ def explain(
         permutation = attribution.permutation(network, data, cohort, "permutation")
         row = int(np.concatenate(cohort.groups)[cohort.probability.argmax()]) if stay is None else int(shown.max())
         one = attribution.explained(network, data, [np.array([row])], names)
-        history, course = _history(network, data, row, names)
+        history, course = _history(network, data, row, one)
     if not one.charted.any():
         raise ValueError(f"no observation to draw in stay {ids[row]}; choose another --stay")
     variables = attribution.per_variable(cohort, network.spec)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, table in {
-        "attribution": variables, "deletion": deletion, "checks": checks, "permutation": permutation,
-    }.items():  # fmt: skip
+    tables = {"attribution": variables, "checks": checks, "deletion": deletion, "permutation": permutation}
+    for name, table in tables.items():
         files.write_text(folder / f"{name}.csv", table.write_csv(float_precision=5))
     title = f"{data.name} {data.split}, {len(cohort.output):,} samples"
     with figures.figure(folder / "cohort.png", (16 if "fusion_weight" in names else 13, 5.2)) as figure:
@@ -92,8 +91,8 @@ def explain(
     if len(permutation):
         shown_groups = permutation.with_columns(pl.col(pl.Float64).round(4))
         report.print_table(shown_groups, "AUROC lost when a group is another sample's", console)
-    written = sorted(path.name for path in folder.iterdir() if path.suffix in (".csv", ".png"))
-    console.print(f"wrote {', '.join(written)} (stay {ids[row]}) to {folder}", soft_wrap=True)
+    written = ", ".join([*(f"{name}.csv" for name in tables), "cohort.png", "stay.png"])
+    console.print(f"wrote {written} and timeline.png (stay {ids[row]}) to {folder}", soft_wrap=True)
 
 
 def told(checks: pl.DataFrame) -> pl.DataFrame:
@@ -118,19 +117,19 @@ def told(checks: pl.DataFrame) -> pl.DataFrame:
 
 
 def _history(
-    network: ICUModule, data: ICUDataModule, row: int, names: list[str]
+    network: ICUModule, data: ICUDataModule, row: int, one: Explained
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Parts hour by hour, (T, V), the last hour ending at the prediction; and the probability at the end of each, (T,).
 
     Where there is a prediction every hour they are those of each prediction. Else they are what the events of each hour account
     for in the one prediction, which only integrated gradients tell, and there is no course of probabilities."""
     if not data.task.hourly:
-        one = attribution.explained(network, data, [np.array([row])], set(names) & {"gradients"})
         return (None if one.hourly is None else one.hourly[0]), None
     window = network.spec.window
     samples = data.samples.with_row_index("row").filter(pl.col("stay_id") == data.samples["stay_id"][row])
     samples = samples.filter(pl.col("minute") <= data.samples["minute"][row]).sort("minute").tail(window)
-    hours = attribution.explained(network, data, [samples["row"].to_numpy().astype(np.int64)], names[:2][-1:])
+    method = list(one.parts)[:2][-1:]  # the one that costs least
+    hours = attribution.explained(network, data, [samples["row"].to_numpy().astype(np.int64)], method)
     parts = np.full((window, len(network.spec.variables)), np.nan)
     course = np.full(window, np.nan)
     last = samples["minute"][-1]

@@ -456,17 +456,9 @@ def _schema(path: Path, needed: dict[str, pl.DataType], optional: dict[str, pl.D
     Raises:
         ValueError: the file is damaged, lacks a column, or has one of a type that cannot mean what is expected.
     """
-    try:
-        found = pl.scan_parquet(path, hive_partitioning=False).collect_schema()
-    except pl.exceptions.PolarsError as error:
-        raise ValueError(f"{path}: the file is cut off or damaged ({error}); write it again") from error
-    missing = [c for c in needed if c not in found]
-    if missing:
-        raise ValueError(
-            f"{path}: column {', '.join(missing)} is missing; expected {', '.join(needed)}, found {', '.join(found)}"
-        )
+    schema = raw.parquet(path, needed)[1]
     for column, kind in {**needed, **optional}.items():
-        stored = found.get(column, pl.Null())
+        stored = schema.get(column, pl.Null())
         if kind == pl.Datetime:
             suits = isinstance(stored, pl.Datetime)
         elif kind == pl.String:
@@ -477,7 +469,7 @@ def _schema(path: Path, needed: dict[str, pl.DataType], optional: dict[str, pl.D
             suits = stored.is_integer() or (column in optional and (stored.is_float() or stored == pl.String))
         if not suits and stored != pl.Null:
             raise ValueError(f"{path}: column {column} is {stored}; expected {kind}")
-    return found
+    return schema
 
 
 def _conformed(paths: list[Path], found: pl.Schema, kinds: dict[str, pl.DataType]) -> pl.LazyFrame:

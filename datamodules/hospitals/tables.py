@@ -65,18 +65,7 @@ class Tables(Hospital):
             raise FileNotFoundError(
                 f"no {table}.parquet in {self.root}: expected what `ehr prepare --out` writes; set --data.root"
             )
-        try:
-            frame = pl.scan_parquet(path)
-            columns = frame.collect_schema().names()
-        except pl.exceptions.PolarsError as error:
-            raise ValueError(f"{path}: the file is cut off or damaged ({error}); write it again") from error
-        missing = [c for c in needed if c not in columns]
-        if missing:
-            raise ValueError(
-                f"{path}: column {', '.join(missing)} is missing; "
-                f"expected {', '.join(needed)}, found {', '.join(columns)}"
-            )
-        return path, frame
+        return path, raw.parquet(path, needed)[0]
 
 
 def with_defaults(stays: pl.DataFrame) -> pl.DataFrame:
