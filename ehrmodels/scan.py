@@ -41,7 +41,8 @@ def selective_scan(
     """Mamba-1's selective scan with the signature and meaning of mamba-ssm's ``selective_scan_fn`` [2].
 
     Runs mamba-ssm's CUDA kernel on CUDA tensors where it is installed; else that of ``scan_triton``, which also has gradients through
-    the last state; else PyTorch, which also does float64 and more than 256 states. ``EHR_SCAN=cuda`` or ``triton`` makes that kernel's
+    the last state and, with ``torch.use_deterministic_algorithms``, takes its place since its gradients repeat bit by bit; else
+    PyTorch, which also does float64 and more than 256 states. ``EHR_SCAN=cuda`` or ``triton`` makes that kernel's
     absence an error, ``EHR_SCAN=torch`` uses neither. ``EHR_SCAN=cpp`` builds ``scan_cpp`` for the CPU.
 
     Args:
@@ -66,17 +67,22 @@ def selective_scan(
     _check(u, delta, A, B, C, D, z, delta_bias)
     beyond = ["float64"] * (u.dtype == torch.float64) + ["more than 256 states"] * (A.shape[1] > 256)
     through_last = return_last_state and torch.is_grad_enabled()  # the CUDA kernel would take that gradient for 0
+    ordered = torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled()  # it sums by atomic additions
     kernel = kernel_for(
         "selective_scan_cuda",
         "mamba_ssm.ops.selective_scan_interface",
         u,
-        beyond + ["a gradient through the last state"] * through_last,
+        [
+            *beyond,
+            *["a gradient through the last state"] * through_last,
+            *["gradients that repeat bit by bit"] * ordered,
+        ],
         instead="Triton or else PyTorch",
     )
     if kernel is not None:
         delta, B, C, z = (None if t is None else t.to(u.dtype) for t in (delta, B, C, z))  # it takes one type only
         D, delta_bias = (None if t is None else t.float() for t in (D, delta_bias))
-        return kernel.selective_scan_fn(u, delta, A.float(), B, C, D, z, delta_bias, delta_softplus, return_last_state)
+        return _by_kernel(kernel, u, delta, A.float(), B, C, D, z, delta_bias, delta_softplus, return_last_state)
     if kernel_for("triton", "ehrmodels.scan_triton", u, beyond, "triton") is not None:
         return _fused(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     wide = torch.promote_types(u.dtype, torch.float32)
@@ -105,6 +111,11 @@ def selective_scan(
         y = y * F.silu(_time_major(z, wide))
     y = y.to(u.dtype).permute(1, 2, 0)
     return (y, last.transpose(2, 3).flatten(1, 2)) if return_last_state else y
+
+
+@torch.compiler.disable  # torch.compile cannot look into the extension
+def _by_kernel(kernel: Any, *arguments: Any) -> Any:
+    return kernel.selective_scan_fn(*arguments)
 
 
 def _fused(

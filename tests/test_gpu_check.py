@@ -90,7 +90,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(gpu_build.subprocess, "run", run)
-    monkeypatch.setattr(gpu_build, "EXTENSIONS", {"causal-conv1d>=1.5": "no_such_extension"})
+    monkeypatch.setattr(gpu_build, "EXTENSIONS", {"causal-conv1d>=1.6.2": "no_such_extension"})
     return seen
 
 

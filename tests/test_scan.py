@@ -572,6 +572,10 @@ def test_the_kernel_gets_every_argument_in_its_place(monkeypatch: pytest.MonkeyP
         selective_scan(**given, return_last_state=True)
     selective_scan(**{name: t.double() for name, t in given.items()})
     selective_scan(**inputs(1, 2, 3, 257))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    torch.testing.assert_close(selective_scan(**given, delta_softplus=True), expected)  # by what comes after it
+    with torch.no_grad():
+        assert selective_scan(**given, delta_softplus=True)[0] == "kernel"
     last = "a gradient through the last state"
     assert asked == [
         [],
@@ -579,6 +583,8 @@ def test_the_kernel_gets_every_argument_in_its_place(monkeypatch: pytest.MonkeyP
         [],
         ["float64"],
         ["float64", "more than 256 states"],
+        ["gradients that repeat bit by bit"],
+        [],
     ]  # what the kernel cannot do PyTorch does
 
 

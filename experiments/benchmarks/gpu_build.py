@@ -15,7 +15,7 @@ import torch
 
 from experiments.files import console
 
-EXTENSIONS = {"mamba-ssm>=2.3": "selective_scan_cuda", "causal-conv1d>=1.5": "causal_conv1d_cuda"}
+EXTENSIONS = {"mamba-ssm>=2.3": "selective_scan_cuda", "causal-conv1d>=1.6.2": "causal_conv1d_cuda"}
 IMPORTED = ("einops", "transformers")  # by mamba_ssm wherever one begins; the rest that it requires is left out
 TOOLS = ("setuptools", "wheel", "packaging", "ninja")  # a build without isolation finds these here or not at all
 SWITCHES = {"MAMBA_FORCE_BUILD": "TRUE", "MAMBA_KEEP_CUDA_BUILD": "TRUE", "CAUSAL_CONV1D_FORCE_BUILD": "TRUE"}
