@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import lightning
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from datamodules.contract import Batch, Spec, View, unlabelled
 from ehrmodels.calibration import Calibration
 from ehrmodels.kinds import KINDS, Kind, threshold
+from ehrmodels.step import Compiled, Mode, divided, in_parts
 
 Stage = Literal["train", "val", "test"]
 Penalty = Callable[[Batch], Tensor]
@@ -36,6 +37,8 @@ class ICUModule(lightning.LightningModule, ABC):
         warmup: Share of all steps over which the learning rate rises; it falls along a cosine afterwards.
         pos_weight: Weight of a positive sample; default: N_neg / N_pos of the training split.
         average: Decay of the moving average of weights, after every step, that is validated and kept; 0: the weights themselves.
+        compile: Let torch.compile make the training steps: "default", or "reduce-overhead" with CUDA graphs, for one GPU.
+            Validation and scoring are never compiled, nor is training with a penalty.
     """
 
     view: View
@@ -50,6 +53,7 @@ class ICUModule(lightning.LightningModule, ABC):
         warmup: float = 0.05,
         pos_weight: float | None = None,
         average: float = 0.0,
+        compile: Mode | None = None,
     ):
         super().__init__()
         in_range(0, None, learning_rate=learning_rate, weight_decay=weight_decay)
@@ -60,7 +64,11 @@ class ICUModule(lightning.LightningModule, ABC):
             raise ValueError(f"--model.pos_weight must be a finite number above 0, found {pos_weight}")
         self.save_hyperparameters(logger=False)  # the arguments of the subclass, too
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
-        self.pos_weight, self.average = pos_weight, average
+        if compile not in (None, *get_args(Mode)):
+            raise ValueError(f"--model.compile must be one of {', '.join(get_args(Mode))}, found {compile}")
+        self.pos_weight, self.average, self.compile_mode = pos_weight, average, compile
+        self.compiled: Compiled | None = None  # once training has begun, where ``compile_mode`` asks for it
+        self.parts = 1  # in which every batch is computed, where memory is short
         self.spec: Any = None  # a ``Spec`` once there are layers
         self.operating_point = "youden"  # how the threshold is chosen on the validation split: see ``kinds.threshold``
         self.threshold: float | None = None
@@ -123,14 +131,34 @@ class ICUModule(lightning.LightningModule, ABC):
             self.initialise(data.spec, data.positive_weight() if weighted else 1.0)
         if stage == "fit" and hasattr(data, "facts"):
             self.facts |= data.facts()
+        if stage == "fit" and self.compile_mode is not None:
+            self._check_compile()
+
+    def _check_compile(self) -> None:
+        strategy = type(self.trainer.strategy).__name__
+        if strategy == "FSDPStrategy":
+            raise ValueError("--model.compile does not work with --trainer.strategy fsdp: leave one of them out")
+        if self.compile_mode != "reduce-overhead":
+            return
+        several = self.trainer.world_size > 1 or self.trainer.accumulate_grad_batches > 1
+        if several or self.trainer.strategy.root_device.type != "cuda":
+            raise ValueError(
+                "--model.compile reduce-overhead replays CUDA graphs, whose gradients the next batch overwrites: it "
+                "needs one GPU and --trainer.accumulate_grad_batches 1; use --model.compile default"
+            )
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
+        loss, count = self.objective(batch) if self.parts == 1 else in_parts(self, self.objective, batch, self.parts)
+        return self._record("train", loss, count, len(batch.row))
+
+    def objective(self, batch: Batch) -> tuple[Tensor, int | Tensor]:
+        """What training makes smaller, and how many values it is the mean of."""
         loss, logit, _ = self._loss(batch)
         if self.penalty is not None:
             loss = loss + self.penalty(batch)
-        return self._record("train", loss, len(logit), len(batch.target))
+        return loss, len(logit)
 
     def validation_step(self, batch: Batch, index: int) -> None:
         self._score("val", batch)
@@ -157,12 +185,21 @@ class ICUModule(lightning.LightningModule, ABC):
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Mean loss of the samples whose target is known, their outputs and targets."""
-        logit = self(batch)
+        logit = self.outputs(batch)
         labelled = ~unlabelled(batch.target)
         logit, target = logit[labelled].float(), batch.target[labelled]
         if logit.ndim > target.ndim:  # members
             target = target.unsqueeze(-1).expand_as(logit)
         return self.kind.loss(logit, target, self.pos_weight or 1.0), logit.detach(), target
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """What ``forward`` gives, compiled in training where that is asked for, in parts otherwise where memory is short."""
+        if self.training and self.compile_mode is not None and self.penalty is None:
+            self.compiled = self.compiled or Compiled(self.forward, self.compile_mode)
+            return self.compiled(batch)
+        if self.training or self.parts == 1:
+            return self(batch)
+        return torch.cat([self(part) for part in divided(batch, self.parts)])
 
     def _record(self, stage: Stage, loss: Tensor, count: int | Tensor, samples: int) -> Tensor:
         """Count a batch's loss in the mean of the epoch; gives what this process must derive.
@@ -252,7 +289,8 @@ class ICUModule(lightning.LightningModule, ABC):
         named = [(n.replace("_fsdp_wrapped_module.", ""), p) for n, p in self.named_parameters() if p.requires_grad]
         exempt, decayed = [p for n, p in named if n in self.exempt], [p for n, p in named if n not in self.exempt]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined] # or Lightning refuses to clip gradients
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError(

@@ -222,9 +222,8 @@ class HyMaTEForecast(HyMaTE):
         super().build(spec)
         self.head = nn.Linear(2 * self.width, len(spec.variables))
 
-    def training_step(self, batch: Triplets, index: int) -> Tensor:  # type: ignore[override]
-        loss, count = self._error(batch, torch.rand(len(batch.row), device=batch.time.device))
-        return self._record("train", loss, count, len(batch.row))
+    def objective(self, batch: Triplets) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self._error(batch, torch.rand(len(batch.row), device=batch.time.device))
 
     def validation_step(self, batch: Triplets, index: int) -> None:  # type: ignore[override]
         place = torch.frac(
@@ -240,7 +239,7 @@ class HyMaTEForecast(HyMaTE):
     def _error(self, batch: Triplets, place: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squared error of the forecast values, in standard deviations, and their number; ``place`` (B,) in [0, 1) chooses the times."""
         past, value, known = forecast_task(batch, place, self.spec.window, len(self.spec.variables))
-        error = (self.head(self.represent(past)).float() - value) ** 2 * known
+        error = (self.outputs(past).float() - value) ** 2 * known
         return error.sum() / known.sum().clamp(min=1), known.sum()
 
 

@@ -26,7 +26,7 @@ OURS = (  # arguments of lightning.Trainer that are not offered: ``fit.fit`` set
 WITHOUT_TORCH = ("synthesize", "prepare")  # verbs that know of hospitals, but of no data modules
 OF_TRIALS = {"model", "data", "trainer", "monitor"}  # arguments of ``sweep`` that its trials have too
 OF_FILES = ("root", "sets", "systems", "stays", "simulation_seed")  # options of the data that choose files
-NO_MEMORY = "out of memory: lower --data.batch_size"
+NO_MEMORY = "out of memory: lower --data.batch_size (and raise --trainer.accumulate_grad_batches, to train alike)"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -81,11 +81,9 @@ def guarded(command: Callable[[], None], help: str) -> None:
             if error.errno
             else str(error)
         )
-    except MemoryError:
-        _stop(NO_MEMORY)
     except Exception as error:
         name = type(error).__name__  # classes of torch and lightning, which are not imported here
-        if name == "OutOfMemoryError":
+        if mistakes.out_of_memory(error):
             _stop(NO_MEMORY)
         if name == "MisconfigurationException":
             _stop(f"{error}; change --trainer.*, see: {help}")

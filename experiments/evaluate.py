@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from datamodules import module
+from datamodules.contract import Batch
 from datamodules.hospitals import __all__ as SYSTEMS
 from datamodules.hospitals.base import Split
 from datamodules.module import ICUDataModule
@@ -18,7 +19,8 @@ from ehrmodels import ICUModule, load
 from ehrmodels.base import is_distributed
 from ehrmodels.calibration import Calibration, fitted
 from ehrmodels.checkpoint import read
-from experiments import distributed, hospitals, metrics, page, report
+from ehrmodels.step import divided
+from experiments import distributed, hospitals, metrics, mistakes, page, report
 from experiments.files import console, save, write_json, write_parquet
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -167,7 +169,7 @@ def predict_split(
             transient=True,
             disable=len(loader) < 50 or not sys.stderr.isatty() or console.quiet,
         ):
-            row, probability = model.predict_step(type(batch)(*(t.to(place) for t in batch)), 0)
+            row, probability = _predicted(model, type(batch)(*(t.to(place) for t in batch)))
             rows.append(row.cpu().numpy())
             probabilities.append(probability.cpu().numpy())
     data.split = chosen
@@ -177,6 +179,18 @@ def predict_split(
     target = pl.col("target").cast(pl.Float64).fill_null(float("nan"))
     columns = ["stay_id", "patient_id", "minute", target, "probability", "split"]
     return table.select(columns).sort("stay_id", "minute")
+
+
+def _predicted(model: ICUModule, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``predict_step`` says of a batch, by halves where memory runs out."""
+    try:
+        return model.predict_step(batch, 0)
+    except (RuntimeError, MemoryError) as error:
+        if not mistakes.out_of_memory(error) or len(batch.row) == 1:
+            raise
+    torch.cuda.empty_cache()
+    halves = [_predicted(model, half) for half in divided(batch, 2)]
+    return torch.cat([row for row, _ in halves]), torch.cat([probability for _, probability in halves])
 
 
 def conclude(

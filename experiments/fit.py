@@ -1,24 +1,26 @@
 """Training itself: the trainer with its callbacks, what is refused beforehand, and why it stopped."""
 
+import gc
 import importlib
 import logging
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
 import polars as pl
+import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 
 from datamodules.module import ICUDataModule
-from ehrmodels.base import ICUModule
-from experiments import distributed
+from ehrmodels.base import ICUModule, is_distributed
+from experiments import distributed, mistakes, run_directory
 from experiments.files import console
 from experiments.resume import Epochs, Files, Report
-from experiments.run_directory import precision
 from experiments.settings import TRAINER_DEFAULTS
 
 MONITORS = {
@@ -132,7 +134,37 @@ def fit(
     ``last.ckpt`` is written after every epoch, and within an epoch every ``checkpoint_minutes``. The random numbers of an epoch
     depend on the seed, the epoch and the process alone, and a checkpoint within an epoch holds where they are, so a run that was
     killed and continued ends at the same weights as an unbroken one.
+
+    Where memory runs out, training begins again at ``last.ckpt`` with every batch computed in twice as many parts, whose gradients
+    are summed.
     """
+    begin = None if (folder / "last.ckpt").exists() else {k: deepcopy(v) for k, v in model.state_dict().items()}
+    while True:
+        try:
+            return _fitted(folder, model, data, recipe, logger, report)
+        except (RuntimeError, MemoryError) as error:
+            if not mistakes.out_of_memory(error):
+                raise
+            parts = 2 * model.parts
+            if is_distributed() or model.penalty is not None or parts > data.batch_size:
+                raise
+        model.parts = parts
+        model.zero_grad()
+        model.compiled = None
+        if not (folder / "last.ckpt").exists():
+            model.load_state_dict(begin)
+        gc.collect()
+        torch.cuda.empty_cache()
+        console.print(
+            f"out of memory: training goes on from its last checkpoint, each batch of up to {data.batch_size} samples in {parts} parts "
+            "whose gradients are summed",
+            soft_wrap=True,
+        )
+
+
+def _fitted(
+    folder: Path, model: ICUModule, data: ICUDataModule, recipe: Recipe, logger: Any, report: Report | None
+) -> lightning.Trainer:
     trainer, seed, monitor, patience, minutes, last_epoch = recipe
     trainer = {**TRAINER_DEFAULTS, **trainer}
     model.train()  # ``load`` gives it in evaluation mode, in which fine-tuning would go without dropout
@@ -156,7 +188,7 @@ def fit(
     loggers = [*([logger] if logger is not None else []), *_made("logger", wanted)]
     arguments = {
         **trainer,
-        "precision": precision(trainer),
+        "precision": run_directory.precision(trainer),
         "logger": loggers or wanted is True,
         "callbacks": callbacks,
         "default_root_dir": trainer.get("default_root_dir") or str(folder),
@@ -168,6 +200,7 @@ def fit(
     fitting = lightning.Trainer(**arguments, plugins=[Files(), *distributed.environment(trainer)])
     data.rank, data.world = fitting.global_rank, fitting.world_size
     data.order_seed, (data.order_epoch, data.order_start) = seed, epochs.position(data.world)
+    model.parts = epochs.parts = max(model.parts, epochs.parts)
     distributed.watch_launcher(fitting.strategy.launcher)
     try:
         fitting.fit(model, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
@@ -178,6 +211,11 @@ def fit(
             f"training ended without a checkpoint: {monitor} was never a number. Was there a validation "
             "(--trainer.max_steps, --trainer.check_val_every_n_epoch, --trainer.val_check_interval), and is there a sample in its split?"
         )
+    device = fitting.strategy.root_device
+    parts = f", batches in {model.parts} parts" * (model.parts > 1)
+    console.print(
+        f"on {device} in {arguments['precision']}{parts}; memory: {run_directory.memory(device)}", soft_wrap=True
+    )
     return fitting
 
 

@@ -1,4 +1,4 @@
-"""The parser's messages in the words of the command line: what was typed, what was expected, what was probably meant."""
+"""What went wrong, in the words of the command line: what was typed, expected and probably meant; and whether memory ran out."""
 
 import difflib
 import inspect
@@ -149,3 +149,11 @@ def _of_another_class(flag: str, arguments: Sequence[str], classes: dict[str, di
     ]
     chosen = f", not of {named[-1].rpartition('.')[2]}" if named else ""
     return f"{flag} is an option of {', '.join(owners)}{chosen}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is out: of a GPU, in one of its libraries, or of the machine."""
+    words = r"out of memory|can't allocate memory|STATUS_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+    )

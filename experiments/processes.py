@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments import cli
+from experiments import cli, mistakes
 from experiments.files import console
 
 RENEW = 75  # exit status of a worker whose device is not to be trusted any more; another process takes its place
@@ -176,11 +175,8 @@ class Workers:
 
 def why_failed(error: Exception) -> str:
     """One line on an error that nobody foresaw."""
-    memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(
-        r"out of memory|can't allocate memory", str(error)
-    )
     message = " ".join(str(error).split())[:500]
-    return cli.NO_MEMORY if memory else f"{type(error).__name__}: {message}"
+    return cli.NO_MEMORY if mistakes.out_of_memory(error) else f"{type(error).__name__}: {message}"
 
 
 def _cores() -> int:

@@ -56,6 +56,7 @@ class Epochs(Callback):
         self.rows: list[dict[str, float]] = []
         self.within: dict[str, Any] | None = None  # of a checkpoint within an epoch
         self.world, self.saved, self.validated = 1, 0.0, False
+        self.parts = 1  # in which batches are computed, where memory is short
 
     def position(self, world: int) -> tuple[int, int]:
         """Epoch and batch at which training goes on.
@@ -76,6 +77,7 @@ class Epochs(Callback):
                 f"{self.last} was written by a training on {state.get('world', 1)} processes, this is one on {world}: continue with the "
                 "same --trainer.devices and --trainer.num_nodes, or choose another --name"
             )
+        self.parts = state.get("parts", 1)
         within = state.get("within")
         return (checkpoint["epoch"], within["batch"]) if within else (checkpoint["epoch"] + 1, 0)
 
@@ -84,7 +86,7 @@ class Epochs(Callback):
         return "_Epochs"  # as in the checkpoints of earlier versions
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "world": self.world, "within": self.within}
+        return {"rows": self.rows, "world": self.world, "within": self.within, "parts": self.parts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows, self.within = state_dict["rows"], state_dict.get("within")

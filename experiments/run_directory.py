@@ -189,6 +189,20 @@ def data_facts(data: ICUDataModule) -> dict[str, str]:
     }
 
 
+def memory(device: torch.device) -> str:
+    """Most memory that this process has taken so far, of a GPU where it has one and of the machine, in words."""
+    taken = []
+    if device.type == "cuda":
+        most, whole = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        taken.append(f"{most / 2**20:,.0f} of {whole / 2**20:,.0f} MiB of the GPU")
+    with suppress(ImportError):
+        import resource  # not on Windows
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+        taken.append(f"{most / 2**20:,.0f} MiB of the machine")
+    return "at most " + " and ".join(taken)
+
+
 def device_name() -> str:
     """What a training runs on where the user says nothing else."""
     count = torch.cuda.device_count()
