@@ -153,12 +153,12 @@ class ICUModule(lightning.LightningModule, ABC):
         loss, count = self.objective(batch) if self.parts == 1 else in_parts(self, self.objective, batch, self.parts)
         return self._record("train", loss, count, len(batch.row))
 
-    def objective(self, batch: Batch) -> tuple[Tensor, int | Tensor]:
+    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What training makes smaller, and how many values it is the mean of."""
-        loss, logit, _ = self._loss(batch)
+        loss, labelled, _ = self._loss(batch)
         if self.penalty is not None:
             loss = loss + self.penalty(batch)
-        return loss, len(logit)
+        return loss, labelled.sum()
 
     def validation_step(self, batch: Batch, index: int) -> None:
         self._score("val", batch)
@@ -177,20 +177,25 @@ class ICUModule(lightning.LightningModule, ABC):
         return predicted if self.calibration is None else self.calibration(predicted)
 
     def _score(self, stage: Stage, batch: Batch) -> None:
-        loss, logit, target = self._loss(batch)
+        loss, labelled, output = self._loss(batch)
+        output, target = output[labelled], batch.target[labelled]
         self._record(stage, loss, len(target), len(target))
         classes = self.spec.kind != "regression"
         for metric in self.scores.values():
-            metric.update(logit.sigmoid() if classes else logit, target.long() if classes else target)
+            metric.update(output.sigmoid() if classes else output, target.long() if classes else target)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean loss of the samples whose target is known, their outputs and targets."""
-        logit = self.outputs(batch)
-        labelled = ~unlabelled(batch.target)
-        logit, target = logit[labelled].float(), batch.target[labelled]
-        if logit.ndim > target.ndim:  # members
-            target = target.unsqueeze(-1).expand_as(logit)
-        return self.kind.loss(logit, target, self.pos_weight or 1.0), logit.detach(), target
+        """Mean loss of the samples whose target is known, which those are, (B,), and the outputs of all.
+
+        Unknown ones are weighted with 0 instead of being left out, since a GPU would have to be asked how many are left.
+        """
+        output, labelled = self.outputs(batch).float(), ~unlabelled(batch.target)
+        target = batch.target.nan_to_num()
+        if output.ndim > target.ndim:  # members
+            target = target.unsqueeze(-1).expand_as(output)
+        losses = self.kind.loss(output, target, self.pos_weight or 1.0)
+        losses = losses.view(len(losses), -1).mean(1)
+        return (losses * labelled).sum() / labelled.sum(), labelled, output.detach()
 
     def outputs(self, batch: Batch) -> Tensor:
         """What ``forward`` gives, compiled in training where that is asked for, in parts otherwise where memory is short."""
@@ -221,7 +226,7 @@ class ICUModule(lightning.LightningModule, ABC):
             torch.stack([loss.detach().double() * count, count, count.new_tensor(samples)])
         )
         counted = counted.clamp(min=1)
-        self.losses[stage].add((summed / counted).float(), int(every))
+        self.losses[stage].add((summed / counted).float(), every.long())
         return loss * (count * torch.distributed.get_world_size() / counted).to(loss.dtype)
 
     # ---- epochs --------------------------------------------------------------------------------------------------
@@ -387,12 +392,12 @@ class _Average(WeightAveraging):
 
 
 class Mean:
-    """Running mean over samples; plain numbers of float32, so that a checkpoint can carry it."""
+    """Running mean over samples, in float32; it does not wait for a GPU."""
 
-    def __init__(self, total: Tensor | float = 0.0, count: int = 0):
+    def __init__(self, total: Tensor | float = 0.0, count: Tensor | int = 0):
         self.total, self.count = torch.as_tensor(total), count
 
-    def add(self, value: Tensor, count: int) -> None:
+    def add(self, value: Tensor, count: Tensor | int) -> None:
         self.total, self.count = self.total.to(value.device) + value * count, self.count + count
 
     def value(self) -> Tensor:

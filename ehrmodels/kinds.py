@@ -18,7 +18,7 @@ class Kind(NamedTuple):
     """What the base class must know of a kind of task.
 
     Attributes:
-        loss: mean loss of outputs and targets, (B,) or (B, K), and the weight of a positive.
+        loss: loss of each output, from outputs and targets, (B,) or (B, K), and the weight of a positive.
         prediction: what is told of a sample, from its outputs and that weight.
         metrics: name -> makes the metric for K outputs; higher is better unless the name is in ``LOWER``.
         monitor: the metrics whose sum chooses the best epoch; empty: the loss does.
@@ -33,7 +33,9 @@ class Kind(NamedTuple):
 
 
 def _cross_entropy(logit: Tensor, target: Tensor, weight: float) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logit, target, pos_weight=torch.tensor(weight, device=logit.device))
+    # not a ``torch.tensor``, for which a GPU would wait at every step
+    of_positives = torch.full((), weight, device=logit.device)
+    return F.binary_cross_entropy_with_logits(logit, target, pos_weight=of_positives, reduction="none")
 
 
 def _probability(logit: Tensor, weight: float) -> Tensor:
@@ -62,7 +64,7 @@ KINDS: dict[str, Kind] = {
         ("auroc", "auprc"),
     ),
     "regression": Kind(
-        lambda output, target, weight: F.mse_loss(output, target),
+        lambda output, target, weight: F.mse_loss(output, target, reduction="none"),
         lambda output, weight: output.double(),
         {"mae": lambda k: MeanAbsoluteError(), "r2": lambda k: R2Score()},
         (),

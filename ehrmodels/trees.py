@@ -97,7 +97,7 @@ class FittedAtOnce(ICUModule):
             self.log_dict(self._cross_validated((features.numpy(), target.numpy()), row.numpy()))
         self.fitted = self.fit_rows((features.numpy(), target.numpy()))
         output = torch.as_tensor(self.output(features.numpy()), dtype=torch.float32)
-        self.losses["train"].add(self.kind.loss(output, target, 1.0), len(target))
+        self.losses["train"].add(self.kind.loss(output, target, 1.0).mean(), len(target))
         return nothing
 
     def _cross_validated(self, rows: Rows, row: np.ndarray) -> dict[str, Tensor]:
@@ -325,7 +325,8 @@ class LogisticRegression(FittedAtOnce):
 
         def closure() -> Tensor:
             optimiser.zero_grad()
-            loss = self.kind.loss(self.linear(x).squeeze(-1), y, 1.0) + self.l2 / 2 * self.linear.weight.square().sum()
+            loss = self.kind.loss(self.linear(x).squeeze(-1), y, 1.0).mean()
+            loss = loss + self.l2 / 2 * self.linear.weight.square().sum()
             loss.backward()
             return loss
 

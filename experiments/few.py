@@ -67,4 +67,4 @@ def _loss(model: ICUModule, data: ICUDataModule) -> float:
     weight = model.pos_weight or 1.0
     if model.kind.classes:
         output = torch.logit(output, 1e-12) + math.log(weight)
-    return float(model.kind.loss(output, target, weight))
+    return float(model.kind.loss(output, target, weight).mean())

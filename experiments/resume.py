@@ -145,7 +145,11 @@ class Epochs(Callback):
             return
         drawn = (torch.get_rng_state(), torch.cuda.get_rng_state() if pl_module.device.type == "cuda" else None)
         loss = pl_module.losses["train"]
-        self.within = {"batch": done, "random": distributed.all_gather(drawn), "train_loss": (loss.total, loss.count)}
+        self.within = {
+            "batch": done,
+            "random": distributed.all_gather(drawn),
+            "train_loss": (loss.total, int(loss.count)),
+        }
         trainer.save_checkpoint(self.last)
         self.within, self.saved = None, time.monotonic()
 

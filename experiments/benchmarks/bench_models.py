@@ -1,22 +1,28 @@
 """`make bench`: training throughput of the models on batches of PhysioNet 2012, beside a Transformer encoder and an LSTM.
 
 ``--root`` names the folder with the published files. Without it stays are simulated that are as long as those of 2012, which is all
-that the time depends on. Results go to ``experiments/results/throughput.csv``.
+that the time depends on. Results go to ``experiments/results/throughput.csv``, and those of torch.compile, on one epoch of all models,
+to ``compile.csv`` (of some models alone: ``--compile Fusion,GRUD``, which prints them and leaves the file as it is).
 
 Shape letters: B samples, N observations, D width.
 """
 
 import argparse
 import os
+import tempfile
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
+import ehrmodels
 from datamodules.contract import Batch, Spec, Triplets
 from datamodules.dictionary import CONCEPTS, mapping
 from datamodules.hospitals.physionet2012 import HOURS
@@ -25,13 +31,25 @@ from datamodules.schema import STAYS, conform
 from ehrmodels.base import ICUModule
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE, scalar_embedding
-from experiments.benchmarks.bench_scan import console, record, seconds, training_step
+from experiments.benchmarks.bench_scan import RESULTS, console, record, seconds, training_step
 
 WIDTH, LAYERS, STATE, HEADS = 64, 3, 16, 4
 BATCH, BATCHES = 32, 25  # stays in a batch; batches of an epoch that are timed
 # Quantiles of the observations of a stay in sets b and c (7,991 stays, mean 468): what simulated stays are drawn from.
 QUANTILES = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 LENGTHS = (3, 57, 273, 384, 460, 545, 700, 832, 1208)
+
+
+COMPILED: dict[str, tuple[Any, dict[str, Any]]] = {  # at their defaults
+    "Fusion": (ehrmodels.Fusion, {}),
+    "Fusion concat": (ehrmodels.Fusion, {"fusion": "concat"}),
+    "Fusion cross_attention": (ehrmodels.Fusion, {"fusion": "cross_attention"}),
+    **{f"HyMaTE {a}": (ehrmodels.HyMaTE, {"attention": a}) for a in ("token", "variable", "channel")},
+    **{
+        name: (getattr(ehrmodels, name), {})
+        for name in ("HyMaTEForecast", "Mamba", "STraTS", "Transformer", "TCN", "GRUD", "LSTM", "BiLSTM", "TabM")
+    },
+}
 
 
 class Simulated(PhysioNet2012):
@@ -125,21 +143,25 @@ def main() -> None:
     parser.add_argument(
         "--root", help="folder with the files of PhysioNet 2012; default: simulated stays of the same lengths"
     )
-    root = parser.parse_args().root
-    torch.set_num_threads(os.cpu_count() or 1)
+    parser.add_argument("--compile", help="only compile these models, such as Fusion,GRUD")
+    root, chosen = (parsed := parser.parse_args()).root, parsed.compile
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     torch.manual_seed(0)
     data: PhysioNet2012 = PhysioNet2012(root, batch_size=BATCH) if root else Simulated(batch_size=BATCH)
     what = "PhysioNet 2012" if root else "simulated stays as long as those of PhysioNet 2012"
     if not root:
         console.print("no --root: lengths of stays are simulated")
-    record(
-        "throughput", throughput(data), f"Training, {what}: forward, backward, optimiser step; {BATCH} stays a batch"
-    )
+    if not chosen:
+        title = f"Training, {what}: forward, backward, optimiser step; {BATCH} stays a batch"
+        record("throughput", throughput(data), title)
+    title = f"torch.compile in training, {what}: an epoch of batches of {BATCH} stays"
+    rows = [compiling(name, data) for name in (chosen.split(",") if chosen else COMPILED)]
+    record("compile", rows, title, Path(tempfile.mkdtemp()) if chosen else RESULTS)
 
 
 def throughput(data: ICUDataModule, count: int = BATCHES) -> list[dict[str, str]]:
     """One row a model, timed in turns on the same stays: ``count`` batches that lie evenly between the longest and the shortest."""
-    data.view = "triplets"
+    data.view, data.summary = "triplets", True
     data.prepare_data()
     data.setup()
     assert data.spec is not None
@@ -180,6 +202,49 @@ def throughput(data: ICUDataModule, count: int = BATCHES) -> list[dict[str, str]
         f"{len(length):,} training stays of {length.mean():.0f} observations in the mean, {length.max()} at most"
     )
     return rows
+
+
+def compiling(name: str, data: ICUDataModule, count: int = BATCHES) -> dict[str, str]:
+    """What torch.compile does for a model: seconds of its first step, graphs after it and after an epoch of all shapes, and stays a
+    second beside those without, timed in turns on ``count`` batches."""
+    kind, arguments = COMPILED[name]
+    models: dict[str, ICUModule] = {}
+    for mode in (None, "default"):
+        torch.manual_seed(0)
+        models[str(mode)] = kind(compile=mode, **arguments)
+    data.serve(models["None"])
+    data.prepare_data()
+    data.setup()
+    assert data.spec is not None
+    for model in models.values():
+        model.initialise(data.spec, 1.0)
+        model.train()
+    optimizers = {mode: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) for mode, model in models.items()}
+    epoch = list(data.train_dataloader())
+    torch.compiler.reset()
+    counters.clear()
+    taken: list[float] = []
+    graphs: list[int] = []
+    for batch in epoch:
+        taken.append(seconds(partial(training_step, models["default"], optimizers["default"], batch)))
+        graphs.append(counters["stats"]["unique_graphs"])
+    sample = [epoch[i] for i in np.linspace(0, len(epoch) - 1, min(count, len(epoch))).round().astype(int)]
+    training_step(models["None"], optimizers["None"], sample[0])
+    spent = dict.fromkeys(models, 0.0)
+    for batch in sample:
+        for mode, model in models.items():
+            spent[mode] += seconds(partial(training_step, model, optimizers[mode], batch))
+    stays = sum(len(batch.row) for batch in sample)
+    return {
+        "model": name,
+        "seconds to the first step": f"{taken[0]:.1f}",
+        "graphs after it": str(graphs[0]),
+        "graphs after the epoch": str(graphs[-1]),
+        "later steps that compiled": f"{sum(b > a for a, b in pairwise(graphs))} of {len(epoch) - 1}",
+        "stays a second, not compiled": f"{stays / spent['None']:.1f}",
+        "compiled": f"{stays / spent['default']:.1f}",
+        "ratio": f"{spent['None'] / spent['default']:.2f}",
+    }
 
 
 def named(spec: Spec) -> dict[str, nn.Module]:
@@ -223,7 +288,7 @@ def padding(batches: list[np.ndarray]) -> float:
 
 def timed(models: dict[str, nn.Module], batches: dict[str, list[Batch]]) -> dict[str, float]:
     """Seconds that each model trains on all batches of its view, the models in turns, after two steps that do not count."""
-    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-4) for name, model in models.items()}
+    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) for name, model in models.items()}
     taken = dict.fromkeys(models, 0.0)
     number = len(batches["triplets"])
     with console.status("training") as status:

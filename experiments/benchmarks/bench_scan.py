@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from datamodules.contract import Batch, Spec, Triplets
 from ehrmodels import scan_cpp
+from ehrmodels.base import ICUModule
 from ehrmodels.hymate import HyMaTE
 from ehrmodels.scan import selective_scan, selective_scan_reference
 
@@ -364,7 +365,7 @@ def whole_model(scans: dict[str, Scan], count: int = 32, events: int = 600, roun
     )
     model = HyMaTE(width=64, layers=3, state=16, piecewise=False, summary=False, members=1)
     model.initialise(spec, 1.0)
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)
     taken: dict[str, list[float]] = {OURS: [], PSCAN: []}
     training_step(model, optimizer, batch)
     with console.status("whole model") as status:
@@ -384,7 +385,11 @@ def whole_model(scans: dict[str, Scan], count: int = 32, events: int = 600, roun
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     """Forward, backward and the optimiser's step on one batch."""
     optimizer.zero_grad()
-    F.binary_cross_entropy_with_logits(model(batch), batch.target).backward()
+    if isinstance(model, ICUModule):
+        loss = model.objective(batch)[0]
+    else:
+        loss = F.binary_cross_entropy_with_logits(model(batch), batch.target)
+    loss.backward()
     optimizer.step()
 
 
