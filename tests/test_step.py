@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from datamodules import SyntheticMIMICIV
 from datamodules.contract import Batch, Triplets
-from ehrmodels import Fusion, HyMaTE, HyMaTEForecast, ICUModule, load
+from ehrmodels import GRUD, LSTM, TCN, Fusion, HyMaTE, HyMaTEForecast, ICUModule, Mamba, STraTS, TabM, Transformer, load
 from ehrmodels.base import Mean
 from ehrmodels.checkpoint import read
 from ehrmodels.step import divided, in_parts, padded
@@ -239,3 +240,28 @@ def test_a_batch_is_divided_evenly() -> None:
     samples = batch(made(HyMaTE), 10)
     assert [len(part.row) for part in divided(samples, 4)] == [3, 3, 2, 2]
     assert len(divided(samples, 64)) == 10
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Fusion,
+        partial(Fusion, fusion="cross_attention"),
+        *(partial(HyMaTE, attention=attention) for attention in ("token", "variable", "channel")),
+        *(GRUD, LSTM, Mamba, STraTS, TabM, TCN, Transformer),
+    ],
+)
+def test_no_step_waits_for_what_a_gpu_computes(make: Callable[..., ICUModule]) -> None:
+    """Tensors without values raise an error where Python asks for one, which would let a GPU run empty."""
+    model = make()
+    model.initialise(spec(6, 8, 3), 3.0)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    samples = batch(model.train(), 7)
+    samples = type(samples)(*map(mode.from_tensor, samples))
+    with mode:
+        model.training_step(samples, 0).backward()
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+            model._score("val", samples)  # which may ask: its metrics leave out what is unknown
