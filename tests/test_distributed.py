@@ -260,7 +260,7 @@ def start(command: list[str], line: str, folder: Path, **environment: str) -> su
     return subprocess.Popen(
         [*command, *line.split()],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT)]), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
