@@ -22,7 +22,7 @@ from experiments.cli import main
 from experiments.curve import advice, tabulated
 from experiments.strategies import STRATEGIES, Transfer
 
-SMALL = "--model Fusion --model.width 16 --model.members 2"
+SMALL = "--model Fusion --model.width 16 --model.summary false --model.members 2"
 
 
 def made(data: ICUDataModule, view: Any = "grid", **options: Any) -> ICUDataModule:
