@@ -21,7 +21,7 @@ DRAWN = page.write
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
 
-SLOWEST = ("resume", "distributed", "sweep", "benchmark", "hymate", "tracking", "docs", "explain", "study", "bad_input")
+SLOWEST = ("resume", "distributed", "sweep", "benchmark", "export", "transfer", "future", "cli", "explain", "page")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
