@@ -1,7 +1,6 @@
 """The ``ehr`` command: ``ehr VERB --help``. Nothing heavy is imported before the verb is known."""  # part of ehr: start.py looks for these words
 
 import difflib
-import importlib
 import inspect
 import itertools
 import json
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from experiments import help, mistakes
+from experiments.imports import imported
 from experiments.settings import TRAINER_DEFAULTS
 
 FROM_CHECKPOINT = ("evaluate", "predict", "explain")  # verbs whose data default to those of the checkpoint
@@ -166,7 +166,7 @@ def _print_remarks() -> None:
 
 
 def _verbs(verb: str) -> ModuleType:
-    return importlib.import_module("experiments.sweep.command" if verb == "sweep" else f"experiments.{verb}")
+    return imported("experiments.sweep.command" if verb == "sweep" else f"experiments.{verb}")
 
 
 def make_parser(verb: str, arguments: Sequence[str] = ()) -> Any:

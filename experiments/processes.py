@@ -49,7 +49,7 @@ class Workers:
     """Starts the processes of this machine and starts anew those that were killed, until none is left to do.
 
     Args:
-        module: what a process runs, as ``python -m``; it reads ``order`` and its parent's process id as JSON, and ends with
+        module: what a process runs, its ``main``; that reads ``order`` and its parent's process id as JSON, and ends with
             status 0 where nothing is left to do, and 2 where it would be the same for any other.
         order: of whatever the module needs, ``name`` and ``folder``.
         number: of processes.
@@ -85,7 +85,7 @@ class Workers:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.devices[i % len(self.devices)] for i in own)
         with self.log(index).open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", self.module],
+                [sys.executable, "-P", "-m", "experiments.imports", self.module],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

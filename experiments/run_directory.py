@@ -4,6 +4,7 @@
 lines say on which code, device and data. ``run.log`` holds all that was printed.
 """
 
+import functools
 import inspect
 import os
 import platform
@@ -131,6 +132,13 @@ def empty(folder: Path) -> None:
                 path.unlink()
 
 
+@functools.cache
+def _environment() -> str:
+    """Versions of Python and of the installed packages, whose files are read once for all trainings of a process."""
+    packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions())
+    return "\n".join([f"python=={platform.python_version()}", f"platform: {platform.platform()}", *packages]) + "\n"
+
+
 def _take_up(folder: Path, config: dict[str, Any], resume: bool | None, option: str, verb: Callable[..., Any]) -> None:
     path = folder / "config.yaml"
     if path.exists():
@@ -153,9 +161,7 @@ def _take_up(folder: Path, config: dict[str, Any], resume: bool | None, option: 
         )
     if resume:
         console.print(f"nothing to resume in {folder}: starting anew", soft_wrap=True)
-    packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions())
-    python = [f"python=={platform.python_version()}", f"platform: {platform.platform()}"]
-    write_text(folder / "environment.txt", "\n".join([*python, *packages]) + "\n")
+    write_text(folder / "environment.txt", _environment())
     write_text(path, _yaml(config, {"code": code(), "device": device_name()}))
 
 

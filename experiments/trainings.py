@@ -1,4 +1,4 @@
-"""A queue of trainings, shared by processes that may be killed; ``python -m experiments.trainings`` is one of them.
+"""A queue of trainings, shared by processes that may be killed; ``python -m experiments.imports experiments.trainings`` is one of them.
 
 A training is a file ``queue/NAME.yaml`` of ``ehr train`` or ``ehr finetune``, and the run directory NAME that comes of it. What is left
 to do is told by the run directories alone, and who does it by a lock a training, which the kernel frees when its process ends, however
@@ -267,6 +267,7 @@ def _attempt(training: Training, number: int, order: dict[str, Any]) -> None:
         raise SystemExit(RENEW) from error
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Do what the order on standard input says."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background with it ignored
     cli.guarded(lambda: work(json.load(sys.stdin)), "ehr benchmark --help")

@@ -1,6 +1,7 @@
 """Shared fixtures: simulated hospitals, a cache of their own, and the real data where they lie beside the project."""
 
 import os
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,14 +13,15 @@ if not Path("/dev/nvidiactl").exists():  # Triton looks when torch imports it: i
 import torch
 
 from datamodules import simulate
-from experiments import files, page
+from experiments import page
 from experiments.cli import main
 
-PAGES = ("report.html", "card.md", "data_card.md")
+CHILDREN = Path(__file__).parent / "children"
+DRAWN = page.write
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
 
-SLOWEST = ("resume", "distributed", "sweep", "benchmark", "hymate", "tracking", "docs", "explain", "study", "bad_input")
+SLOWEST = ("resume", "distributed", "sweep", "benchmark", "export", "transfer", "future", "cli", "explain", "page")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,15 +48,21 @@ def one_thread() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of child processes
 
 
-@pytest.fixture(autouse=True)
-def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes a third of a small run: it is left to tests of pictures, of documents and of bits."""
-    if request.path.name not in ("test_page.py", "test_docs.py", "test_readme.py", "test_resume.py"):
-        monkeypatch.setattr(
-            page,
-            "write",
-            lambda folder, *_, **__: [files.write(folder / name, b"a page") for name in PAGES],
-        )
+@pytest.fixture(scope="session", autouse=True)
+def no_pages() -> Iterator[None]:
+    """Drawing takes more than half of a small run: it is left to tests that ask for ``pages_drawn``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "write", runpy.run_path(str(CHILDREN / "sitecustomize.py"))["write"])
+        patch.setenv("PYTHONPATH", str(CHILDREN), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="module")
+def pages_drawn(no_pages: None) -> Iterator[None]:
+    """The pages of runs are those that a user gets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "write", DRAWN)
+        yield
 
 
 @pytest.fixture(scope="session")

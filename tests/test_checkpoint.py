@@ -1,9 +1,8 @@
 """Reading a checkpoint runs nothing but known models, and finds damage; a class of one's own trains, is scored and reloads."""
 
-import os
 import random
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,25 +141,20 @@ def test_a_class_of_ones_own_trains_is_scored_and_reloads(mimic: Path, tmp_path:
         Fusion.load_from_checkpoint(path)
 
 
-def test_a_class_of_ones_own_on_the_command_line(mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_of_ones_own_on_the_command_line(
+    mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[[str], str]
+) -> None:
     text = Path(__file__).read_text()
-    (tmp_path / "mymodels.py").write_text(text[text.index("import os") : text.index("@pytest.fixture")])
+    (tmp_path / "mymodels.py").write_text(text[text.index("import random") : text.index("@pytest.fixture")])
     monkeypatch.chdir(tmp_path)  # whose modules can be named, without PYTHONPATH
     data = f"--data SyntheticMIMICIV --data.root {mimic}"
     main(f"train --model mymodels.GRU --model.width 4 {data} --trainer.max_epochs 1 --name own".split())
     main(["evaluate", "--ckpt", "runs/own/best.ckpt", "--model", "mymodels.GRU", "--out", "scores"])
     assert (tmp_path / "scores" / "report.html").exists()
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "experiments.cli",
-        *["evaluate", "--ckpt", "runs/own/best.ckpt", "--out", "x"],
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "name it with --model mymodels.GRU" in done.stderr
+    content = read("runs/own/best.ckpt")
+    content["ehr"]["model"] = "yours.GRU"  # which nobody has imported
+    save(content, Path("other.ckpt"))
+    assert "name it with --model yours.GRU" in refused("evaluate --ckpt other.ckpt --out x")
 
 
 @pytest.mark.parametrize("name", ["best.ckpt", "last.ckpt"])

@@ -260,7 +260,7 @@ def start(command: list[str], line: str, folder: Path, **environment: str) -> su
     return subprocess.Popen(
         [*command, *line.split()],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT)]), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -405,11 +405,12 @@ def test_a_job_of_slurm_is_queued_again_and_goes_on(unbroken: Path, mimic: Path,
     for name, content in {"srun": SRUN, "scontrol": SCONTROL, "ehr": entry}.items():
         (tools / name).write_text(content)
         (tools / name).chmod(0o755)
+    job = str(os.getpid())  # of which Lightning makes the port, which no other run of the tests then has
     variables = {
         "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2",
         "SLURM_NNODES": "1",
-        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_ID": job,
         "SLURM_JOB_NAME": "ehr-train",
     }
     environment = {**variables, "PATH": f"{tools}:{os.environ['PATH']}", "MASTER_ADDR": "127.0.0.1"}
@@ -420,7 +421,7 @@ def test_a_job_of_slurm_is_queued_again_and_goes_on(unbroken: Path, mimic: Path,
     os.kill(process.pid, signal.SIGUSR1)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    assert (tmp_path / "scontrol.log").read_text() == "requeue 17\n"
+    assert (tmp_path / "scontrol.log").read_text() == f"requeue {job}\n"
     assert not (tmp_path / "runs" / "run" / "metrics.json").exists()
     (tmp_path / "tasks").unlink()
     out = finished(start(command, arguments, tmp_path, **environment))

@@ -168,7 +168,7 @@ def test_any_model_is_explained(
     if name == "LightGBM":
         pytest.importorskip("lightgbm", reason="lightgbm is not installed: pip install -e '.[trees]'")
     data = f"--data SyntheticMIMICIV --data.root {mimic}"
-    main(f"train {FORMS[name]} {data} --data.hours 12 --trainer.max_epochs 1 --runs {tmp_path} --name run".split())
+    main(f"train {FORMS[name]} {data} --data.hours 6 --trainer.max_epochs 1 --runs {tmp_path} --name run".split())
     line = f"explain --ckpt {tmp_path / 'run' / 'best.ckpt'} --data.split val --out {tmp_path / 'out'}"
     main(line.split())
     lines = capsys.readouterr().out  # no terminal: what takes long is said in plain words

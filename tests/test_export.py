@@ -13,7 +13,8 @@ from test_models import batch, spec
 from torch import Tensor
 
 from datamodules import SyntheticMIMICIV
-from ehrmodels import Fusion, HyMaTE, ICUModule
+from ehrmodels import Fusion, HyMaTE, ICUModule, load
+from ehrmodels.calibration import fitted
 from ehrmodels.export import Scorer, example, exported, inputs, to_onnx
 from experiments.cli import main
 
@@ -21,7 +22,7 @@ MAKE: dict[str, Any] = {
     **{f"fusion {f}": lambda f=f: Fusion(width=8, fusion=f) for f in ("gated", "concat", "cross_attention")},
     **{
         f"hymate {a}": lambda a=a: HyMaTE(width=8, layers=1, state=4, heads=2, attention=a)
-        for a in ("token", "variable", "channel")
+        for a in ("variable", "channel")
     },
 }
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about its own use of what it has deprecated
@@ -51,34 +52,35 @@ def shapes(model: ICUModule) -> list[tuple[Tensor, ...]]:
     return tensors
 
 
-@pytest.mark.parametrize("name", MAKE)
-def test_an_exported_model_gives_the_same(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("fusion gated", "platt"),
+        ("fusion concat", "isotonic"),
+        ("fusion cross_attention", None),
+        ("hymate variable", None),
+        ("hymate channel", None),  # token as ONNX, below
+    ],
+)
+def test_an_exported_model_gives_the_same_and_one_that_is_recalibrated_has_its_map(
+    name: str, method: str | None
+) -> None:
     model = made(name)
+    if method is not None:
+        rng = np.random.default_rng(0)
+        risk = rng.random(300)
+        model.calibration = fitted(method, risk, (rng.random(300) < risk**2).astype(float), 300)
     program = exported(model).module()
     for tensors in shapes(model):
         with torch.no_grad():
             torch.testing.assert_close(program(*tensors), Scorer(model)(*tensors), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["hymate token"])
-def test_onnx_gives_the_same(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install -e '.[dev]'")
-    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
-    model = made(name)
-    to_onnx(model, str(tmp_path / "model.onnx"))
-    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    assert [i.name for i in session.get_inputs()] == inputs(model)
-    for tensors in shapes(model):
-        (prediction,) = session.run(None, dict(zip(inputs(model), (t.numpy() for t in tensors), strict=True)))
-        with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(prediction), Scorer(model)(*tensors), rtol=0, atol=1e-4)
-    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
-
-
 @pytest.mark.parametrize("name", ["fusion cross_attention", "hymate variable"])
 def test_a_compiled_model_gives_the_same(name: str) -> None:
+    """Every operation of a model is one that can be traced; what becomes of our own operators then is tested with them."""
     model = made(name)
-    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(model, backend="eager", dynamic=True)
     for count in (3, 8):
         samples = batch(model, count, seed=count)
         torch.testing.assert_close(compiled(samples), model(samples), rtol=1e-5, atol=1e-6)
@@ -90,8 +92,6 @@ def test_a_compiled_model_gives_the_same(name: str) -> None:
 def test_the_verb_writes_the_file_and_what_it_means(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ehrmodels import load
-
     main(f"export --ckpt {trained / 'best.ckpt'} --out {tmp_path / 'm.pt2'}".split())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "m.pt2"]
     model, meaning = load(trained / "best.ckpt"), json.loads((tmp_path / "m.json").read_text())
@@ -110,8 +110,6 @@ def test_trees_in_onnx_give_the_same_on_real_stays_with_missing_values_and_recal
     mimic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
-    from ehrmodels import load
-    from ehrmodels.calibration import fitted
     from experiments.evaluate import predict_split
 
     line = f"train --data SyntheticMIMICIV --data.root {mimic} --runs {tmp_path}"
@@ -149,20 +147,6 @@ def test_trees_in_onnx_give_the_same_on_real_stays_with_missing_values_and_recal
     assert "trees can be exported as .onnx" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["platt", "isotonic"])
-def test_a_recalibrated_network_is_exported_with_its_map(method: str) -> None:
-    from ehrmodels.calibration import fitted
-
-    model = made("fusion gated")
-    rng = np.random.default_rng(0)
-    risk = rng.random(300)
-    model.calibration = fitted(method, risk, (rng.random(300) < risk**2).astype(float), 300)
-    program = exported(model).module()
-    for tensors in shapes(model):
-        with torch.no_grad():
-            torch.testing.assert_close(program(*tensors), Scorer(model)(*tensors), rtol=0, atol=1e-4)
-
-
 @pytest.fixture(scope="module")
 def tables(mimic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stays and events as CSV, as ``ehr prepare --out`` writes them as Parquet."""
@@ -178,24 +162,34 @@ def test_the_example_of_another_program_gives_what_predict_gives(
     name: str, mimic: Path, tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install -e '.[dev]'")
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[dev]'")
     small = "" if "LightGBM" in name else "--model.width 8 --model.members 2 --trainer.max_epochs 1"
     data = f"--data SyntheticMIMICIV --data.root {mimic}"
     main(f"train --model {name} {small} {data} --data.hours 12 --data.window 6 --runs {tmp_path} --name run".split())
     ckpt = tmp_path / "run" / "best.ckpt"
-    main(f"export --ckpt {ckpt} --out {tmp_path / 'm.onnx'}".split())
+    (tmp_path / "onnx").mkdir()
+    onnx = tmp_path / "onnx" / "m.onnx"
+    main(f"export --ckpt {ckpt} --out {onnx}".split())
+    assert {p.name for p in onnx.parent.iterdir()} == {"m.onnx", "m.json"}
+    if "LightGBM" not in name:
+        session, model = runtime.InferenceSession(onnx, providers=["CPUExecutionProvider"]), load(ckpt)
+        assert [i.name for i in session.get_inputs()] == inputs(model)
+        for tensors in shapes(model):
+            (prediction,) = session.run(None, dict(zip(inputs(model), (t.numpy() for t in tensors), strict=True)))
+            with torch.no_grad():
+                torch.testing.assert_close(torch.from_numpy(prediction), Scorer(model)(*tensors), rtol=0, atol=1e-4)
     main(f"predict --ckpt {ckpt} {data} --out {tmp_path / 'risk.csv'}".split())
     capsys.readouterr()
     example = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "onnx_example.py"))
-    example["main"](tmp_path / "m.onnx", tables / "stays.csv", tables / "events.csv")
+    example["main"](onnx, tables / "stays.csv", tables / "events.csv")
     said = pl.read_csv(capsys.readouterr().out.encode(), has_header=False, new_columns=["stay_id", "said"])
     both = pl.read_csv(tmp_path / "risk.csv").join(said, on="stay_id")
     assert len(both) > 20 and both["said"].n_unique() > 10
     assert (both["said"] - both["probability"]).abs().max() < 1e-4
     pressors = pl.read_csv(tables / "events.csv").filter(pl.col("concept") == "norepinephrine", pl.col("minute") < 360)
     assert pressors["stay_id"].is_in(both["stay_id"].implode()).any()  # set before the window opens
-    meaning = json.loads((tmp_path / "m.json").read_text())
+    meaning = json.loads(onnx.with_suffix(".json").read_text())
     meaning["statics"][0] = {"name": "hours in the ICU", "definition": "hours from ICU admission to the prediction"}
-    (tmp_path / "m.json").write_text(json.dumps(meaning))
+    onnx.with_suffix(".json").write_text(json.dumps(meaning))
     with pytest.raises(SystemExit, match="does not compute hours in the ICU"):
-        example["main"](tmp_path / "m.onnx", tables / "stays.csv", tables / "events.csv")
+        example["main"](onnx, tables / "stays.csv", tables / "events.csv")

@@ -201,7 +201,8 @@ def test_intervals_cover_the_truth() -> None:
     hits = {"auroc": 0, "brier": 0, "sensitivity": 0}
     trials = 250
     for seed in range(trials):
-        result = metrics.score(simulated(np.random.default_rng(1000 + seed), 150, rows=3), 0.3, replicates=200)
+        rows = metrics.Rows(simulated(np.random.default_rng(1000 + seed), 150, rows=3), 0.3)
+        result = metrics.with_intervals(hits, rows.drawn(hits, 200))  # as ``score`` does of all metrics
         for name in hits:
             hits[name] += result[name]["low"] <= truth[name]["value"] <= result[name]["high"]
     for name, count in hits.items():

@@ -14,6 +14,7 @@ from experiments import evidence, metrics
 from experiments import page as pages_of
 from experiments.cli import main
 
+pytestmark = pytest.mark.usefixtures("pages_drawn")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -124,7 +125,9 @@ def pages(mimic: Path, eicu: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def _make(line: str, eicu: Path, runs: Path) -> None:
     main(f"{line} --name icu --finetune SyntheticEICU --finetune.root {eicu} --transfer.recalibrate prevalence".split())
-    main(f"{line} --name hourly --data.task mortality_24h --data.rolling true --data.hours 24".split())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages_of, "write", lambda *_, **__: None)  # of the hourly run, whose evaluation has one
+        main(f"{line} --name hourly --data.task mortality_24h --data.rolling true --data.hours 24".split())
     main(f"evaluate --ckpt {runs / 'hourly' / 'best.ckpt'} --data.split all --out {runs / 'all'}".split())
     main(
         f"evaluate --ckpt {runs / 'icu' / 'best.ckpt'} --data.split val --beside {runs / 'icu'} --out {runs / 'val'}".split()

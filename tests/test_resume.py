@@ -133,7 +133,7 @@ def test_killed_extraction(
 # ---- train ----------------------------------------------------------------------------------------------------------------
 
 LINE = (
-    "train --model Fusion --model.width 16 --model.members 2 --data SyntheticMIMICIV --data.root {} --trainer.max_epochs 4 "
+    "train --model Fusion --model.width 16 --model.summary false --model.members 2 --data SyntheticMIMICIV --data.root {} --trainer.max_epochs 4 "
     "--name run --data.batch_size 32"
 )
 TRANSFER = " --finetune SyntheticEICU --finetune.root {} --finetune_epochs 3"
@@ -236,31 +236,21 @@ def unbroken(line: str, parent: Path, monkeypatch: pytest.MonkeyPatch) -> list[P
     return folders
 
 
-def test_killed_training_on_triplets(
-    killed: Run, trained: Path, mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Batches gathered by length and observations left out at random are the same after a restart."""
-    model = "--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --data.thinning 0.3"
-    line = f"train {model} --data SyntheticMIMICIV --data.root {mimic} --trainer.max_epochs 4 --name run --data.batch_size 32"
-    folders = unbroken(line, tmp_path, monkeypatch)
-    assert killed(folders[1], line, lambda: rows(folders[1] / "runs" / "run" / "metrics.csv") >= 2) == -signal.SIGKILL
-    monkeypatch.chdir(folders[1])
-    main([*line.split(), "--resume"])
-    same(folders[0] / "runs", folders[1] / "runs")
-
-
 FORMS = {
     "Fusion, batches built by another process": (
-        "--model Fusion --model.width 16 --data.num_workers 1 --trainer.check_val_every_n_epoch 2",
-        (4, 20),
+        "--model Fusion --model.width 16 --model.summary false --data.num_workers 1",
+        (4,),
     ),
     "Fusion, gradients of three batches": (
-        "--model Fusion --model.width 16 --trainer.accumulate_grad_batches 3",
+        "--model Fusion --model.width 16 --trainer.accumulate_grad_batches 3 --trainer.check_val_every_n_epoch 2",
         (2, 7),
     ),
-    "HyMaTE": ("--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --data.thinning 0.3", (4, 20)),
+    "HyMaTE, of batches gathered by length some observations left out at random": (
+        "--model HyMaTE --model.width 16 --model.layers 1 --model.state 4 --data.hours 12 --data.thinning 0.3",
+        (4, 20),
+    ),
     "HyMaTEForecast": (
-        "--model HyMaTEForecast --model.width 16 --model.layers 1 --model.state 4 --monitor val_loss",
+        "--model HyMaTEForecast --model.width 16 --model.layers 1 --model.state 4 --data.hours 12 --monitor val_loss",
         (4, 20),
     ),
 }
@@ -270,7 +260,7 @@ FORMS = {
 def test_killed_within_an_epoch(
     form: str, killed: Run, trained: Path, mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training goes on at the very batch, in the first epoch and, killed again, in the second."""
+    """Training goes on at the very batch, in the first epoch and, killed again, in the second. At first there is nothing to resume."""
     model, times = FORMS[form]
     data = f"--data SyntheticMIMICIV --data.root {mimic} --data.batch_size 8"  # 18 batches
     line = f"train {model} {data} --trainer.max_epochs 2 --name run --checkpoint_minutes 0"
@@ -332,7 +322,7 @@ def test_a_damaged_checkpoint_of_an_unfinished_run(
 def test_a_full_disk_keeps_the_last_good_checkpoint(
     mimic: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = f"{LINE.format(mimic)} --checkpoint_minutes 0"
+    line = f"{LINE.format(mimic)} --trainer.max_epochs 2 --checkpoint_minutes 0"
     (tmp_path / "whole").mkdir()
     monkeypatch.chdir(tmp_path / "whole")
     main(line.split())
@@ -358,16 +348,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     same(tmp_path / "whole" / "runs", Path("runs"))
 
 
-def test_resume_of_nothing_starts_anew(
-    whole: Path, mimic: Path, eicu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    main([*(LINE + TRANSFER).format(mimic, eicu).split(), "--resume"])
-    same(whole, tmp_path / "runs")
-
-
-def test_a_run_that_had_stopped_early_is_not_trained_further(
-    mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_had_stopped_early_is_not_trained_further_and_its_page_is_the_same(
+    pages_drawn: None, mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after its last checkpoint: continuing it must not train one epoch more. Without learning, patience ends soon."""
     monkeypatch.chdir(tmp_path)

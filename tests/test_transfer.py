@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from test_benchmark import in_this_process
 
 from datamodules import scaler
 from datamodules.contract import joined
@@ -21,7 +22,7 @@ from experiments.cli import main
 from experiments.curve import advice, tabulated
 from experiments.strategies import STRATEGIES, Transfer
 
-SMALL = "--model Fusion --model.width 16 --model.members 2"
+SMALL = "--model Fusion --model.width 16 --model.summary false --model.members 2"
 
 
 def made(data: ICUDataModule, view: Any = "grid", **options: Any) -> ICUDataModule:
@@ -324,8 +325,9 @@ def test_few_patients_are_left_out_in_turn_and_training_ends_where_their_loss_is
 
 
 def test_what_a_queue_is_begun_with_and_a_run_records_are_the_options_of_the_model(
-    mimic: Path, eicu: Path, tmp_path: Path
+    mimic: Path, eicu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    in_this_process(monkeypatch)
     line = (
         f"train --model LightGBM --model.rounds 10 --data SyntheticMIMICIV --data.root {mimic} --runs {tmp_path} --name"
     )

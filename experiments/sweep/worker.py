@@ -1,4 +1,4 @@
-"""``python -m experiments.sweep.worker``: one of the processes of a sweep."""
+"""``python -m experiments.imports experiments.sweep.worker``: one of the processes of a sweep."""
 
 import json
 import math
@@ -153,6 +153,7 @@ def _best_epoch(path: Path, monitor: str) -> dict[str, float]:
     return epochs.sort(monitor, descending=descending, maintain_order=True).row(0, named=True)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Do what the order on standard input says."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background with it ignored
     cli.guarded(lambda: work(json.load(sys.stdin)), "ehr sweep --help")

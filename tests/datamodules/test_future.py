@@ -17,7 +17,12 @@ from datamodules import hospitals, raw
 from datamodules.cohort import Cohort
 from datamodules.hospitals.base import Hospital
 
-HOURS = (6, 8, 24, 48)
+CUTS = [
+    ("simulated", 6),
+    ("simulated", 24),
+    ("demo", 8),
+    ("demo", 48),
+]  # kind of data, and the hour at which they are cut
 DAY = 24 * 60
 
 # table -> columns of time of which the latest says when a row was there
@@ -148,8 +153,7 @@ def roots(system: str, request: pytest.FixtureRequest, kind: str) -> Path:
     return request.getfixturevalue("real")("mimic-iv-demo" if system == "MIMICIV" else "eicu-demo")
 
 
-@pytest.mark.parametrize("hours", HOURS)
-@pytest.mark.parametrize("kind", ["simulated", "demo"])
+@pytest.mark.parametrize(("kind", "hours"), CUTS)
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_no_event_changes_with_what_comes_later(system, kind, hours, cuts, request) -> None:  # type: ignore[no-untyped-def]
     root = roots(system, request, kind)
@@ -161,8 +165,7 @@ def test_no_event_changes_with_what_comes_later(system, kind, hours, cuts, reque
     assert [len(o) for o in only] == [0, 0], [o.group_by("concept").len().rows() for o in only]
 
 
-@pytest.mark.parametrize("hours", HOURS)
-@pytest.mark.parametrize("kind", ["simulated", "demo"])
+@pytest.mark.parametrize(("kind", "hours"), CUTS)
 @pytest.mark.parametrize(
     ("system", "definition"),
     [(s, name) for s, kind in SYSTEMS.items() for name, d in kind.definitions.items() if not d.partial],
