@@ -73,8 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
     }
     say(f"{', '.join(facts.values())}; nvcc: {version(nvcc)}")
-    usual = nvcc if chosen.minutes > 2 else None
-    for sentence in provide(folder, usual, f"{gpu.major}.{gpu.minor}", chosen.kernels):
+    for sentence in provide(folder, nvcc if chosen.minutes > 2 else None, f"{gpu.major}.{gpu.minor}", chosen.kernels):
         say(sentence)
     deadline = Deadline(60 * chosen.minutes)
     kernels = gpu_scan.usable(device)
@@ -146,7 +145,8 @@ def write(rows: Sequence[Row], facts: dict[str, str]) -> None:
     """``gpu.csv`` and ``gpu_summary.csv``; ``facts`` are columns that are the same everywhere."""
     table = pl.DataFrame([cells(r) for r in rows], schema=list(Row._fields), orient="row")
     write_text(RESULT, table.with_columns(**{name: pl.lit(fact) for name, fact in facts.items()}).write_csv())
-    write_text(RESULT.with_name("gpu_summary.csv"), pl.DataFrame(summary(rows), infer_schema_length=None).write_csv())
+    lines = [*summary(rows), {"what": "measured on", "besides": "; ".join(facts.values())}]
+    write_text(RESULT.with_name("gpu_summary.csv"), pl.DataFrame(lines, infer_schema_length=None).write_csv())
 
 
 def summary(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -159,7 +159,8 @@ def summary(rows: Sequence[Row]) -> list[dict[str, str]]:
             for column in (*PATHS, "between"):
                 if (value := getattr(row, column)) is not None:
                     said[column if column in PATHS else "besides"].append(SHORT[row.measure].format(value))
-            said["besides"] += [f"{SHORT[row.measure].split('} ')[-1]} {row.target}"] if row.target else []
+            if row.target and row.measure not in gpu_train.TARGETS:  # which are the same everywhere
+                said["besides"].append(f"target: {row.target}")
         elif row.measure.startswith("graphs compiled"):
             most = max((value for value in row[2:5] if value is not None), default=0)
             said["besides"] += [f"{row.measure}: {most:.0f}"] if most else []
@@ -168,10 +169,8 @@ def summary(rows: Sequence[Row]) -> list[dict[str, str]]:
         elif row.measure.startswith("error of"):
             continue
         else:
-            values = [f": {value:.2g}" for value in row[2:6] if value is not None]
-            said["besides"].append(
-                " ".join([row.measure + "".join(values), row.target and f"({row.target})", row.outcome]).strip()
-            )
+            values = [f"{row.measure}: {value:.2g}" for value in row[2:6] if value is not None] or [row.measure]
+            said["besides"].append(" ".join(filter(None, [*values, row.target and f"({row.target})", row.outcome])))
     for what, said in lines.items():
         judged = [r.outcome for r in rows if r.what == what and r.measure.startswith("error of")]
         if judged:
