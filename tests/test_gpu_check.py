@@ -126,7 +126,7 @@ def test_what_there_is_no_time_for_is_left_out_and_no_failure(capsys: pytest.Cap
     assert not list(gpu_train.train_all(data, CPU, waiting, ["pytorch"], Deadline(0), final=False))
     assert len(waiting) == count == 10  # they wait for the rest of the time
     rows += all_of(gpu_train.train_all(data, CPU, waiting, ["pytorch"], Deadline(0)))
-    commands = gpu_runs.Commands("", Path(), Deadline(0), "pytorch", runner=pytest.fail)
+    commands = gpu_runs.Commands(Path(), Path(), Path(), Deadline(0), "pytorch", runner=pytest.fail)
     rows += all_of([*commands.rows(), *commands.end_to_end(Path())])
     assert {r.measure for r in rows} == {NO_TIME} and len(rows) == 8 + count + 6 + 3
     assert gpu_check.conclude(rows) == 0
@@ -154,7 +154,7 @@ def test_tables_are_written_after_every_step(results: Path, capsys: pytest.Captu
         ("scan", "0.5 ms forward", "0.6 ms forward", "7 ms forward", "1 of 1 errors within their limits"),
         ("Fusion, eager", "", "", "20,123 stays/s", "target: at least 20,000; the loss does not fall"),
         (NO_TIME, "", "", "", "1 measurements"),
-        ("measured on", "", "", "", "a GPU"),
+        ("measured on", "", "", "", "device: a GPU"),
     ]
     assert "a part" in capsys.readouterr().out
 
@@ -215,7 +215,7 @@ class Canned:
     def __init__(self, weights: dict[str, float], scores: dict[str, float], ending: bool = False):
         self.weights, self.scores, self.ending, self.seen = weights, scores, ending, list[list[str]]()
 
-    def __call__(self, arguments: list[str], until: Any = None) -> gpu_runs.Finished:
+    def __call__(self, arguments: list[str], until: Any = None, limit: float = 0) -> gpu_runs.Finished:
         self.seen.append(arguments)
         if "prepare" in arguments:
             return gpu_runs.Finished(0, "", 3.0)
@@ -253,7 +253,7 @@ def _readable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_readable")
 def test_commands_are_judged_where_they_must_repeat_and_else_told(tmp_path: Path) -> None:
     runner = Canned({"fusion-as-it-is-2": 0.75, "hymate-variable-deterministic-2": 0.625}, {"ddp": 0.53})
-    rows = all_of(gpu_runs.Commands("--data.cache there", tmp_path, Deadline(60), "triton", runner).rows())
+    rows = all_of(gpu_runs.Commands(tmp_path, tmp_path, tmp_path, Deadline(60), "triton", runner).rows())
     found = {r.what: (r.between, r.outcome) for r in rows}
     assert found.pop("Fusion, --trainer.strategy fsdp")[1].startswith(
         "FAILS: RuntimeError: fsdp: exit status 1: Traceback"
@@ -276,29 +276,26 @@ def test_commands_are_judged_where_they_must_repeat_and_else_told(tmp_path: Path
 
 @pytest.mark.usefixtures("_readable")
 def test_a_run_that_ends_before_it_is_killed_fails(tmp_path: Path) -> None:
-    commands = gpu_runs.Commands("", tmp_path, Deadline(60), "triton", Canned({}, {}, ending=True))
+    commands = gpu_runs.Commands(tmp_path, tmp_path, tmp_path, Deadline(60), "triton", Canned({}, {}, ending=True))
     assert "ended before it could be killed" in commands.repeated("Fusion", True)[-1].outcome
 
 
 @pytest.mark.usefixtures("_readable")
 def test_whole_commands_are_timed(tmp_path: Path) -> None:
-    commands = gpu_runs.Commands("--data.cache there", tmp_path, Deadline(60), "triton", Canned({}, {}))
+    commands = gpu_runs.Commands(tmp_path, tmp_path, tmp_path, Deadline(60), "triton", Canned({}, {}))
     rows = all_of(commands.end_to_end(tmp_path))
     assert [r.target for r in rows] == ["", "at most 20", "", "at most 60", ""]
     assert all(r.triton is not None and r.triton < 5 and not r.outcome for r in rows[1:])
 
 
-def test_a_command_is_killed_when_asked_and_when_it_takes_too_long(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_command_is_killed_when_asked_and_when_it_takes_too_long(tmp_path: Path) -> None:
     finished = gpu_runs.run(["-c", "print('said'); raise SystemExit(3)"])
     assert (finished.status, finished.said) == (3, "said\n")
     there = tmp_path / "there"
     sleeps = f"import pathlib, time; pathlib.Path({str(there)!r}).touch(); time.sleep(60)"
     assert gpu_runs.run(["-c", sleeps], until=there.exists).status == -signal.SIGKILL
-    monkeypatch.setattr(gpu_runs, "LIMIT", 0.2)
     with pytest.raises(RuntimeError, match=r"had not ended after 0.2 s"):
-        gpu_runs.run(["-c", sleeps])
+        gpu_runs.run(["-c", sleeps], limit=0.2)
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------------------

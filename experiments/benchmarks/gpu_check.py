@@ -119,8 +119,7 @@ def parts(
     waiting = gpu_train.settings(list(gpu_train.MODELS)[: 4 if long else 3], (256, 64, 1024) if long else (256, 64))
     title = f"training in bfloat16 on {len(data.rows('train')):,} simulated stays"
     yield title, gpu_train.train_all(data, device, waiting, columns, deadline.part(0.5), final=False)
-    files = f"--data SyntheticMIMICIV --data.root {data.root} --data.stays {stays} --data.cache {folder / 'store'}"
-    commands = Commands(files, runs, deadline.part(0.7), columns[0])
+    commands = Commands(Path(data.root), folder / "store", runs, deadline.part(0.7), columns[0])
     yield "commands on simulated stays", commands.rows()
     if root is not None:
         commands.deadline = deadline
@@ -145,7 +144,10 @@ def write(rows: Sequence[Row], facts: dict[str, str]) -> None:
     """``gpu.csv`` and ``gpu_summary.csv``; ``facts`` are columns that are the same everywhere."""
     table = pl.DataFrame([cells(r) for r in rows], schema=list(Row._fields), orient="row")
     write_text(RESULT, table.with_columns(**{name: pl.lit(fact) for name, fact in facts.items()}).write_csv())
-    lines = [*summary(rows), {"what": "measured on", "besides": "; ".join(facts.values())}]
+    lines = [
+        *summary(rows),
+        {"what": "measured on", "besides": "; ".join(f"{name}: {fact}" for name, fact in facts.items())},
+    ]
     write_text(RESULT.with_name("gpu_summary.csv"), pl.DataFrame(lines, infer_schema_length=None).write_csv())
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import NamedTuple
 from ehrmodels.checkpoint import read
 from experiments.benchmarks.gpu_measure import Deadline, Row, attempt, measured
 
-LIMIT = 150  # seconds that a command may take
+LIMIT, LONG = 150, 300  # seconds that a command may take; one on PhysioNet 2012
 AT_ONCE = 4  # commands whose time is not measured
 SMALL = "--trainer.max_epochs 2 --data.batch_size 64 --model.width 32"
 MODELS = {
@@ -49,8 +50,12 @@ class Finished(NamedTuple):
 Runner = Callable[..., Finished]
 
 
-def run(arguments: list[str], until: Callable[[], bool] | None = None) -> Finished:
-    """Run Python with ``arguments`` in a process group of its own, which is killed as soon as ``until`` is true, or after ``LIMIT``."""
+def run(arguments: list[str], until: Callable[[], bool] | None = None, limit: float = LIMIT) -> Finished:
+    """Run Python with ``arguments`` in a process group of its own, which is killed as soon as ``until`` is true.
+
+    Raises:
+        RuntimeError: it had not ended after ``limit`` seconds.
+    """
     here = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
     begun, late = time.monotonic(), False
@@ -62,7 +67,7 @@ def run(arguments: list[str], until: Callable[[], bool] | None = None) -> Finish
         try:
             while process.poll() is None and not late and not (until is not None and until()):
                 time.sleep(0.005 if until else 0.05)
-                late = time.monotonic() - begun > LIMIT
+                late = time.monotonic() - begun > limit
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has left behind
@@ -70,7 +75,7 @@ def run(arguments: list[str], until: Callable[[], bool] | None = None) -> Finish
         out.seek(0)
         said = out.read()
     if late:
-        raise RuntimeError(f"it had not ended after {LIMIT} s: {_last(said)}")
+        raise RuntimeError(f"it had not ended after {limit} s: {_last(said)}")
     return Finished(process.returncode, said, time.monotonic() - begun)
 
 
@@ -78,15 +83,18 @@ class Commands:
     """Trainings on simulated stays, each in a run directory of its own.
 
     Args:
-        data: arguments that name the data.
+        data: folder with the files of the stays.
+        cache: of extracted data.
         folder: of the run directories, which must be new.
         deadline: when to begin nothing more.
         column: of the rows that tell of one way to scan: the one that commands take by themselves.
         runner: runs a command, as ``run``.
     """
 
-    def __init__(self, data: str, folder: Path, deadline: Deadline, column: str, runner: Runner = run):
-        self.data, self.folder, self.deadline, self.column, self.runner = data, folder, deadline, column, runner
+    def __init__(self, data: Path, cache: Path, folder: Path, deadline: Deadline, column: str, runner: Runner = run):
+        self.cache = f"--data.cache {shlex.quote(str(cache))}"
+        self.data = f"--data SyntheticMIMICIV --data.root {shlex.quote(str(data))} {self.cache}"
+        self.folder, self.deadline, self.column, self.runner = folder, deadline, column, runner
 
     def rows(self) -> Iterator[list[Row]]:
         """All that is tried on simulated stays, ``AT_ONCE`` at a time."""
@@ -105,9 +113,9 @@ class Commands:
     ) -> Path:
         """The run directory of a training that has ended well, or was killed by ``until``."""
         run = self.folder / name
-        arguments = [*before, "train", *options.split(), "--runs", str(self.folder), "--name", name]
+        arguments = [*before, "train", *shlex.split(options), "--runs", str(self.folder), "--name", name]
         finished = self.runner(arguments, **how)
-        if finished.status and not (how and finished.status == -signal.SIGKILL):
+        if finished.status and not ("until" in how and finished.status == -signal.SIGKILL):
             raise RuntimeError(f"{name}: exit status {finished.status}: {_last(finished.said)}")
         return run
 
@@ -183,17 +191,18 @@ class Commands:
     def end_to_end(self, root: Path) -> Iterator[list[Row]]:
         """Seconds of the commands that train on PhysioNet 2012, one after another, once its files have been extracted."""
 
+        data = f"--data.root {shlex.quote(str(root))} {self.cache}"
+
         def prepared() -> list[Row]:
-            arguments = ["-m", "experiments.cli", "prepare", "--data", "PhysioNet2012", "--data.root", str(root)]
-            cache = self.data.split("--data.cache ")[-1]
-            finished = self.runner([*arguments, "--data.cache", cache, "--out", str(self.folder / "tables")])
+            arguments = ["-m", "experiments.cli", "prepare", "--data", "PhysioNet2012", *shlex.split(data)]
+            finished = self.runner([*arguments, "--out", str(self.folder / "tables")], limit=LONG)
             if finished.status:
                 raise RuntimeError(_last(finished.said))
             return [Row("ehr prepare, PhysioNet 2012", "seconds", between=finished.seconds)]
 
         def trained(config: str) -> list[Row]:
-            begun, cache = time.monotonic(), self.data.split("--data.cache ")[-1]
-            run = self.train(config, f"-c {config} --data.root {root} --data.cache {cache}")
+            begun = time.monotonic()
+            run = self.train(config, f"-c {config} {data}", limit=LONG)
             whole, target = time.monotonic() - begun, f"at most {SECONDS[config]}"
             # environment.txt is the first that a run writes, report.html the last
             own = (run / "report.html").stat().st_mtime - (run / "environment.txt").stat().st_mtime
