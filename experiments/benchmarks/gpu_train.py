@@ -119,6 +119,10 @@ class Meter(Callback):
             self._stop_profile()
             trainer.should_stop = True
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.profile is not None:
+            self.profile.stop()  # or the next could not start
+
     def _start_profile(self) -> None:
         if self.device.type == "cuda":
             synchronize(self.device)
