@@ -56,8 +56,9 @@ check-ranks: .venv/.installed ## several processes beside one, and training kill
 check-sweep: .venv/.installed ## kill the processes of sweeps at random, on a journal file and on PostgreSQL, and time sweeps
 	.venv/bin/python -m experiments.benchmarks.check_sweep
 
-gpu-check: .venv/.installed ## on a CUDA machine: build Mamba's kernels, compare them and Triton's with the PyTorch scan, time all, train
-	.venv/bin/python -m experiments.benchmarks.gpu_check
+gpu-check: .venv/.installed ## on a CUDA machine: check scans, training, resuming there, and time all (MINUTES=2 or 10, KERNELS=folder of built ones, ROOT=PhysioNet 2012)
+	.venv/bin/python -m experiments.benchmarks.gpu_check $(if $(MINUTES),--minutes $(MINUTES)) $(if $(KERNELS),--kernels $(KERNELS)) $(if $(ROOT),--root $(ROOT))
+	.venv/bin/python -m experiments.results.tables
 
 clean: ## remove the environment, caches and the demo's run and data
 	rm -rf .venv .venv-bench .cache .mypy_cache .ruff_cache .pytest_cache runs/demo data/synthetic-mimiciv data/synthetic-eicu

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -41,22 +43,53 @@ def version(nvcc: Path | None) -> str:
     return " ".join(re.findall(r"release.*", said)) or "none"
 
 
-def provide(folder: Path, nvcc: Path | None, capability: str) -> list[str]:
+def bring(kernels: Path, folder: Path) -> None:
+    """Let modules that were built elsewhere for this torch be found before all others, here and in commands.
+
+    Args:
+        kernels: a folder with wheels of the packages, or with what wheels hold: compiled modules and the packages beside them.
+        folder: where wheels are unpacked.
+    """
+    wheels = [w for name in EXTENSIONS for w in sorted(kernels.glob(f"{plain(name).replace('-', '_')}-*.whl"))]
+    place = kernels.resolve()
+    if wheels:
+        place = (folder / "unpacked").resolve()
+        shutil.rmtree(place, ignore_errors=True)
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as content:
+                content.extractall(place)
+    sys.path.insert(0, str(place))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
+    importlib.invalidate_caches()
+
+
+def plain(requirement: str) -> str:
+    """The name of a package without its versions."""
+    return re.split("[<>=]", requirement)[0]
+
+
+def provide(folder: Path, nvcc: Path | None, capability: str, kernels: Path | None = None) -> list[str]:
     """Find, install from the cache, or build the extensions.
 
     Args:
         folder: where wheels and the log of the build are kept.
         nvcc: the compiler.
         capability: of the device, such as "9.0".
+        kernels: a folder with those that were built elsewhere; nothing is installed or built then.
 
     Returns:
         A sentence for each: what came of it.
     """
     wheels = folder / f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}-sm{capability}"
     said = []
+    if kernels is not None:
+        bring(kernels, folder)
     for requirement, extension in EXTENSIONS.items():
-        if importlib.util.find_spec(extension):
-            said.append(f"{extension}: found")
+        found = importlib.util.find_spec(extension)
+        if found or kernels is not None:
+            place = Path(found.origin or "").parent if found else None
+            missing = f"not in {kernels}, neither in a wheel nor as {extension}*{EXTENSION_SUFFIXES[0]}"
+            said.append(f"{extension}: {missing if place is None else f'found in {place}'}")
             continue
         try:
             install(requirement, wheels, folder / "build.log", nvcc, capability)
@@ -75,7 +108,7 @@ def install(requirement: str, wheels: Path, log: Path, nvcc: Path | None, capabi
     Raises:
         RuntimeError: it cannot be built; the message says why.
     """
-    name = re.split("[<>=]", requirement)[0]
+    name = plain(requirement)
     if not list(wheels.glob(f"{name.replace('-', '_')}-*.whl")):
         build(requirement, wheels, log, nvcc, capability)
     from_cache = ("install", "--no-index", "--find-links", str(wheels))
@@ -89,7 +122,9 @@ def install(requirement: str, wheels: Path, log: Path, nvcc: Path | None, capabi
 def build(requirement: str, wheels: Path, log: Path, nvcc: Path | None, capability: str) -> None:
     """Build a package into ``wheels`` for this device alone."""
     if nvcc is None:
-        raise RuntimeError("no nvcc to build it with; install the CUDA toolkit or set CUDA_HOME")
+        raise RuntimeError(
+            "no nvcc to build it with (--minutes 2 builds nothing); install the CUDA toolkit or set CUDA_HOME"
+        )
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja lies beside python
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     jobs = os.environ.get("MAX_JOBS") or str(

@@ -1,212 +1,202 @@
-"""`make gpu-check`: the CUDA kernels of the Mamba block and Triton's scan beside PyTorch, on the GPU of this machine.
+"""`make gpu-check`: all that can only be checked and measured on a GPU, on that of this machine, within minutes.
 
-Finds or builds the kernels, compares all with a float64 loop over the steps, times them, and trains every model with each. What
-cannot be done here (no compiler, no network, no memory) is said and left out; the exit status is 1 only if a comparison fails.
+Scans and convolutions beside a float64 loop, the throughput of training in every way, and trainings that are repeated, killed,
+resumed, short of memory. What cannot be done here (no compiler, no network, no memory, no time) is said and left out; the exit
+status is 1 only if a comparison fails. Results are written after every step, so that a run that is stopped leaves them.
 """
 
+import argparse
 import logging
 import os
-import statistics
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import polars as pl
 import torch
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
-from torch.nn import functional as F
 
-from ehrmodels.scan import causal_conv1d, selective_scan, selective_scan_reference
+from experiments.benchmarks import gpu_scan, gpu_train
 from experiments.benchmarks.gpu_build import compiler, line, provide, say, version
-from experiments.benchmarks.gpu_train import (
-    PATHS,
-    STAYS,
-    STEPS,
-    Row,
-    attempt,
-    mark,
-    measured,
-    peak_memory,
-    scanning,
-    seconds,
-    start_memory,
-    train_all,
-)
+from experiments.benchmarks.gpu_measure import NO_TIME, PATHS, Deadline, Row
+from experiments.benchmarks.gpu_runs import Commands
 from experiments.files import console, write_text
 
-RESULT = Path(__file__).parents[1] / "results" / "gpu.csv"
-SHAPES = ((1, 128, 1, 16), (2, 64, 100, 16), (3, 40, 333, 5), (32, 128, 600, 16), (4, 256, 4096, 16))  # B, D, L, N
-LIMITS = {
-    torch.float32: (1e-4, 1e-3),
-    torch.bfloat16: (2e-2, 5e-2),
-}  # of errors of outputs and gradients, over the largest value
-FLOOR = 1e-3  # least "largest value": some gradients are 0 in exact arithmetic
+RESULT = (
+    Path(__file__).parents[1] / "results" / "gpu.csv"
+)  # beside it gpu_summary.csv, with a line for all measures of a thing
+SHORT = {  # how the summary says them
+    gpu_scan.FORWARD: "{:.2g} ms forward",
+    gpu_scan.BOTH: "{:.2g} ms with backward",
+    gpu_train.SPEED: "{:,.0f} stays/s",
+    gpu_train.WAITING: "waiting {:.0f} %",
+    gpu_train.IDLE: "idle {:.0f} %",
+    "peak MB": "{:,.0f} MB",
+    "seconds to the first step": "first step {:.1f} s",
+    "seconds": "{:.0f} s",
+    "seconds after start-up": "{:.0f} s after start-up",
+}
+TITLES = ("", "measure", "kernel", "Triton", "PyTorch", "between", "limit", "target", "outcome")
 
 
-def main() -> int:
-    """Run every step; 1 if a comparison failed, else 0."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run every part; 1 if a comparison failed, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.gpu_check", description="checks and measurements on a GPU"
+    )
+    parser.add_argument(
+        "--minutes", type=int, choices=(2, 10), default=10, help="how long it may take, without a build of the kernels"
+    )
+    parser.add_argument(
+        "--kernels",
+        type=Path,
+        help="folder with CUDA kernels built elsewhere for this torch: wheels of mamba_ssm and causal_conv1d, or what they hold; "
+        "default: those that are installed, else built here with --minutes 10",
+    )
+    parser.add_argument("--root", type=Path, help="folder with the files of PhysioNet 2012, to time whole commands")
+    chosen = parser.parse_args(arguments)
+    for folder in (chosen.kernels, chosen.root):
+        if folder is not None and not folder.is_dir():
+            parser.error(f"{folder} is no folder")
     if not torch.cuda.is_available():
         say(f"no CUDA device (torch {torch.__version__}): nothing was measured, nothing was written")
         return 0
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    folder = Path(os.environ.get("EHR_CACHE", ".cache")) / "gpu-check"
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    folder = Path(os.environ.get("EHR_CACHE", ".cache")).resolve() / "gpu-check"
     device, nvcc = torch.device("cuda", torch.cuda.current_device()), compiler()
     gpu = torch.cuda.get_device_properties(device)
-    about = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, torch {torch.__version__}, CUDA {torch.version.cuda}"
-    say(f"{about}; nvcc: {version(nvcc)}")
-    for sentence in provide(folder, nvcc, f"{gpu.major}.{gpu.minor}"):
+    facts = {
+        "device": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
+    }
+    say(f"{', '.join(facts.values())}; nvcc: {version(nvcc)}")
+    for sentence in provide(folder, nvcc if chosen.minutes > 2 else None, f"{gpu.major}.{gpu.minor}", chosen.kernels):
         say(sentence)
-    kernels = usable(device)
-    rows = compare(device, kernels)
-    show(rows, "forward and backward: errors against float64 over the largest value, median time, peak memory")
+    deadline = Deadline(60 * chosen.minutes)
+    kernels = gpu_scan.usable(device)
+    facts["kernels"] = ", ".join(sorted(" ".join(k) for k in kernels)) or "none"
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as runs:
+        rows = recorded(parts(device, kernels, folder, Path(runs), deadline, chosen.minutes, chosen.root), facts)
+    return conclude(rows)
+
+
+def parts(
+    device: torch.device,
+    kernels: set[tuple[str, str]],
+    folder: Path,
+    runs: Path,
+    deadline: Deadline,
+    minutes: int,
+    root: Path | None,
+) -> Iterator[tuple[str, Iterable[list[Row]]]]:
+    """Titles and rows of what is measured, those that tell most first.
+
+    Args:
+        device: to be measured.
+        kernels: operations and columns that can be used.
+        folder: where simulated data are kept.
+        runs: for run directories.
+        deadline: of all.
+        minutes: 2 or 10; with 2 there is less of everything.
+        root: PhysioNet 2012.
+    """
+    long = minutes > 2
+    shapes, repeats = (gpu_scan.SHAPES, 15) if long else (gpu_scan.SHAPES[:2], 5)
+    title = "scan and convolution: errors against float64 over the largest value, median time, peak memory"
+    yield title, gpu_scan.compare(device, kernels, deadline.part(0.25), shapes, repeats)
+    try:
+        stays = 8000 if long else 3000
+        data = gpu_train.simulated(folder, stays)
+    except Exception as error:
+        yield "training", [[Row("training", f"left out: {line(error)}")]]
+        return
     whole = {column: ("scan", column) in kernels for column in PATHS} | {"pytorch": True}
     whole["kernel"] &= ("convolution", "kernel") in kernels
-    trained = train_all(device, [column for column in PATHS if whole[column]], folder)
-    show(trained, f"training: {STEPS} steps in bfloat16 on {STAYS:,} simulated stays")
-    return conclude(rows + trained, about)
+    columns = [column for column in PATHS if whole[column]]
+    waiting = gpu_train.settings(list(gpu_train.MODELS)[: 4 if long else 3], (256, 64, 1024) if long else (256, 64))
+    title = f"training in bfloat16 on {len(data.rows('train')):,} simulated stays"
+    yield title, gpu_train.train_all(data, device, waiting, columns, deadline.part(0.5), final=False)
+    commands = Commands(Path(data.root), folder / "store", runs, deadline.part(0.7), columns[0])
+    yield "commands on simulated stays", commands.rows()
+    if root is not None:
+        commands.deadline = deadline
+        yield "commands on PhysioNet 2012", commands.end_to_end(root.resolve())
+    yield f"{title}, continued", gpu_train.train_all(data, device, waiting, columns, deadline)
 
 
-def conclude(rows: Sequence[Row], device: str) -> int:
-    """Write the table of all rows; 1 if a comparison failed, else 0."""
+def recorded(titled: Iterable[tuple[str, Iterable[list[Row]]]], facts: dict[str, str]) -> list[Row]:
+    """All rows; both tables are written after every step and shown after every part."""
+    rows: list[Row] = []
+    for title, part in titled:
+        shown = len(rows)
+        for more in part:
+            rows += more
+            write(rows, facts)
+        if rows[shown:]:
+            show(rows[shown:], title)
+    return rows
+
+
+def write(rows: Sequence[Row], facts: dict[str, str]) -> None:
+    """``gpu.csv`` and ``gpu_summary.csv``; ``facts`` are columns that are the same everywhere."""
     table = pl.DataFrame([cells(r) for r in rows], schema=list(Row._fields), orient="row")
-    write_text(RESULT, table.with_columns(device=pl.lit(device)).write_csv())
-    judged = [r.outcome for r in rows if r.outcome]
-    failed = sum(outcome != "ok" for outcome in judged)
-    say(f"{failed} of {len(judged)} comparisons failed; wrote {RESULT}")
-    return int(failed > 0)
+    write_text(RESULT, table.with_columns(**{name: pl.lit(fact) for name, fact in facts.items()}).write_csv())
+    lines = [
+        *summary(rows),
+        {"what": "measured on", "besides": "; ".join(f"{name}: {fact}" for name, fact in facts.items())},
+    ]
+    write_text(RESULT.with_name("gpu_summary.csv"), pl.DataFrame(lines, infer_schema_length=None).write_csv())
 
 
-def usable(device: torch.device) -> set[tuple[str, str]]:
-    """Which operation runs on ``device`` with which column's kernel; says why not of the others."""
-    kernels = set()
-    for operation in operations((1, 8, 4, 2), torch.float32, device):
-        for column in ("kernel", "triton") if operation.name == "scan" else ("kernel",):
-            try:
-                with scanning(column):
-                    derived(operation.run, operation)
-                kernels.add((operation.name, column))
-            except Exception as error:  # whatever a package says that was built for another torch
-                say(f"{operation.name}: no {column}: {line(error)}")
-    return kernels
-
-
-class Operation(NamedTuple):
-    """``run`` and ``exact`` map the inputs to an output; ``weight`` weights it."""
-
-    name: str
-    run: Callable[..., Any]
-    exact: Callable[..., Any]
-    inputs: dict[str, Tensor]
-    weight: Tensor
-
-
-def operations(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Operation]:
-    """Scan and convolution with inputs of (B, D, L, N), laid out in memory and distributed as in a Mamba block at its start."""
-    batch, width, steps, states = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int, scale: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
-        drawn = (scale * torch.randn(size, generator=generator)).to(device, kind)
-        return drawn.permute(1, 2, 0) if len(size) == 3 else drawn  # (L, B, D) in memory
-
-    u, delta, z, x, weight = (normal(steps, batch, width, scale=s) for s in (1, 0.5, 1, 1, 1))
-    A = -torch.arange(1, states + 1, device=device) * (1 + 0.1 * normal(width, states, kind=torch.float32))
-    direct, bias = normal(width, kind=torch.float32), normal(width, kind=torch.float32) - 4.5  # softplus: 0.01
-    B, C = normal(steps, batch, states), normal(steps, batch, states)
-    scan = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": direct, "z": z, "delta_bias": bias}
-    convolution = {"x": x, "weight": normal(width, 4, scale=0.5), "bias": normal(width)}
-    switch = {"delta_softplus": True}
+def summary(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """One line for all that was measured of one thing, in words; of errors only how many are within their limits, and in the
+    last line what there was no time for."""
+    lines: dict[str, dict[str, list[str]]] = {}
+    for row in (r for r in rows if r.measure != NO_TIME):
+        said = lines.setdefault(row.what, {name: [] for name in (*PATHS, "besides")})
+        if row.measure in SHORT:
+            for column in (*PATHS, "between"):
+                if (value := getattr(row, column)) is not None:
+                    said[column if column in PATHS else "besides"].append(SHORT[row.measure].format(value))
+            if row.target and row.measure not in gpu_train.TARGETS:  # which are the same everywhere
+                said["besides"].append(f"target: {row.target}")
+        elif row.measure.startswith("graphs compiled"):
+            most = max((value for value in row[2:5] if value is not None), default=0)
+            said["besides"] += [f"{row.measure}: {most:.0f}"] if most else []
+        elif row.measure == gpu_train.LOSS:
+            said["besides"] += ["the loss does not fall"] if row.outcome == "FAILS" else []
+        elif row.measure.startswith("error of"):
+            continue
+        else:
+            values = [f"{row.measure}: {value:.2g}" for value in row[2:6] if value is not None] or [row.measure]
+            said["besides"].append(" ".join(filter(None, [*values, row.target and f"({row.target})", row.outcome])))
+    for what, said in lines.items():
+        judged = [r.outcome for r in rows if r.what == what and r.measure.startswith("error of")]
+        if judged:
+            said["besides"].append(f"{judged.count('ok')} of {len(judged)} errors within their limits")
+    if late := sum(r.measure == NO_TIME for r in rows):
+        lines[NO_TIME] = {name: [] for name in PATHS} | {"besides": [f"{late} measurements"]}
     return [
-        Operation(
-            "scan",
-            lambda **t: selective_scan(**t, **switch),
-            lambda **t: selective_scan_reference(**t, **switch),
-            scan,
-            weight,
-        ),
-        Operation("convolution", lambda **t: causal_conv1d(**t, activation="silu"), convolved, convolution, weight),
+        {"what": what} | {name: "; ".join(words).replace("|", "/") for name, words in said.items()}
+        for what, said in lines.items()
     ]
 
 
-def convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What ``causal_conv1d`` gives with "silu", by torch's own convolution."""
-    return F.silu(F.conv1d(F.pad(x, (weight.shape[1] - 1, 0)), weight[:, None], bias, groups=len(weight)))
-
-
-def derived(call: Callable[..., Any], operation: Operation, double: bool = False) -> dict[str, Tensor]:
-    """Output and the gradient of every input."""
-    leaves = {name: (t.double() if double else t).detach().requires_grad_() for name, t in operation.inputs.items()}
-    y = call(**leaves)
-    gradients = torch.autograd.grad(y, list(leaves.values()), operation.weight.to(y.dtype))
-    return {"output": y.detach(), **dict(zip(leaves, gradients, strict=True))}
-
-
-def last_state(call: Callable[..., Any], operation: Operation, double: bool = False) -> dict[str, Tensor]:
-    """The scan's, without gradients: with them the kernel is not used for it."""
-    with torch.no_grad():
-        inputs = {name: t.double() if double else t for name, t in operation.inputs.items()}
-        return {"last state": call(**inputs, return_last_state=True)[1]} if operation.name == "scan" else {}
-
-
-def compare(
-    device: torch.device, kernels: set[tuple[str, str]], shapes: Sequence[Sequence[int]] = SHAPES, repeats: int = 15
-) -> list[Row]:
-    """Errors, milliseconds and peak memory of every operation in every shape and type, with PyTorch and ``kernels``."""
-    rows: list[Row] = []
-    for shape, dtype in ((s, d) for s in shapes for d in LIMITS):
-        for operation in operations(shape, dtype, device):
-            what = f"{operation.name} {tuple(shape)} {str(dtype).removeprefix('torch.')}"
-            columns = [c for c in PATHS if c == "pytorch" or (operation.name, c) in kernels]
-            rows += attempt(what, partial(errors, what, operation, columns, LIMITS[dtype]))
-            rows += attempt(what, partial(costs, what, operation, columns, device, repeats))
-    return rows
-
-
-def errors(what: str, operation: Operation, columns: Sequence[str], limits: tuple[float, float]) -> list[Row]:
-    """Largest errors of the outputs and of the gradients, over the largest exact value."""
-    exact, results = derived(operation.exact, operation, True) | last_state(operation.exact, operation, True), {}
-    for column in columns:
-        with scanning(column):
-            results[column] = derived(operation.run, operation) | last_state(operation.run, operation)
-    rows = []
-    for name, true in exact.items():
-        limit, scale = limits[name in operation.inputs], true.abs().max().clamp(min=FLOOR)
-
-        def error(a: Tensor, b: Tensor, scale: Tensor = scale) -> float:
-            return float((a.double() - b.double()).abs().max() / scale)
-
-        found = {column: error(result[name], true) for column, result in results.items()}
-        others = [error(result[name], results["pytorch"][name]) for c, result in results.items() if c != "pytorch"]
-        if others:
-            found["between"] = max(others)
-        measure = f"error of gradient of {name}" if name in operation.inputs else f"error of {name}"
-        rows.append(measured(what, measure, found, limit))
-    return rows
-
-
-def costs(what: str, operation: Operation, columns: Sequence[str], device: torch.device, repeats: int) -> list[Row]:
-    """Median milliseconds of forward and backward, and on CUDA their peak memory in MB above what was taken before."""
-    times: dict[str, float | None] = {}
-    peaks: dict[str, float | None] = {}
-    for column in columns:
-        with scanning(column):
-            derived(operation.run, operation)
-            before, marks = start_memory(device), []
-            for _ in range(repeats):
-                first = mark(device)
-                derived(operation.run, operation)
-                marks.append(seconds(first, mark(device)))
-        times[column], peaks[column] = 1000 * statistics.median(marks), peak_memory(device, before)
-    return [measured(what, "milliseconds", times), measured(what, "peak MB", peaks)]
+def conclude(rows: Sequence[Row]) -> int:
+    """Say how many comparisons failed; 1 if any did, else 0."""
+    judged = [r.outcome for r in rows if r.outcome]
+    failed = sum(outcome != "ok" for outcome in judged)
+    late = sum(r.measure == NO_TIME for r in rows)
+    say(f"{failed} of {len(judged)} comparisons failed; {late} were left out for want of time; wrote {RESULT}")
+    return int(failed > 0)
 
 
 def show(rows: Sequence[Row], title: str) -> None:
     table = Table(title=title)
-    for heading in ("", "measure", "kernel", "Triton", "PyTorch", "between", "limit", "outcome"):
+    for heading in TITLES:
         table.add_column(heading)
     for row in rows:
         table.add_row(*map(escape, cells(row)))
@@ -214,7 +204,8 @@ def show(rows: Sequence[Row], title: str) -> None:
 
 
 def cells(row: Row) -> list[str]:
-    return ["" if v is None else v if isinstance(v, str) else f"{v:.3g}" for v in row]
+    """Numbers with three digits, or whole."""
+    return ["" if v is None else v if isinstance(v, str) else f"{v:.3g}" if abs(v) < 1000 else f"{v:.0f}" for v in row]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Training as `make gpu-check` measures it: every model for a few hundred steps, with the CUDA kernels, Triton's scan and PyTorch's."""
+"""Training as `make gpu-check` measures it: models, batches, scans, torch.compile and the ways in which samples come."""
 
-import os
+import gc
+import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,102 +13,90 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from datamodules.module import ICUDataModule, SyntheticMIMICIV
 from ehrmodels.base import ICUModule
 from ehrmodels.fusion import Fusion
 from ehrmodels.hymate import HyMaTE
-from experiments.benchmarks.gpu_build import line
+from experiments.benchmarks.gpu_measure import (
+    PATHS,
+    Deadline,
+    Row,
+    attempt,
+    idle,
+    mark,
+    measured,
+    peak_memory,
+    scanning,
+    seconds,
+    start_memory,
+    synchronize,
+)
 
-PATHS = {"kernel": "cuda", "triton": "triton", "pytorch": "torch"}  # column -> EHR_SCAN
-STEPS, WARMUP, STAYS, WORKERS = 500, 20, 4000, 4
-MODELS = {"Fusion": Fusion} | {
-    f"HyMaTE {a}": (lambda a=a: HyMaTE(attention=a)) for a in ("token", "variable", "channel")
+STEPS, LEAST, SECONDS = 300, 30, 4.0  # measured after warming up: at most; at least, and then for so long
+WARMUP, PROFILED = 20, 20  # steps
+SAMPLES = {"resident": None, "4 processes": 4, "0 processes": 0}  # how they come -> num_workers
+COMPILE = (None, "default", "reduce-overhead")
+MODELS: dict[str, Callable[..., ICUModule]] = {
+    "Fusion": Fusion,
+    **{f"HyMaTE {a}": partial(HyMaTE, attention=a) for a in ("variable", "token", "channel")},
 }
+SPEED, WAITING, IDLE = "stays a second", "% of time waiting for data", "% of time without a kernel running"
+LOSS = "loss, last quarter over first"
+TARGETS = {WAITING: "at most 5", IDLE: "at most 20"}
+FASTEST = {"Fusion": "at least 20,000", "HyMaTE": "at least 8,000"}  # in batches of at least 256
 
 
-class Row(NamedTuple):
-    """One measure of one thing: with the CUDA kernel, Triton, PyTorch, between PyTorch and the others; none may exceed ``limit``."""
+class Setting(NamedTuple):
+    """How a model is trained."""
 
-    what: str
-    measure: str
-    kernel: float | None = None
-    triton: float | None = None
-    pytorch: float | None = None
-    between: float | None = None
-    limit: float | None = None
-    outcome: str = ""
+    model: str
+    batch: int
+    samples: str = "resident"
+    compile: str | None = None
 
-
-def measured(what: str, measure: str, found: Mapping[str, float | None], limit: float | None = None) -> Row:
-    """A row of the values ``found`` by column, judged if there is a limit; what is no number exceeds it."""
-    held = limit is not None and all(value is not None and value <= limit for value in found.values())
-    outcome = "" if limit is None else "ok" if held else "FAILS"
-    return Row(what, measure, limit=limit, outcome=outcome, **found)
+    def __str__(self) -> str:
+        return f"{self.model}, batches of {self.batch}, {self.samples}, {self.compile or 'eager'}"
 
 
-def attempt(what: str, call: Callable[[], list[Row]]) -> list[Row]:
-    """The rows of ``call``; where it breaks off, one row that says so, which is a failure unless memory was short."""
-    try:
-        return call()
-    except torch.cuda.OutOfMemoryError:
-        return [Row(what, "left out: not enough memory")]
-    except Exception as error:
-        return [Row(what, "broke off", outcome=f"FAILS: {line(error)}")]
+def settings(models: Sequence[str], batches: Sequence[int]) -> list[Setting]:
+    """All that are measured, those that tell most first; what comes from processes is not also compiled."""
+    ways: list[Any] = [("resident", mode) for mode in COMPILE] + [(s, None) for s in SAMPLES if s != "resident"]
+    places = itertools.product(range(len(ways)), range(len(batches)))
+    order = sorted(places, key=sum)  # of the first ways all batches, of the first batches all ways
+    return [Setting(model, batches[b], *ways[w]) for w, b in order for model in models]
 
 
-@contextmanager
-def scanning(column: str) -> Iterator[None]:
-    """Let ``ehrmodels.scan`` use the "kernel", "triton", or "pytorch"."""
-    before = os.environ.get("EHR_SCAN")
-    os.environ["EHR_SCAN"] = PATHS[column]
-    try:
-        yield
-    finally:
-        del os.environ["EHR_SCAN"]
-        if before is not None:
-            os.environ["EHR_SCAN"] = before
-
-
-def mark(device: torch.device) -> Any:
-    """A point in time: on CUDA in the device's queue of work, so that nothing waits for it; else on the clock."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds(first: Any, last: Any) -> float:
-    """Between two marks."""
-    if isinstance(first, float):
-        return last - first
-    last.synchronize()
-    return first.elapsed_time(last) / 1000
-
-
-def start_memory(device: torch.device) -> int:
-    """Begin to measure; the bytes that are taken now."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def peak_memory(device: torch.device, before: int) -> float | None:
-    """Most MB above ``before`` since ``start_memory``."""
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6 if device.type == "cuda" else None
+def simulated(folder: Path, stays: int) -> ICUDataModule:
+    """The data that all train on; they are kept in ``folder``."""
+    data = SyntheticMIMICIV(root=str(folder / f"mimiciv-{stays}"), stays=stays, cache=str(folder / "store"))
+    data.prepare_data()
+    data.setup()
+    return data
 
 
 class Meter(Callback):
-    """Marks when each batch has arrived and when its step has ended, and keeps its loss."""
+    """Marks when each batch has arrived and when its step has ended, keeps its loss, and ends the training.
 
-    def __init__(self, device: torch.device):
-        self.device, self.before = device, start_memory(device)
+    Args:
+        device: that trains.
+        warm: steps that do not count.
+        most: of those that do; fewer are measured where they take long.
+    """
+
+    def __init__(self, device: torch.device, warm: int, most: int):
+        self.device, self.before, self.begun = device, start_memory(device), time.perf_counter()
+        self.warm, self.most, self.last = warm, most, 0
+        self.first_step = self.warmed = self.graphs = 0.0
         self.starts: list[Any] = []
         self.ends: list[Any] = []
         self.sizes: list[int] = []
         self.losses: list[Tensor] = []
+        self.profile: Any = None
+        self.idle: float | None = None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.starts.append(mark(self.device))
@@ -117,46 +105,112 @@ class Meter(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(outputs["loss"].detach().float())
         self.ends.append(mark(self.device))
+        done, now = len(self.ends), time.perf_counter()
+        if done == 1:
+            synchronize(self.device)
+            self.first_step = time.perf_counter() - self.begun
+        if done == self.warm:
+            self.warmed, self.graphs = now, counters["stats"]["unique_graphs"]
+        after = done - self.warm
+        if not self.last and (after >= self.most or (after >= LEAST and now - self.warmed > SECONDS)):
+            self.last = done
+            self._start_profile()
+        if self.last and (self.profile is None or done == self.last + PROFILED):
+            self._stop_profile()
+            trainer.should_stop = True
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.profile is not None:
+            self.profile.stop()  # or the next could not start
+
+    def _start_profile(self) -> None:
+        if self.device.type == "cuda":
+            synchronize(self.device)
+            self.profile = profile(
+                activities=[ProfilerActivity.CUDA], acc_events=True
+            )  # or it warns of its own default
+            self.profile.start()
+            self.profiled = time.perf_counter()
+
+    def _stop_profile(self) -> None:
+        if self.profile is None:
+            return
+        synchronize(self.device)
+        whole = 1e6 * (time.perf_counter() - self.profiled)
+        self.profile.stop()
+        ran = [e for e in self.profile.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        kernels = [e for e in ran if not e.name.startswith(("Memcpy", "Memset"))]
+        self.idle = idle([(e.time_range.start, e.time_range.end) for e in kernels], whole)
+        self.profile = None
 
     def result(self) -> dict[str, float | None]:
-        """After the first steps: samples a second, time without a batch; of all: peak memory, last quarter's loss over the first's."""
-        first, quarter = min(WARMUP, len(self.starts) // 2), max(len(self.losses) // 4, 1)
-        whole = seconds(self.starts[first], self.ends[-1])
-        waiting = sum(seconds(a, b) for a, b in zip(self.ends[first:], self.starts[first + 1 :], strict=False))
-        loss = torch.stack(self.losses)
+        """What was measured after warming up, by name; peak memory, graphs and loss are of all steps."""
+        first, last, quarter = self.warm, self.last, max(self.last // 4, 1)
+        whole = seconds(self.ends[first - 1], self.ends[last - 1])
+        waiting = sum(
+            seconds(*pair) for pair in zip(self.ends[first - 1 : last - 1], self.starts[first:last], strict=True)
+        )
+        loss, graphs = torch.stack(self.losses[:last]), counters["stats"]["unique_graphs"]
         return {
-            "samples a second": sum(self.sizes[first:]) / whole,
-            "% of time waiting for data": 100 * waiting / whole,
+            SPEED: sum(self.sizes[first:last]) / whole,
+            WAITING: 100 * waiting / whole,
+            IDLE: None if self.idle is None else 100 * self.idle,
             "peak MB": peak_memory(self.device, self.before),
-            "loss, last quarter over first": float(loss[-quarter:].mean() / loss[:quarter].mean()),
+            "seconds to the first step": self.first_step,
+            "graphs compiled": graphs,
+            "graphs compiled after warming up": graphs - self.graphs,
+            LOSS: float(loss[-quarter:].mean() / loss[:quarter].mean()),
         }
 
 
 def train_all(
-    device: torch.device, columns: Sequence[str], folder: Path, steps: int = STEPS, stays: int = STAYS
-) -> list[Row]:
-    """Train every model in every column, and in the first also with processes that build batches; its loss must be finite and fall."""
-    data = SyntheticMIMICIV(root=str(folder / f"mimiciv-{stays}"), stays=stays, cache=str(folder / "store"))
-    try:
-        data.prepare_data()
-        data.setup()
-    except Exception as error:
-        return [Row("training", f"left out: {line(error)}")]
-    rows: list[Row] = []
-    for name, workers in ((n, w) for n in MODELS for w in (0, WORKERS)):
-        what = f"{name}, {workers} workers"
+    data: ICUDataModule,
+    device: torch.device,
+    waiting: list[Setting],
+    columns: Sequence[str],
+    deadline: Deadline,
+    final: bool = True,
+    steps: int = STEPS,
+) -> Iterator[list[Row]]:
+    """Train in every setting with every scan; the loss must be finite and fall.
+
+    Args:
+        data: set up.
+        device: that trains.
+        waiting: settings; those that were measured are taken away.
+        columns: scans that can be used, the fastest first. PyTorch's is slow and measured in one setting alone.
+        deadline: when to begin nothing more.
+        final: what is left then gets a row that says so.
+        steps: that are measured at most.
+    """
+    while waiting and (final or deadline.left()):
+        setting = waiting.pop(0)
         found: dict[str, dict[str, float | None]] = {}
-        data.num_workers = workers
-        for column in (columns if name != "Fusion" else ("pytorch",))[: 1 if workers else None]:
-            rows += attempt(f"{what}, {column}", partial(train, MODELS[name], data, column, device, steps, found))
+        rows: list[Row] = []
+        for column in chosen(setting, columns):
+            call = partial(train, setting, data, column, device, steps, found)
+            rows += attempt(f"{setting}, {PATHS[column]}", call, deadline)
         for measure in next(iter(found.values()), {}):
-            limit = 1.0 if measure.startswith("loss") else None
-            rows.append(measured(what, measure, {column: values[measure] for column, values in found.items()}, limit))
-    return rows
+            target = TARGETS.get(measure, "")
+            if measure == SPEED and setting.batch >= 256:
+                target = FASTEST[setting.model.split()[0]]
+            values = {column: result[measure] for column, result in found.items()}
+            limit = 1.0 if measure == LOSS else None
+            rows.append(measured(str(setting), measure, values, limit, target))
+        yield rows
+
+
+def chosen(setting: Setting, columns: Sequence[str]) -> list[str]:
+    """The scans that a setting is measured with; where samples come from processes the fastest will do."""
+    if setting.model == "Fusion":
+        return ["pytorch"]  # has no scan
+    plain = setting.samples == "resident" and setting.compile is None
+    fast = [c for c in columns if c != "pytorch" or (plain and setting.batch == 64)]
+    return fast if setting.samples == "resident" else fast[:1]
 
 
 def train(
-    make: Callable[[], ICUModule],
+    setting: Setting,
     data: ICUDataModule,
     column: str,
     device: torch.device,
@@ -164,19 +218,26 @@ def train(
     found: dict[str, dict[str, float | None]],
 ) -> list[Row]:
     """Train a new model; ``found`` gets what ``Meter`` measured; no rows."""
+    data.trainer = None  # the one before keeps its model and samples
+    torch.compiler.reset()
+    counters.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     torch.manual_seed(0)
-    model = make()
-    data.view = model.view
+    model = MODELS[setting.model](compile=setting.compile)
+    data.view, data.batch_size, data.num_workers = model.view, setting.batch, SAMPLES[setting.samples]
     assert data.spec is not None
     model.initialise(data.spec, data.positive_weight())
-    meter = Meter(device)
+    epoch = -(-len(data.rows("train")) // setting.batch)  # in which resident samples are made
+    meter = Meter(device, max(WARMUP, epoch), steps)
     with scanning(column), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning asks for more workers
         lightning.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
             precision="bf16-mixed",
-            max_steps=steps,
+            max_steps=meter.warm + steps + PROFILED,  # the learning rate falls until then
             max_epochs=-1,
             limit_val_batches=0,
             gradient_clip_val=1.0,
