@@ -50,7 +50,6 @@ def without_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_code")
-@pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor that is not a leaf")  # torch's own, while it traces
 @pytest.mark.parametrize(
     ("kind", "arguments", "graphs"),
     [
