@@ -146,7 +146,9 @@ def fit(
             if not mistakes.out_of_memory(error):
                 raise
             parts = 2 * model.parts
-            if is_distributed() or model.penalty is not None or parts > data.batch_size:
+            own_steps = type(model).training_step is not ICUModule.training_step
+            divisible = not own_steps and model.penalty is None and model.compile_mode != "reduce-overhead"
+            if is_distributed() or not divisible or parts > data.batch_size:
                 raise
         model.parts = parts
         model.zero_grad()
