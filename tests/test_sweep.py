@@ -24,7 +24,7 @@ from test_cli import refused
 from test_study import SETTINGS, claimed, eventually
 
 from ehrmodels import load
-from experiments import distributed, fit, processes, resume, train
+from experiments import cli, distributed, fit, processes, resume, train
 from experiments.benchmarks.check_sweep import ranks as ranks_of
 from experiments.benchmarks.check_sweep import workers
 from experiments.cli import main
@@ -301,10 +301,10 @@ def test_a_trial_that_was_begun_on_other_devices_begins_anew(tmp_path: Path, mon
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
             TrialState.FAIL,
-            "out of memory: lower --data.batch_size",
+            cli.NO_MEMORY,
             SystemExit,
         ),
-        (MemoryError(), TrialState.FAIL, "out of memory: lower --data.batch_size", SystemExit),
+        (MemoryError(), TrialState.FAIL, cli.NO_MEMORY, SystemExit),
         (ValueError("the loss is not a number any more"), TrialState.FAIL, "the loss is not a number any more", None),
         (
             RuntimeError("CUDA error: device-side assert"),
