@@ -135,6 +135,8 @@ class ICUModule(lightning.LightningModule, ABC):
             self._check_compile()
 
     def _check_compile(self) -> None:
+        if type(self).training_step is not ICUModule.training_step:
+            raise ValueError(f"--model.compile: {type(self).__name__} is not trained by steps that can be compiled")
         strategy = type(self.trainer.strategy).__name__
         if strategy == "FSDPStrategy":
             raise ValueError("--model.compile does not work with --trainer.strategy fsdp: leave one of them out")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
 from datamodules.contract import PADDED, Batch, Triplets
@@ -23,6 +24,9 @@ class Compiled:
     Args:
         forward: maps a batch to logits.
         mode: of ``torch.compile``.
+
+    Raises:
+        ValueError: torch.compile cannot do it, as where there is no C++ compiler to make code for a CPU.
     """
 
     def __init__(self, forward: Callable[[Batch], Tensor], mode: Mode):
@@ -37,7 +41,14 @@ class Compiled:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)  # has no public name that allows for a batch of one sample
             if isinstance(batch, Triplets) and name in PADDED:
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        return self.forward(batch)
+        try:
+            return self.forward(batch)
+        except TorchDynamoException as error:
+            if "out of memory" in str(error):
+                raise
+            raise ValueError(
+                f"torch.compile cannot make the steps of this model here: {str(error).splitlines()[0]}; leave --model.compile out"
+            ) from error
 
 
 def padded(batch: Batch) -> Batch:

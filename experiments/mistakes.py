@@ -147,8 +147,11 @@ def _of_another_class(flag: str, arguments: Sequence[str], classes: dict[str, di
         for a, after in zip(arguments, following, strict=False)
         if a.partition("=")[0] == f"--{option}"
     ]
-    chosen = f", not of {named[-1].rpartition('.')[2]}" if named else ""
-    return f"{flag} is an option of {', '.join(owners)}{chosen}"
+    chosen = named[-1].rpartition(".")[2] if named else ""
+    owners = [
+        owner for owner in owners if owner != chosen
+    ]  # it hands the option on by a name that the parser does not see
+    return f"{flag} is an option of {', '.join(owners)}" + f", not of {chosen}" * bool(chosen)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -5,14 +5,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from datamodules import SyntheticMIMICIV
 from datamodules.contract import Batch, Triplets
-from ehrmodels import GRUD, LSTM, TCN, Fusion, HyMaTE, HyMaTEForecast, ICUModule, Mamba, STraTS, TabM, Transformer, load
+from ehrmodels import (
+    GRUD,
+    LSTM,
+    TCN,
+    Fusion,
+    HyMaTE,
+    HyMaTEForecast,
+    ICUModule,
+    Mamba,
+    RandomForest,
+    STraTS,
+    TabM,
+    Transformer,
+    load,
+)
 from ehrmodels.base import Mean
 from ehrmodels.checkpoint import read
 from ehrmodels.step import divided, in_parts, padded
@@ -77,6 +93,12 @@ def test_compiled_steps_have_the_gradients_of_plain_ones_at_every_size(
     assert model.outputs(samples) == "not compiled"  # type: ignore[comparison-overlap]
 
 
+def test_what_is_not_trained_by_steps_is_not_compiled(mimic: Path) -> None:
+    fitting = lightning.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="RandomForest is not trained by steps that can be compiled"):
+        fitting.fit(RandomForest(compile="default"), SyntheticMIMICIV(str(mimic)))
+
+
 def test_few_lengths_are_graphs_and_say_the_same() -> None:
     model = made(HyMaTE).eval()
     samples = batch(model, 5)
@@ -98,14 +120,28 @@ def test_few_lengths_are_graphs_and_say_the_same() -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ("--model.compile reduce-overhead", "it needs one GPU and --trainer.accumulate_grad_batches 1"),
-        ("--model.compile fast", "expected default, reduce-overhead, found fast"),
+        ("Fusion --model.compile reduce-overhead", "it needs one GPU and --trainer.accumulate_grad_batches 1"),
+        ("Fusion --model.compile fast", "expected default, reduce-overhead, found fast"),
+        (
+            "LogisticRegression --model.compile default",
+            "BiLSTM, GRUD, TCN, Transformer",
+        ),
+        ("TabM --model.compile default", "torch.compile cannot make the steps of this model here: no compiler; leave"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(
-    flags: str, reason: str, mimic: Path, tmp_path: Path, refused: Callable[[str], str]
+    flags: str,
+    reason: str,
+    mimic: Path,
+    tmp_path: Path,
+    refused: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = f"train --model Fusion --data SyntheticMIMICIV --data.root {mimic} --runs {tmp_path} --name run {flags}"
+    def without_compiler(*_: Any, **__: Any) -> Any:
+        return lambda samples: (_ for _ in ()).throw(TorchDynamoException("no compiler\nSet TORCHDYNAMO_VERBOSE=1"))
+
+    monkeypatch.setattr(torch, "compile", without_compiler)
+    run = f"train --model {flags} --data SyntheticMIMICIV --data.root {mimic} --runs {tmp_path} --name run"
     assert reason in refused(run)
     assert not (tmp_path / "run").exists()
 
