@@ -157,10 +157,10 @@ class ICUModule(lightning.LightningModule, ABC):
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What training makes smaller, and how many values it is the mean of."""
-        loss, labelled, _ = self._loss(batch)
+        loss, count, _ = self._loss(batch)
         if self.penalty is not None:
             loss = loss + self.penalty(batch)
-        return loss, labelled.sum()
+        return loss, count
 
     def validation_step(self, batch: Batch, index: int) -> None:
         self._score("val", batch)
@@ -179,7 +179,8 @@ class ICUModule(lightning.LightningModule, ABC):
         return predicted if self.calibration is None else self.calibration(predicted)
 
     def _score(self, stage: Stage, batch: Batch) -> None:
-        loss, labelled, output = self._loss(batch)
+        loss, _, output = self._loss(batch)
+        labelled = ~unlabelled(batch.target)
         output, target = output[labelled], batch.target[labelled]
         self._record(stage, loss, len(target), len(target))
         classes = self.spec.kind != "regression"
@@ -187,7 +188,7 @@ class ICUModule(lightning.LightningModule, ABC):
             metric.update(output.sigmoid() if classes else output, target.long() if classes else target)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean loss of the samples whose target is known, which those are, (B,), and the outputs of all.
+        """Mean loss of the samples whose target is known, how many those are, and the outputs of all.
 
         Unknown ones are weighted with 0 instead of being left out, since a GPU would have to be asked how many are left.
         """
@@ -197,7 +198,8 @@ class ICUModule(lightning.LightningModule, ABC):
             target = target.unsqueeze(-1).expand_as(output)
         losses = self.kind.loss(output, target, self.pos_weight or 1.0)
         losses = losses.view(len(losses), -1).mean(1)
-        return (losses * labelled).sum() / labelled.sum(), labelled, output.detach()
+        count = labelled.sum()
+        return (losses * labelled).sum() / count, count, output.detach()
 
     def outputs(self, batch: Batch) -> Tensor:
         """What ``forward`` gives, compiled in training where that is asked for, in parts otherwise where memory is short."""

@@ -148,9 +148,7 @@ def _of_another_class(flag: str, arguments: Sequence[str], classes: dict[str, di
         if a.partition("=")[0] == f"--{option}"
     ]
     chosen = named[-1].rpartition(".")[2] if named else ""
-    owners = [
-        owner for owner in owners if owner != chosen
-    ]  # it hands the option on by a name that the parser does not see
+    owners = [owner for owner in owners if owner != chosen]  # which the parser does not see hand the option on
     return f"{flag} is an option of {', '.join(owners)}" + f", not of {chosen}" * bool(chosen)
 
 

@@ -24,9 +24,8 @@ from experiments.benchmarks.gpu_measure import NO_TIME, PATHS, Deadline, Row
 from experiments.benchmarks.gpu_runs import Commands
 from experiments.files import console, write_text
 
-RESULT = (
-    Path(__file__).parents[1] / "results" / "gpu.csv"
-)  # beside it gpu_summary.csv, with a line for all measures of a thing
+# beside it gpu_summary.csv, with a line for all measures of a thing
+RESULT = Path(__file__).parents[1] / "results" / "gpu.csv"
 SHORT = {  # how the summary says them
     gpu_scan.FORWARD: "{:.2g} ms forward",
     gpu_scan.BOTH: "{:.2g} ms with backward",
